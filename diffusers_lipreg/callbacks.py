@@ -1,0 +1,104 @@
+"""When the penalty acts in a training run: teacher before the first step, gradient before each, drift in the logs."""
+
+# Events require their model or logs by keyword, and the Trainer passes both:
+# mypy: disable-error-code="override"
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerState
+
+from .drift import Drift, Reduction
+from .losses import LipschitzDriftLoss
+from .snapshot import TeacherSnapshot
+
+
+class TeacherSnapshotCallback(TrainerCallback):
+    """Holds a model near its pretrained weights, in `transformers.Trainer` or in a loop that calls it by hand.
+
+    In a loop of your own, call `on_train_begin(model=unet)` before a checkpoint is loaded;
+    `on_pre_optimizer_step(model=unet)` on each step that updates, after backward and before clipping;
+    `on_log(logs=logs)` on what will be logged; and `on_train_end(model=unet)` last.
+
+    In `transformers.Trainer(callbacks=[...])` nothing else is needed; the teacher is taken when the Trainer is built,
+    for it loads a checkpoint before `on_train_begin`. It clips **before** it calls `on_pre_optimizer_step`, so the
+    penalty's gradient is not clipped there; the scripts of this package add first, then clip the whole. It hands the
+    logs to its reporting integrations before other callbacks see them: the drift is in `state.log_history` and on the
+    console, not in TensorBoard.
+
+    The logs get `drift` (as the reduction defines it), `drift_relative` (||theta - theta_0|| / ||theta_0||) and
+    `loss_drift` (weight * drift), all as they were before the last update; after `on_train_end`, as they are.
+
+    Args:
+        weight, reduction: As for `LipschitzDriftLoss`.
+        names, dtype, device: As for `TeacherSnapshot`.
+        prefix: Put before each key in the logs, to tell two models apart.
+
+    Raises:
+        ValueError: As the two classes do; a step or the end without a teacher; a run that resumes without one.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        reduction: Reduction,
+        *,
+        names: Iterable[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        prefix: str = "",
+    ) -> None:
+        self.weight = weight
+        self.reduction = reduction
+        self.prefix = prefix
+        self._options: dict[str, Any] = {"names": names and list(names), "dtype": dtype, "device": device}
+        self._loss: LipschitzDriftLoss | None = None
+        self._last: Drift | None = None
+
+    @property
+    def loss(self) -> LipschitzDriftLoss:
+        """The penalty, with its teacher."""
+        if self._loss is None:
+            raise ValueError("There is no teacher yet: call on_train_begin(model=...) before the first step.")
+        return self._loss
+
+    @property
+    def logs(self) -> dict[str, float]:
+        """`loss_drift`, `drift` and `drift_relative` as last met, under the prefix; empty before the first step."""
+        if self._last is None:
+            return {}
+        value, squared_distance = (float(tensor) for tensor in self._last)
+        relative = (squared_distance / self.loss.snapshot.squared_norm) ** 0.5
+        logs = {"loss_drift": self.weight * value, "drift": value, "drift_relative": relative}
+        return {self.prefix + key: number for key, number in logs.items()}
+
+    def on_init_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        """The Trainer is built, its model still pretrained: take the teacher."""
+        self._loss = LipschitzDriftLoss(TeacherSnapshot(model, **self._options), self.weight, self.reduction)
+
+    def on_train_begin(
+        self, args: Any = None, state: TrainerState | None = None, control: Any = None, *, model: nn.Module, **_: Any
+    ) -> None:
+        """Take the teacher, unless it was taken when the Trainer was built."""
+        if self._loss is None and state is not None and state.global_step > 0:
+            raise ValueError(
+                f"The run resumes at step {state.global_step}, where the pretrained weights are gone: pass the callback "
+                "in Trainer(callbacks=[...]), not to add_callback."
+            )
+        if self._loss is None:
+            self.on_init_end(model=model)
+
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, loss_scale: float = 1.0, **__: Any) -> None:
+        """Add the penalty's gradient. `loss_scale`: the factor the gradients still carry (in the Trainer, none)."""
+        self._last = self.loss.add_gradient_(model, scale=loss_scale)
+
+    def on_log(self, args: Any = None, state: TrainerState | None = None, *_: Any, logs: dict, **__: Any) -> None:
+        """Add the drift to `logs`, and to the Trainer's history, which has copied them already."""
+        logs.update(self.logs)
+        if state is not None:
+            state.log_history[-1].update(self.logs)
+
+    def on_train_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        """Measure what the run ended with."""
+        self._last = self.loss.measure(model)

@@ -1,0 +1,1 @@
+"""What both scripts share with diffusers' official DreamBooth scripts. Knows nothing of the penalty."""

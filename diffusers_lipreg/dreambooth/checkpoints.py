@@ -1,0 +1,120 @@
+"""Checkpoints in the official scripts' layout, each whole or not there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers.utils.torch_utils import is_compiled_module
+from torch import nn
+
+from .arguments import RunError
+from .data import ResumableBatchSampler
+
+logger = get_logger(__name__)
+SAMPLER_STATE = "sampler_state.pt"
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(filter(is_checkpoint, Path(output_dir).glob("checkpoint-*")), key=step_of)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is named checkpoint-NUMBER: others, such as checkpoint-best, are the user's own."""
+    return re.fullmatch(r"checkpoint-\d+", path.name) is not None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of updates behind a checkpoint."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The bare model behind what `accelerator.prepare` and `torch.compile` put around it."""
+    model = accelerator.unwrap_model(model)
+    return model._orig_mod if is_compiled_module(model) else model
+
+
+def save_models_by_name(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> None:
+    """Makes `accelerator.save_state` write each of the bare `models` to a folder of its name, and load it from there."""
+
+    def named(prepared: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+        for model in prepared:
+            bare = unwrap(accelerator, model)
+            yield next(name for name, known in models.items() if known is bare), bare
+
+    def save_models(prepared: list[nn.Module], weights: list[dict], folder: str) -> None:
+        if accelerator.is_main_process:
+            for name, model in named(prepared):
+                model.save_pretrained(os.path.join(folder, name))
+        weights.clear()  # accelerate would write what is left here a second time
+
+    def load_models(prepared: list[nn.Module], folder: str) -> None:
+        for name, model in named(prepared):
+            model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
+        prepared.clear()
+
+    accelerator.register_save_state_pre_hook(save_models)
+    accelerator.register_load_state_pre_hook(load_models)
+
+
+def save(
+    accelerator: Accelerator, sampler: ResumableBatchSampler, output_dir: str, step: int, total_limit: int | None
+) -> None:
+    """Writes checkpoint-`step`, hidden until it is whole, then removes the oldest beyond the limit (at least 1)."""
+    final = Path(output_dir, f"checkpoint-{step}")
+    partial = final.with_name(f".{final.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    torch.save(sampler.state_dict(), partial / SAMPLER_STATE)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.replace(final)
+    logger.info(f"Saved {final}.")
+    if total_limit is not None:
+        for old in checkpoints(output_dir)[: -max(1, total_limit)]:
+            shutil.rmtree(old)
+
+
+def find(output_dir: str, wanted: str | None) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means: the latest, a name or a path; `None` to start anew."""
+    if wanted is None:
+        return None
+    found = checkpoints(output_dir)
+    if wanted == "latest":
+        if not found:
+            logger.warning(f"There is no checkpoint in {output_dir} yet: starting a new run.")
+        return found[-1] if found else None
+    for checkpoint in (Path(output_dir, Path(wanted).name), Path(wanted)):
+        if checkpoint.is_dir() and is_checkpoint(checkpoint):
+            return checkpoint
+    names = ", ".join(path.name for path in found) or "none"
+    raise RunError(f"--resume_from_checkpoint {wanted}: there is no such checkpoint; {output_dir} has {names}.")
+
+
+def load(
+    accelerator: Accelerator, sampler: ResumableBatchSampler, checkpoint: Path, updates_per_epoch: int
+) -> int:
+    """Puts the run where it was, also inside an epoch; returns the number of updates made.
+
+    A checkpoint of the official script has no state of the sampler: the rest of an epoch is then another shuffle.
+    """
+    accelerator.load_state(str(checkpoint))
+    step = step_of(checkpoint)
+    batches = step % updates_per_epoch * accelerator.gradient_accumulation_steps
+    if batches:
+        state = Path(checkpoint, SAMPLER_STATE)
+        exact = state.exists() and accelerator.num_processes == 1
+        sampler.resume(batches * accelerator.num_processes, torch.load(state, weights_only=True) if exact else {})
+    return step

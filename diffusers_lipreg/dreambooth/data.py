@@ -1,0 +1,165 @@
+"""Photos from a folder to batches, with the pixels and random draws of the official scripts, without torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageOps import exif_transpose
+from torch import Tensor
+from torch.utils.data import BatchSampler, Dataset, RandomSampler
+
+from .arguments import RunError
+
+logger = get_logger(__name__)
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image as RGB, turned the way its EXIF data says."""
+    return exif_transpose(Image.open(path)).convert("RGB")
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The images of a folder in the order of their names; sub-folders and hidden files are passed over.
+
+    Every image is decoded once: a broken one is left out here, with a warning, and not met in mid-run.
+    """
+    images = []
+    for path in sorted(Path(folder).iterdir()):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        try:
+            open_image(path)
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            logger.warning(f"Skipped {path}: not an image that can be read ({type(error).__name__}: {error}).")
+        else:
+            images.append(path)
+    return images
+
+
+def find_instance_images(folder: str | Path) -> list[Path]:
+    """As `list_images`, of a folder that has to be there and hold at least one image."""
+    if not Path(folder).is_dir():
+        raise RunError(f"--instance_data_dir {folder}: there is no such folder.")
+    images = list_images(folder)
+    if not images:
+        raise RunError(f"--instance_data_dir {folder}: there is no image in it that can be read.")
+    return images
+
+
+class PhotoTransform:
+    """Resize the short side, crop a square, scale to [-1, 1]: a (3, size, size) float32 tensor.
+
+    A random crop draws two numbers from torch's default generator, row then column, or none when the resized photo is
+    the square already: as torchvision, on which the official scripts' random stream rests.
+    """
+
+    def __init__(self, size: int, center_crop: bool) -> None:
+        self.size = size
+        self.center_crop = center_crop
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        image = self.resize(image)
+        width, height = image.size
+        if self.center_crop:
+            top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        elif (width, height) == (self.size, self.size):
+            top, left = 0, 0
+        else:
+            top = int(torch.randint(0, height - self.size + 1, size=(1,)))
+            left = int(torch.randint(0, width - self.size + 1, size=(1,)))
+        image = image.crop((left, top, left + self.size, top + self.size))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return pixels.float().div_(255).sub_(0.5).div_(0.5)
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        if min(width, height) == self.size:
+            return image
+        if width < height:
+            size = self.size, int(self.size * height / width)
+        else:
+            size = int(self.size * width / height), self.size
+        return image.resize(size, Image.Resampling.BILINEAR)
+
+
+class DreamBoothDataset(Dataset):
+    """Instance photos, each with a class image beside it where prior preservation asks for one.
+
+    An item is {"instance": (3, size, size)} and perhaps {"class": (3, size, size)}. The shorter list starts over.
+    """
+
+    def __init__(
+        self, instance_images: Sequence[Path], class_images: Sequence[Path], transform: PhotoTransform
+    ) -> None:
+        self.instance_images = instance_images
+        self.class_images = class_images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return max(len(self.instance_images), len(self.class_images))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = {"instance": self._load(self.instance_images, index)}
+        if self.class_images:
+            item["class"] = self._load(self.class_images, index)
+        return item
+
+    def _load(self, images: Sequence[Path], index: int) -> Tensor:
+        return self.transform(open_image(images[index % len(images)]))
+
+
+def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stacks items to {"pixel_values": (B, 3, size, size)}: the instance half first, then the class half, if any."""
+    pixels = [item[kind] for kind in ("instance", "class") for item in items if kind in item]
+    return {"pixel_values": torch.stack(pixels).contiguous().float()}
+
+
+class ResumableBatchSampler(BatchSampler):
+    """Shuffled batches whose order and random crops can be taken up again in the middle of an epoch.
+
+    The order of an epoch and the crops come from torch's default generator, which the steps between draw from, too.
+    So three of its states are needed to go on as if nothing had happened: at the start of the epoch, before the batch
+    that comes next was loaded (accelerate reads one batch ahead), and now. The last is in accelerate's checkpoint, the
+    others are `state_dict()`. Exact with photos loaded in the main process; with workers the order is, crops are not.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int) -> None:
+        super().__init__(RandomSampler(dataset), batch_size, drop_last=False)
+        self.skip = 0
+        self.resume_from: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}
+
+    def resume(self, batches: int, state: dict[str, Tensor]) -> None:
+        """Makes the next epoch begin behind its first `batches` batches; call it when the random state is restored.
+
+        `state` is what `state_dict` gave, or empty (a checkpoint of the official script): then the order is a new one.
+        """
+        self.skip = batches
+        self.resume_from = {**state, "now": torch.get_rng_state()} if state else {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The states to hand to `resume`, as they are after a step and before the next batch is asked for."""
+        return dict(self.state)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        skip, saved = self.skip, self.resume_from
+        self.skip, self.resume_from = 0, {}
+        if saved:
+            torch.set_rng_state(saved["epoch_start"])
+        self.state = {"epoch_start": torch.get_rng_state()}
+        for index, batch in enumerate(super().__iter__()):
+            if index < skip:
+                continue
+            if saved and index == skip:
+                torch.set_rng_state(saved["before_batch"])
+            elif saved and index == skip + 1:
+                torch.set_rng_state(saved.pop("now"))
+            self.state["before_batch"] = torch.get_rng_state()
+            yield batch
+        if "now" in saved:  # one batch was left: nothing after it has set the state back
+            torch.set_rng_state(saved["now"])

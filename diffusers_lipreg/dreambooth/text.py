@@ -1,0 +1,63 @@
+"""Prompts to text-encoder states, and the text encoder a pipeline comes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .arguments import RunError
+
+TextStates = Callable[[int], Tensor]
+
+
+def text_encoder_class(model: str, revision: str | None, subfolder: str = "text_encoder") -> type[PreTrainedModel]:
+    """The class that the pipeline's configuration names, if DreamBooth knows how to feed it."""
+    name = PretrainedConfig.from_pretrained(model, subfolder=subfolder, revision=revision).architectures[0]
+    supported = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+    if name not in supported:
+        raise RunError(f"{model}: its {subfolder} is a {name}; supported are {', '.join(supported)}.")
+    return getattr(transformers, name)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int | None) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of one prompt, both (1, max_length), padded or cut to the length."""
+    tokens = tokenizer(
+        prompt,
+        truncation=True,
+        padding="max_length",
+        max_length=max_length or tokenizer.model_max_length,
+        return_tensors="pt",
+    )
+    return tokens.input_ids, tokens.attention_mask
+
+
+def encode(text_encoder: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Hidden states (B, length, width) of token ids (B, length); without a mask the padding is attended to, too."""
+    device = next(text_encoder.parameters()).device
+    return text_encoder(ids.to(device), attention_mask=None if mask is None else mask.to(device))[0]
+
+
+class Prompts:
+    """The prompts of a run as text states of a batch, in blocks as its pixels are: instance first, then class."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int | None, use_mask: bool
+    ) -> None:
+        self.tokens = [tokenize(tokenizer, prompt, max_length) for prompt in prompts]
+        self.use_mask = use_mask
+
+    def encode(self, text_encoder: nn.Module, batch_size: int) -> Tensor:
+        """States (batch_size, length, width), with a gradient where the encoder is trained."""
+        rows = batch_size // len(self.tokens)
+        ids, mask = (torch.cat([tokens.repeat(rows, 1) for tokens in kind]) for kind in zip(*self.tokens, strict=True))
+        return encode(text_encoder, ids, mask if self.use_mask else None)
+
+    @torch.no_grad()
+    def precompute(self, text_encoder: nn.Module, device: torch.device) -> TextStates:
+        """States by batch size, from one pass of each prompt alone; the encoder is not needed any more."""
+        alone = [encode(text_encoder, ids, mask if self.use_mask else None).to(device) for ids, mask in self.tokens]
+        return lambda batch_size: torch.cat([states.repeat(batch_size // len(alone), 1, 1) for states in alone])

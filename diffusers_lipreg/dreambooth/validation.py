@@ -1,0 +1,57 @@
+"""Images of a prompt along the way, from the weights as they are."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+logger = get_logger(__name__)
+
+
+def set_scheduler(pipeline: DiffusionPipeline, name: str | None = None) -> None:
+    """Gives the pipeline the scheduler class `name`, or its own anew, with a variance that our UNets do not predict.
+
+    The loss trains the mean only, so what a model with learned variance says of it is no longer to be used.
+    """
+    fixed = {}
+    if pipeline.scheduler.config.get("variance_type") in ("learned", "learned_range"):
+        fixed["variance_type"] = "fixed_small"
+    scheduler_class = type(pipeline.scheduler) if name is None else getattr(diffusers, name)
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **fixed)
+
+
+def sample_images(
+    args: Namespace, accelerator: Accelerator, pipeline: DiffusionPipeline, prompt: dict
+) -> list[Image.Image]:
+    """`--num_validation_images` images, or one for each of `--validation_images`; seeded by `--seed` if there is one.
+
+    Args:
+        prompt: The pipeline's arguments for the prompt: `prompt`, or `prompt_embeds` and `negative_prompt_embeds`.
+    """
+    logger.info(f"Sampling {args.num_validation_images} images of {args.validation_prompt!r}.")
+    pipeline = pipeline.to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = None if args.seed is None else torch.Generator(device=accelerator.device).manual_seed(args.seed)
+    if args.validation_images is not None:
+        inputs = [{"image": Image.open(path)} for path in args.validation_images]
+    else:
+        inputs = [{"num_inference_steps": 25}] * args.num_validation_images
+    with accelerator.autocast():
+        return [pipeline(**prompt, **extra, generator=generator).images[0] for extra in inputs]
+
+
+def log_images(accelerator: Accelerator, images: list[Image.Image], prompt: str, step: int) -> None:
+    """Hands images to the trackers that take them, as `validation`."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.stack([np.asarray(image) for image in images])
+            tracker.writer.add_images("validation", pixels, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": images}, step=step, caption=[prompt] * len(images))

@@ -1,0 +1,132 @@
+"""The teacher: the pretrained parameters theta_0, frozen and kept by name."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters under the bare module's names, whatever `DistributedDataParallel` or `torch.compile` put around."""
+    while True:
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            module = module.module
+        elif isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
+            module = compiled
+        else:  # submodules that were compiled one by one have the wrapper's name inside theirs
+            return {name.replace("_orig_mod.", ""): parameter for name, parameter in module.named_parameters()}
+
+
+def _few(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class TeacherSnapshot:
+    """A detached copy of a module's parameters, taken when it is built and matched by name ever after.
+
+    Take it while the module holds the pretrained weights, before any checkpoint is loaded. It belongs in no checkpoint:
+    theta_0 comes back from `from_pretrained`.
+
+    Args:
+        module: The module to copy from; wrapping by DDP or `torch.compile` does not change the names.
+        names: The parameters to copy. Default: all that require a gradient; then the module must keep exactly these
+            trainable, so that no parameter escapes the penalty unnoticed.
+        dtype: Floating-point type to store. Default: each parameter's own, which loses nothing; a coarser one pulls
+            the model towards a rounded copy of itself.
+        device: Where to store, for example `"cpu"` to spare GPU memory; such a teacher is brought to the parameter in
+            slices. Default: beside each parameter, and a module that moves away afterwards is an error.
+
+    Raises:
+        ValueError: No parameter to copy, or a name that the module does not have.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        names: Iterable[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        parameters = named_parameters(module)
+        self.covers_all_trainable = names is None
+        chosen = [n for n, p in parameters.items() if p.requires_grad] if names is None else list(names)
+        if unknown := set(chosen) - set(parameters):
+            raise ValueError(f"The module has no parameter named {_few(unknown)}; it has {_few(parameters)}.")
+        if not chosen:
+            raise ValueError("There is nothing to copy: no parameter requires a gradient and no names were given.")
+        self.device = None if device is None else torch.device(device)
+        self._teacher = {n: parameters[n].detach().to(device=self.device, dtype=dtype, copy=True) for n in chosen}
+
+    @cached_property
+    def squared_norm(self) -> float:
+        """||theta_0||^2, what a drift is relative to."""
+        return float(sum(teacher.float().square().sum().item() for teacher in self._teacher.values()))
+
+    def pairs(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter of `module` with its teacher, in the order of the snapshot.
+
+        Raises:
+            ValueError: Names, shapes or devices that do not fit; the message names the parameter.
+        """
+        parameters = named_parameters(module)
+        if missing := self._teacher.keys() - parameters.keys():
+            raise ValueError(f"The teacher knows {_few(missing)}, the module does not: is it another model?")
+        trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        if self.covers_all_trainable and trainable != self._teacher.keys():
+            raise ValueError(
+                f"Trainable without a teacher: [{_few(trainable - self._teacher.keys())}]; with one, but not trainable: "
+                f"[{_few(self._teacher.keys() - trainable)}]. Freeze before the snapshot, or give it names to hold."
+            )
+        for name, teacher in self._teacher.items():
+            parameter = parameters[name]
+            if parameter.shape != teacher.shape:
+                raise ValueError(f"{name}: expected shape {tuple(teacher.shape)}, got {tuple(parameter.shape)}.")
+            if self.device is None and parameter.device != teacher.device:
+                raise ValueError(
+                    f"{name}: expected on {teacher.device}, got it on {parameter.device}. Move the module before the "
+                    "snapshot, or give the snapshot a device of its own."
+                )
+            yield parameter, teacher
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[nn.Module]:
+        """Puts the teacher's weights into `module` for a `with` block; leaving it, even by an exception, undoes that."""
+        swapped = [(parameter, teacher, parameter.detach().clone()) for parameter, teacher in self.pairs(module)]
+        try:
+            for parameter, teacher, _ in swapped:
+                parameter.data.copy_(teacher)
+            yield module
+        finally:
+            for parameter, _, student in swapped:
+                parameter.data.copy_(student)
+
+    def to(self, device: torch.device | str) -> "TeacherSnapshot":
+        """Moves the stored tensors to `device`, which from then on is the snapshot's own; returns itself."""
+        self.device = torch.device(device)
+        self._teacher = {name: teacher.to(self.device) for name, teacher in self._teacher.items()}
+        return self
+
+    def pin_memory(self) -> "TeacherSnapshot":
+        """Pins a teacher stored in host memory, so that it travels to the GPU beside other work; returns itself."""
+        self._teacher = {name: teacher.pin_memory() for name, teacher in self._teacher.items()}
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The stored tensors by name: the live ones, not copies, as everywhere in torch."""
+        return dict(self._teacher)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Overwrites the stored tensors; other names or shapes than theirs raise ValueError and overwrite nothing."""
+        expected = {name: tuple(teacher.shape) for name, teacher in self._teacher.items()}
+        given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        for name in sorted(expected.keys() | given.keys()):
+            if expected.get(name) != given.get(name):
+                raise ValueError(f"{name}: expected shape {expected.get(name)}, got {given.get(name)} (None: no such name).")
+        for name, teacher in self._teacher.items():
+            teacher.copy_(state_dict[name])
+        self.__dict__.pop("squared_norm", None)
