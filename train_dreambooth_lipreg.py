@@ -173,7 +173,7 @@ def validate(
         tokenizer=models.tokenizer,
         revision=args.revision,
         variant=args.variant,
-        torch_dtype=runtime.weight_dtype(accelerator),
+        dtype=runtime.weight_dtype(accelerator),
         **({} if models.vae is None else {"vae": models.vae}),
     )
     validation.set_scheduler(pipeline, args.validation_scheduler)

@@ -50,7 +50,7 @@ def sample_class_images(args: Namespace, accelerator: Accelerator, folder: Path,
     logger.info(f"Sampling {missing} class images into {folder}.")
     pipeline = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
-        torch_dtype=prior_dtype(args.prior_generation_precision, accelerator.device),
+        dtype=prior_dtype(args.prior_generation_precision, accelerator.device),
         safety_checker=None,
         revision=args.revision,
         variant=args.variant,

@@ -50,7 +50,8 @@ def start_accelerator(args: Namespace) -> Accelerator:
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S", level=logging.INFO
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("accelerate", "httpx", "httpx2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity(
             logging.WARNING if accelerator.is_local_main_process else logging.ERROR

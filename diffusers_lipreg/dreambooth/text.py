@@ -16,7 +16,8 @@ TextStates = Callable[[int], Tensor]
 
 def text_encoder_class(model: str, revision: str | None, subfolder: str = "text_encoder") -> type[PreTrainedModel]:
     """The class that the pipeline's configuration names, if DreamBooth knows how to feed it."""
-    name = PretrainedConfig.from_pretrained(model, subfolder=subfolder, revision=revision).architectures[0]
+    config, _ = PretrainedConfig.get_config_dict(model, subfolder=subfolder, revision=revision)
+    name = config["architectures"][0]
     supported = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
     if name not in supported:
         raise RunError(f"{model}: its {subfolder} is a {name}; supported are {', '.join(supported)}.")

@@ -1,0 +1,239 @@
+"""TeacherSnapshot: a copy by name, the same names under every wrapper, and an error instead of a wrong pair."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
+
+
+class Model(nn.Module):
+    """Six trainable parameters, one frozen, and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.frozen = nn.Linear(4, 4, bias=False).requires_grad_(False)
+        self.head = nn.Linear(4, 2)
+
+
+TRAINABLE = ["layer.weight", "layer.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"]
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """The same names in the same order, the same bits."""
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.view(torch.int32), theirs[name].view(torch.int32)), name
+
+
+@torch.no_grad()
+def move_(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.add_(torch.randn_like(parameter))
+
+
+def test_the_teacher_is_a_detached_copy_of_what_trains(model):
+    start = weights(model)
+    snapshot = TeacherSnapshot(model)
+    LipschitzDriftLoss(snapshot, 1.0, "sum")(model).backward()
+    move_(model)
+    teacher = snapshot.state_dict()
+    assert_same(teacher, {name: start[name] for name in TRAINABLE})
+    assert not any(tensor.requires_grad or tensor.grad_fn for tensor in teacher.values())
+
+
+def test_names_choose_parameters_frozen_ones_too(model):
+    snapshot = TeacherSnapshot(model, names=iter(["frozen.weight", "head.bias"]))
+    assert list(snapshot.state_dict()) == ["frozen.weight", "head.bias"]
+    model.layer.requires_grad_(False)  # named parameters are held whatever else trains
+    assert [parameter is model.head.bias for parameter, _ in snapshot.pairs(model)] == [False, True]
+
+
+def test_dtype_and_device_are_those_asked_for(model):
+    rounded = TeacherSnapshot(model, dtype=torch.bfloat16).state_dict()
+    assert torch.equal(rounded["head.weight"], model.head.weight.bfloat16()) and rounded["head.bias"].dtype.itemsize == 2
+    stored = TeacherSnapshot(model, device="meta").state_dict()
+    assert {tensor.device.type for tensor in stored.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("names", [["head.weigth"], ["head.weight", "norm.running_mean"], "head.bias"])
+def test_unknown_names_are_an_error(model, names):
+    with pytest.raises(ValueError, match="no parameter named .*; it has frozen.weight, head.bias, head.weight and 4 more"):
+        TeacherSnapshot(model, names=names)
+
+
+def test_nothing_to_copy_is_an_error(model):
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        TeacherSnapshot(model.requires_grad_(False))
+    with pytest.raises(ValueError, match="nothing to copy"):
+        TeacherSnapshot(model, names=[])
+
+
+def test_tied_parameters_count_once():
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    module[1].weight = module[0].weight
+    snapshot = TeacherSnapshot(module)
+    module[0].weight.data += 1.0
+    assert LipschitzDriftLoss(snapshot, 1.0, "sum")(module).item() == pytest.approx(4)
+
+
+def test_pairs_match_by_name_not_by_order(model):
+    class Reordered(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self._modules = dict(reversed(self._modules.items()))
+
+    other = Reordered()
+    other.frozen.requires_grad_(False)
+    assert [name for name, _ in other.named_parameters()][0].startswith("head")
+    assert_pairs(TeacherSnapshot(model), other, model)
+
+
+def assert_pairs(snapshot: TeacherSnapshot, module: nn.Module, bare: Model) -> None:
+    """`module`'s own parameters, each beside a copy of the one with its name in `bare`."""
+    inner = next(part for part in module.modules() if isinstance(part, Model))
+    pairs = list(snapshot.pairs(module))
+    assert len(pairs) == len(TRAINABLE)
+    for name, (parameter, teacher) in zip(TRAINABLE, pairs, strict=True):
+        layer, attribute = name.split(".")
+        assert parameter is getattr(getattr(inner, layer), attribute)
+        assert torch.equal(teacher, bare.get_parameter(name))
+
+
+def without_bias(model: Model) -> None:
+    model.head = nn.Linear(4, 2, bias=False)
+
+
+def wider(model: Model) -> None:
+    model.head = nn.Linear(4, 3)
+
+
+def frozen_later(model: Model) -> None:
+    model.layer.bias.requires_grad_(False)
+
+
+def unfrozen_later(model: Model) -> None:
+    model.frozen.requires_grad_(True)
+
+
+def moved_away(model: Model) -> None:
+    model.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_bias, "knows head.bias, the module does not"),
+        (wider, r"head.weight: expected shape \(2, 4\), got \(3, 4\)"),
+        (frozen_later, r"without a teacher: \[\]; with one, but not trainable: \[layer.bias\]"),
+        (unfrozen_later, r"without a teacher: \[frozen.weight\]; with one, but not trainable: \[\]"),
+        (moved_away, "layer.weight: expected on cpu, got it on meta"),
+    ],
+)
+def test_a_module_that_does_not_fit_is_an_error(model, change, message):
+    penalty = LipschitzDriftLoss(TeacherSnapshot(model), 1.0, "sum")
+    change(model)
+    for use in (penalty, penalty.add_gradient_, penalty.measure):
+        with pytest.raises(ValueError, match=message):
+            use(model)
+
+
+def test_a_snapshot_with_a_device_of_its_own_lets_the_module_move(model):
+    snapshot = TeacherSnapshot(model)
+    assert snapshot.to("cpu") is snapshot
+    assert len(list(snapshot.pairs(model.to("meta")))) == len(TRAINABLE)
+    assert {tensor.device.type for tensor in snapshot.to("meta").state_dict().values()} == {"meta"}
+
+
+def compile_layer(module: Model) -> Model:
+    module.layer = torch.compile(module.layer, backend="eager")
+    return module
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+WRAPPERS = {
+    "bare": lambda module: module,
+    "DataParallel": DataParallel,
+    "DDP": DistributedDataParallel,
+    "compile": compiled,
+    "compile of a layer": compile_layer,
+    "compile of DDP": lambda module: compiled(DistributedDataParallel(module)),
+    "DDP of compile": lambda module: DistributedDataParallel(compiled(compile_layer(module))),
+}
+
+
+@pytest.fixture
+def process_group(tmp_path: Path, monkeypatch) -> Iterator[None]:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_wrappers_change_neither_names_nor_pairs(process_group, model, wrap: Callable):
+    before_wrapping = TeacherSnapshot(model)
+    bare = deepcopy(model)
+    wrapped = wrap(model)
+    after_wrapping = TeacherSnapshot(wrapped)
+    assert_same(after_wrapping.state_dict(), before_wrapping.state_dict())
+    for snapshot in (before_wrapping, after_wrapping):
+        assert_pairs(snapshot, wrapped, bare)
+        assert_pairs(snapshot, bare, bare)
+    assert list(TeacherSnapshot(wrapped, names=["layer.bias"]).state_dict()) == ["layer.bias"]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_applied_to_lends_the_teachers_weights(model, error):
+    """The same parameters hold the teacher's weights inside, and their own bits again outside, -0.0 and nan included."""
+    start = weights(model)
+    snapshot = TeacherSnapshot(model)
+    parameters = list(model.parameters())
+    move_(model)
+    model.head.bias.data = torch.tensor([-0.0, float("nan")])
+    student = weights(model)
+    try:
+        with snapshot.applied_to(model) as same:
+            assert same is model
+            assert_same(weights(model), {**student, **{name: start[name] for name in TRAINABLE}})
+            if error is not None:
+                raise error
+    except KeyboardInterrupt:
+        assert error is KeyboardInterrupt
+    assert_same(weights(model), student)
+    assert all(ours is theirs for ours, theirs in zip(parameters, model.parameters(), strict=True))
+
+
+def test_state_dict_round_trip(model):
+    snapshot = TeacherSnapshot(model)
+    start = weights(model)
+    squared_norm = snapshot.squared_norm
+    assert squared_norm == pytest.approx(sum(start[name].double().square().sum().item() for name in TRAINABLE))
+    move_(model)
+    other = TeacherSnapshot(model)
+    assert other.squared_norm != squared_norm
+    other.load_state_dict(snapshot.state_dict())
+    assert_same(other.state_dict(), snapshot.state_dict())
+    assert other.squared_norm == squared_norm
+    move_(model)
+    assert_pairs(other, model, start_model := Model()) if False else None
