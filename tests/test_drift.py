@@ -48,7 +48,7 @@ def test_value_and_gradient_by_hand(reduction, value, gradients):
 
 @pytest.mark.parametrize(("reduction", "value", "gradients"), BY_HAND)
 def test_in_place_gradient_by_hand(reduction, value, gradients):
-    """weight times the gradient above where there is none yet; added where there is one; the values carry no weight."""
+    """weight times the gradient above, added to what is there already; the values carry no weight."""
     pairs = by_hand_pairs()
     pairs[1][0].grad = torch.tensor([100.0, 200.0])
     met = add_drift_gradient_(pairs, reduction, weight=10.0)
@@ -89,6 +89,7 @@ def test_slices_change_neither_value_nor_gradient(monkeypatch, reduction, slice_
     pairs = [random_pair(shape) for shape in [(7, 3), (13,), (2, 20), (3, 2, 2, 3), (), (0, 4)]]
     pairs[3][0].data = pairs[3][0].data.to(memory_format=torch.channels_last)
     met = add_drift_gradient_(pairs, reduction, weight=3.0)
+    torch.testing.assert_close(drift(pairs, reduction), met.value, rtol=1e-6, atol=0)
     squares = torch.stack([(p.detach().double() - t.double()).square().sum() for p, t in pairs])
     counts = torch.tensor([max(1, p.numel()) if reduction == "tensor_mean" else 1 for p, _ in pairs])
     torch.testing.assert_close(met.squared_distance.double(), squares.sum(), rtol=1e-6, atol=0)
@@ -112,7 +113,7 @@ def test_scratch_memory_is_one_slice(monkeypatch, dtype):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             for tensor in result if isinstance(result, (list, tuple)) else [result]:
-                if tensor.untyped_storage().data_ptr() not in known:
+                if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
                     allocated.append(tensor.untyped_storage().nbytes())
             return result
 
@@ -160,10 +161,3 @@ def test_half_precision_parameters_and_gradients(dtype, teacher_dtype):
     parameter.grad = None
     (0.25 * drift([(parameter, teacher)], "sum")).backward()
     assert torch.equal(parameter.grad, exact.to(dtype))
-
-
-def test_no_random_numbers_are_drawn():
-    state = torch.get_rng_state()
-    drift(pairs := by_hand_pairs(), "sum").backward()
-    add_drift_gradient_(pairs, "tensor_mean", weight=1.0)
-    assert torch.equal(torch.get_rng_state(), state)

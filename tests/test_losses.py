@@ -156,6 +156,5 @@ def test_a_huge_weight_holds_a_unet_at_its_start(reduction):
 
     _, free = train(0.0)
     largest, held = train(1e6)
-    print(reduction, "RATIO", held / free, largest / learning_rate)
     assert largest < learning_rate
     assert held < 0.05 * free

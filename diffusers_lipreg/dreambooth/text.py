@@ -18,6 +18,12 @@ def text_encoder_class(model: str, revision: str | None, subfolder: str = "text_
     """The class that the pipeline's configuration names, if DreamBooth knows how to feed it."""
     config, _ = PretrainedConfig.get_config_dict(model, subfolder=subfolder, revision=revision)
     name = config["architectures"][0]
+    if name == "RobertaSeriesModelWithTransformation":  # AltDiffusion; diffusers holds its encoder, not transformers
+        from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import (
+            RobertaSeriesModelWithTransformation,
+        )
+
+        return RobertaSeriesModelWithTransformation
     supported = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
     if name not in supported:
         raise RunError(f"{model}: its {subfolder} is a {name}; supported are {', '.join(supported)}.")

@@ -1,0 +1,247 @@
+"""The command line: the official flags, five of our own, and mistakes answered in one line."""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusers_lipreg.dreambooth import arguments
+from train_dreambooth_lipreg import parse_args
+
+OFFICIAL: list[dict[str, Any]] = json.loads(Path(__file__).parent.with_name("flags_sd.json").read_text())
+LIPREG = {
+    "--lipreg_weight",
+    "--lipreg_reduction",
+    "--lipreg_text_encoder_weight",
+    "--lipreg_teacher_device",
+    "--lipreg_teacher_dtype",
+}
+REQUIRED = [
+    *("--pretrained_model_name_or_path", "model"),
+    *("--instance_data_dir", "photos"),
+    *("--instance_prompt", "a photo of sks dog"),
+]
+PRIOR = ["--with_prior_preservation", "--class_data_dir", "dogs", "--class_prompt", "a photo of dog"]
+
+
+class Built(Exception):
+    """Carries the parser out of the script, before it parses."""
+
+
+@pytest.fixture
+def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The parser as the script builds it."""
+
+    def stop(parser: argparse.ArgumentParser, _: object) -> None:
+        raise Built(parser)
+
+    monkeypatch.setattr(arguments, "parse", stop)
+    with pytest.raises(Built) as built:
+        parse_args([])
+    return built.value.args[0]
+
+
+def parse(*more: str) -> argparse.Namespace:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return parse_args([*REQUIRED, *more])
+
+
+def options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {option: action for action in parser._actions for option in action.option_strings}
+
+
+# Drop-in: the official flags
+
+
+@pytest.mark.parametrize("official", OFFICIAL, ids=lambda official: official["flag"])
+def test_an_official_flag_means_the_same(parser: argparse.ArgumentParser, official: dict[str, Any]) -> None:
+    action = options(parser)[official["flag"]]
+    # A flag without a type takes text, as one with type `str` does.
+    text = "str" if official["action"] == "StoreAction" else None
+    assert official == {
+        "flag": action.option_strings[0],
+        "aliases": action.option_strings[1:],
+        "type": (action.type and action.type.__name__) or (text and official["type"]),
+        "default": action.default,
+        "action": type(action).__name__.lstrip("_"),
+        "choices": action.choices,
+        "required": action.required,
+        "nargs": action.nargs,
+    }
+    assert (official["type"] or text) == ((action.type and action.type.__name__) or text)
+
+
+def test_there_are_five_more_flags_and_no_others(parser: argparse.ArgumentParser) -> None:
+    official = {flag["flag"] for flag in OFFICIAL}
+    assert len(official) == 61
+    assert options(parser).keys() - official == LIPREG | {"-h", "--help"}
+
+
+NAMES = [*(official["flag"] for official in OFFICIAL), "--help"]
+
+
+def abbreviations(flag: str) -> list[str]:
+    """What the official parser takes for this flag beside its name."""
+    prefixes = (flag[:length] for length in range(len("--x"), len(flag)))
+    return [prefix for prefix in prefixes if [name for name in NAMES if name.startswith(prefix)] == [flag]]
+
+
+@pytest.mark.parametrize("official", OFFICIAL, ids=lambda official: official["flag"])
+def test_an_official_abbreviation_still_works(parser: argparse.ArgumentParser, official: dict[str, Any]) -> None:
+    value = (official["choices"] or [{"int": "7", "float": "0.5"}.get(official["type"], "text")])[-1]
+    values = [] if official["action"] == "StoreTrueAction" else [value]
+    expected = parser.parse_args([*REQUIRED, official["flag"], *values])
+    assert expected != parser.parse_args(REQUIRED)
+    for prefix in abbreviations(official["flag"]):
+        assert parser.parse_args([*REQUIRED, prefix, *values]) == expected
+
+
+def test_help_explains_every_flag(parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for option, action in options(parser).items():
+        assert option in text
+        assert action.help
+
+
+def test_the_launchers_local_rank_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert parse("--local_rank", "3").local_rank == 3
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parse("--local_rank", "3").local_rank == 1
+
+
+@pytest.mark.parametrize("flag", [["--class_data_dir", "dogs"], ["--class_prompt", "a photo of dog"]])
+def test_class_flags_without_prior_preservation_are_only_warned_of(flag: list[str]) -> None:
+    with pytest.warns(UserWarning, match="--with_prior_preservation"):
+        parse_args([*REQUIRED, *flag])
+
+
+# The penalty's flags
+
+
+def test_the_plain_command_is_the_paper() -> None:
+    args = parse()
+    assert (args.lipreg_weight, args.lipreg_reduction) == (500.0, "tensor_mean")
+    assert (args.lipreg_teacher_device, args.lipreg_teacher_dtype) == (None, None)
+
+
+@pytest.mark.parametrize("weight", ["0", "500", "1e-4"])
+def test_another_reduction_needs_a_weight_of_its_own(weight: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--lipreg_reduction", "sum")
+    assert "--lipreg_reduction sum needs a --lipreg_weight" in capsys.readouterr().err
+    args = parse("--lipreg_reduction", "sum", "--lipreg_weight", weight)
+    assert (args.lipreg_weight, args.lipreg_reduction) == (float(weight), "sum")
+
+
+@pytest.mark.parametrize("abbreviation", ["--lipreg_red", "--lipreg_reduction"])
+def test_the_default_reduction_may_be_spelled_out(abbreviation: str) -> None:
+    assert parse(abbreviation, "tensor_mean") == parse()
+
+
+TEXT_ENCODER = ["--train_text_encoder", "--lipreg_text_encoder_weight", "5"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "weight_decay"),
+    [
+        ([], 0.0),
+        (["--lipreg_weight", "500"], 0.0),
+        (["--adam_weight_decay", "0.01"], 0.01),  # the official default, but asked for
+        (["--adam_weight_decay", "0.3"], 0.3),
+        (["--lipreg_weight", "0"], 0.01),
+        (["--lipreg_weight", "0", "--adam_weight_decay", "0.3"], 0.3),
+        (["--lipreg_weight", "0", "--train_text_encoder"], 0.01),
+        (["--lipreg_weight", "0", *TEXT_ENCODER], 0.0),
+        ([*TEXT_ENCODER, "--adam_weight_decay", "0.01"], 0.01),
+    ],
+)
+def test_weight_decay_does_not_pull_against_the_penalty(flags: list[str], weight_decay: float) -> None:
+    assert parse(*flags).adam_weight_decay == weight_decay
+
+
+def test_a_text_encoder_that_is_not_trained_has_no_say_in_weight_decay() -> None:
+    with pytest.warns(UserWarning, match="--train_text_encoder"):
+        args = parse_args([*REQUIRED, "--lipreg_weight", "0", "--lipreg_text_encoder_weight", "5"])
+    assert args.adam_weight_decay == 0.01
+
+
+@pytest.mark.parametrize(
+    ("flags", "weight"),
+    [
+        ([], 500.0),
+        (["--lipreg_weight", "7"], 7.0),
+        (["--lipreg_weight", "0"], 0.0),
+        (["--lipreg_weight", "7", *TEXT_ENCODER], 5.0),
+        (["--train_text_encoder", "--lipreg_text_encoder_weight", "0"], 0.0),
+    ],
+)
+def test_the_text_encoders_weight_is_the_unets_unless_given(flags: list[str], weight: float) -> None:
+    assert parse(*flags).lipreg_text_encoder_weight == weight
+
+
+# Mistakes
+
+MISTAKES = [
+    (["--no_such_flag"], "--no_such_flag"),
+    (["--class"], "ambiguous"),
+    (["--resolution", "large"], "--resolution"),
+    (["--resolution", "0"], "--resolution must be at least 1, got 0"),
+    (["--train_batch_size", "0"], "--train_batch_size"),
+    (["--max_train_steps", "-1"], "--max_train_steps"),
+    (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps"),
+    (["--checkpointing_steps", "0"], "--checkpointing_steps"),
+    (["--validation_steps", "0"], "--validation_steps"),
+    (["--learning_rate", "nan"], "--learning_rate"),
+    (["--max_grad_norm", "-1"], "--max_grad_norm"),
+    (["--lipreg_weight", "-1"], "--lipreg_weight must be a finite number, 0 or more, got -1.0"),
+    (["--lipreg_weight", "nan"], "--lipreg_weight"),
+    (["--lipreg_weight", "inf"], "--lipreg_weight"),
+    (["--lipreg_weight", "much"], "--lipreg_weight"),
+    (["--lipreg_text_encoder_weight", "nan"], "--lipreg_text_encoder_weight"),
+    (["--lipreg_reduction", "mean"], "--lipreg_reduction"),
+    (["--lipreg_reduction", "sum"], "--lipreg_weight"),
+    (["--lipreg_teacher_dtype", "int8"], "--lipreg_teacher_dtype"),
+    (["--with_prior_preservation"], "--class_data_dir"),
+    (["--with_prior_preservation", "--class_prompt", "a photo of dog"], "--class_data_dir"),
+    (["--with_prior_preservation", "--class_data_dir", "dogs"], "--class_prompt"),
+    (["--train_text_encoder", "--pre_compute_text_embeddings"], "--pre_compute_text_embeddings"),
+    (["--lr_scheduler", "stairs"], "--lr_scheduler must be one of linear"),
+    (["--lr_scheduler", "piecewise_constant"], "--lr_scheduler"),  # needs rules that no flag gives
+    (["--report_to", "none"], "--report_to must be one of"),
+    (["--report_to", "wandb", "--hub_token", "hf_secret"], "--hub_token"),
+    (["--mixed_precision", "fp8"], "--mixed_precision"),
+    (["--validation_scheduler", "DDIMScheduler"], "--validation_scheduler"),
+]
+
+
+@pytest.mark.parametrize(("flags", "named"), MISTAKES, ids=lambda value: " ".join(value).replace("/", "_")[:60])
+def test_a_mistake_ends_in_one_line(flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(*flags)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ": error: " in line
+    assert named in line
+    assert "hf_secret" not in line
+
+
+@pytest.mark.parametrize("missing", REQUIRED[::2])
+def test_a_missing_flag_is_named_in_one_line(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    index = REQUIRED.index(missing)
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(REQUIRED[:index] + REQUIRED[index + 2 :])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert missing in line
+
+
+def test_prior_preservation_with_both_its_flags_is_fine() -> None:
+    assert parse(*PRIOR).with_prior_preservation

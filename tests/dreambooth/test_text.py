@@ -1,0 +1,129 @@
+"""Prompts to text states, against the tiny pipeline's own CLIP text encoder."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PARITY
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
+
+from diffusers_lipreg.dreambooth.arguments import RunError
+from diffusers_lipreg.dreambooth.text import Prompts, text_encoder_class, tokenize
+
+INSTANCE, CLASS = "a photo of sks dog", "a photo of dog"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(PARITY / "pipeline", subfolder="tokenizer")
+
+
+@pytest.fixture(scope="module")
+def text_encoder() -> CLIPTextModel:
+    return CLIPTextModel.from_pretrained(PARITY / "pipeline", subfolder="text_encoder").requires_grad_(False)
+
+
+def states(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel, prompts: list[str], use_mask: bool = False
+) -> Tensor:
+    """What the text encoder makes of a batch of prompts."""
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+    return text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if use_mask else None)[0]
+
+
+def equal(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_instance_rows_come_before_class_rows(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
+) -> None:
+    expected = states(tokenizer, text_encoder, [INSTANCE, INSTANCE, CLASS, CLASS])
+    assert not torch.equal(expected[1], expected[2])
+    equal(Prompts(tokenizer, [INSTANCE, CLASS], None, use_mask=False).encode(text_encoder, 4), expected)
+
+
+def test_without_class_images_all_rows_are_the_instance_prompt(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
+) -> None:
+    expected = states(tokenizer, text_encoder, [INSTANCE] * 3)
+    equal(Prompts(tokenizer, [INSTANCE], None, use_mask=False).encode(text_encoder, 3), expected)
+
+
+@pytest.mark.parametrize("use_mask", [False, True])
+def test_the_mask_is_used_only_when_asked(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel, use_mask: bool
+) -> None:
+    expected, other = (states(tokenizer, text_encoder, [INSTANCE], mask) for mask in (use_mask, not use_mask))
+    assert not torch.equal(expected, other)
+    prompts = Prompts(tokenizer, [INSTANCE], None, use_mask)
+    equal(prompts.encode(text_encoder, 1), expected)
+    equal(prompts.precompute(text_encoder, torch.device("cpu"))(1), expected)
+
+
+def test_one_precomputed_row_is_the_encoded_one(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
+) -> None:
+    prompts = Prompts(tokenizer, [INSTANCE], None, use_mask=False)
+    equal(prompts.precompute(text_encoder, torch.device("cpu"))(1), prompts.encode(text_encoder, 1))
+
+
+def test_precomputed_batches_have_the_same_blocks(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
+) -> None:
+    prompts = Prompts(tokenizer, [INSTANCE, CLASS], None, use_mask=False)
+    of_batch = prompts.precompute(text_encoder, torch.device("cpu"))
+    for batch_size in (2, 4):
+        torch.testing.assert_close(of_batch(batch_size), prompts.encode(text_encoder, batch_size))
+
+
+def test_precomputed_states_outlive_the_encoder(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
+) -> None:
+    passing = deepcopy(text_encoder).requires_grad_(True)
+    of_batch = Prompts(tokenizer, [INSTANCE], None, use_mask=False).precompute(passing, torch.device("cpu"))
+    expected = states(tokenizer, text_encoder, [INSTANCE])
+    with torch.no_grad():
+        for parameter in passing.parameters():
+            parameter.zero_()
+    equal(of_batch(1), expected)
+    assert not of_batch(1).requires_grad
+
+
+def test_a_trained_encoder_gets_gradients_from_every_row(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
+) -> None:
+    trained = deepcopy(text_encoder).requires_grad_(True)
+    encoded = Prompts(tokenizer, [INSTANCE, CLASS], None, use_mask=False).encode(trained, 2)
+    for row in encoded:
+        trained.zero_grad()
+        row.square().sum().backward(retain_graph=True)
+        assert all(parameter.grad.abs().sum() > 0 for parameter in trained.parameters() if parameter.ndim == 2)
+
+
+@pytest.mark.parametrize(("max_length", "length"), [(None, 77), (4, 4), (9, 9)])
+def test_prompts_are_padded_or_cut(tokenizer: PreTrainedTokenizerBase, max_length: int | None, length: int) -> None:
+    ids, mask = tokenize(tokenizer, CLASS, max_length)
+    alone = tokenizer(CLASS).input_ids
+    assert 4 < len(alone) < 9
+    assert ids.shape == mask.shape == (1, length)
+    if length == 4:
+        assert ids[0].tolist() == [*alone[:3], tokenizer.eos_token_id]
+    else:
+        assert ids[0].tolist() == alone + [tokenizer.pad_token_id] * (length - len(alone))
+    assert mask.sum() == min(length, len(alone))
+
+
+def test_the_text_encoders_class_is_the_pipelines() -> None:
+    assert text_encoder_class(str(PARITY / "pipeline"), None) is CLIPTextModel
+
+
+def test_an_unknown_text_encoder_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "text_encoder").mkdir()
+    config = {"architectures": ["RobertaSeriesModelWithTransformation"]}
+    Path(tmp_path, "text_encoder", "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="RobertaSeriesModelWithTransformation; supported are CLIPTextModel"):
+        text_encoder_class(str(tmp_path), None)

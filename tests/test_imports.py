@@ -1,0 +1,73 @@
+"""Imports go one way: torch <- snapshot, drift <- losses <- callbacks; only scripts join the core and `dreambooth`."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "diffusers_lipreg"
+CORE = {  # beside the standard library; another core module states here what it needs
+    "snapshot.py": {"torch"},
+    "drift.py": {"torch"},
+    "losses.py": {"torch", "diffusers_lipreg.drift", "diffusers_lipreg.snapshot"},
+    "callbacks.py": {
+        "torch",
+        "transformers",
+        "diffusers_lipreg.drift",
+        "diffusers_lipreg.losses",
+        "diffusers_lipreg.snapshot",
+    },
+    "__init__.py": {"diffusers_lipreg.callbacks", "diffusers_lipreg.losses", "diffusers_lipreg.snapshot"},
+}
+
+
+def imports(source: str, package: str) -> set[str]:
+    """All that a module of `package` imports: the package's own modules by their full names, others by their first."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            is_folder = (ROOT / base.replace(".", "/")).is_dir()  # then each name may be a module of it
+            found |= {f"{base}.{alias.name}" for alias in node.names} if is_folder else {base}
+    return {name if name.startswith("diffusers_lipreg") else name.split(".")[0] for name in found}
+
+
+def imports_of(path: Path) -> set[str]:
+    return imports(path.read_text(), ".".join(path.parent.relative_to(ROOT).parts))
+
+
+@pytest.mark.parametrize(
+    ("statement", "found"),
+    [
+        ("import torch.nn as nn, os", {"torch", "os"}),
+        ("def f():\n    from torchvision.io import read_image", {"torchvision"}),
+        ("from .data import list_images", {"diffusers_lipreg.dreambooth.data"}),
+        ("from . import data, prior", {"diffusers_lipreg.dreambooth.data", "diffusers_lipreg.dreambooth.prior"}),
+        ("from .. import drift", {"diffusers_lipreg.drift"}),
+        ("from ..losses import LipschitzDriftLoss", {"diffusers_lipreg.losses"}),
+        ("from diffusers_lipreg import TeacherSnapshot", {"diffusers_lipreg.TeacherSnapshot"}),
+    ],
+)
+def test_every_form_of_import_is_found(statement, found):
+    assert imports(statement, "diffusers_lipreg.dreambooth") == found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+def test_core_imports_torch_and_what_stands_before_it(path):
+    assert imports_of(path) - sys.stdlib_module_names <= CORE[path.name]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("dreambooth/**/*.py")), ids=lambda path: path.name)
+def test_dreambooth_never_imports_the_core(path):
+    ours = {name for name in imports_of(path) if name.startswith("diffusers_lipreg")}
+    assert all(name.startswith("diffusers_lipreg.dreambooth.") for name in ours)
+
+
+@pytest.mark.parametrize("path", [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")], ids=lambda path: path.name)
+def test_nothing_needs_torchvision(path):
+    assert "torchvision" not in imports_of(path)

@@ -1,0 +1,49 @@
+"""What the README shows is what the package does."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train_dreambooth_lipreg
+from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
+
+README = (ROOT / "README.md").read_text()
+BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
+
+
+@pytest.mark.parametrize("line", [line for line in BASH.splitlines() if "train_dreambooth_lipreg.py" in line])
+def test_commands_parse(line):
+    arguments = shlex.split(line.replace("...", "--instance_data_dir x --instance_prompt x "
+                                         "--pretrained_model_name_or_path x"))  # fmt: skip
+    train_dreambooth_lipreg.parse_args(arguments[arguments.index("train_dreambooth_lipreg.py") + 1 :])
+
+
+def test_the_offline_command_finds_its_files():
+    for path in re.findall(r"tests/[\w/.]+", BASH):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_tables_defaults_are_the_scripts():
+    required = "--pretrained_model_name_or_path m --instance_data_dir d --instance_prompt p".split()
+    args = train_dreambooth_lipreg.parse_args(required)
+    assert f"| `--lipreg_weight` | {args.lipreg_weight:g} |" in README
+    assert f"| `--lipreg_reduction` | `{args.lipreg_reduction}` |" in README
+
+
+def test_the_diffs_lines_run():
+    """The lines marked + in the diff, executed around a loop of one step."""
+    added = [line[1:] for line in re.search(r"```diff\n(.*?)```", README, re.S)[1].splitlines() if line.startswith("+")]
+    assert len(added) == 3
+    unet = torch.nn.Linear(2, 1)
+    scope = {"unet": unet}
+    exec("\n".join(added[:2]), scope)
+    assert isinstance(scope["drift_loss"], LipschitzDriftLoss) and isinstance(scope["TeacherSnapshot"], type)
+    assert scope["TeacherSnapshot"] is TeacherSnapshot
+    unet.weight.data += 1
+    exec(added[2].strip(), scope)
+    torch.testing.assert_close(unet.weight.grad, torch.full((1, 2), 2 * 500 / 2.0))
+
+
