@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import PARITY
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_lipreg.dreambooth.arguments import RunError
 from diffusers_lipreg.dreambooth.text import Prompts, text_encoder_class, tokenize
@@ -38,9 +38,7 @@ def equal(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_instance_rows_come_before_class_rows(
-    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
-) -> None:
+def test_instance_rows_come_before_class_rows(tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel) -> None:
     expected = states(tokenizer, text_encoder, [INSTANCE, INSTANCE, CLASS, CLASS])
     assert not torch.equal(expected[1], expected[2])
     equal(Prompts(tokenizer, [INSTANCE, CLASS], None, use_mask=False).encode(text_encoder, 4), expected)
@@ -117,13 +115,30 @@ def test_prompts_are_padded_or_cut(tokenizer: PreTrainedTokenizerBase, max_lengt
     assert mask.sum() == min(length, len(alone))
 
 
+# Which text encoder
+
+
 def test_the_text_encoders_class_is_the_pipelines() -> None:
     assert text_encoder_class(str(PARITY / "pipeline"), None) is CLIPTextModel
 
 
+def with_text_encoder(folder: Path, name: str) -> str:
+    Path(folder, "text_encoder").mkdir()
+    Path(folder, "text_encoder", "config.json").write_text(json.dumps({"architectures": [name]}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "RobertaSeriesModelWithTransformation"],
+)
+def test_official_text_encoders_are_known(tmp_path: Path, name: str) -> None:
+    found = text_encoder_class(with_text_encoder(tmp_path, name), None)
+    assert found.__name__ == name
+    assert issubclass(found, PreTrainedModel)
+
+
 def test_an_unknown_text_encoder_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "text_encoder").mkdir()
-    config = {"architectures": ["RobertaSeriesModelWithTransformation"]}
-    Path(tmp_path, "text_encoder", "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match="RobertaSeriesModelWithTransformation; supported are CLIPTextModel"):
-        text_encoder_class(str(tmp_path), None)
+    model = with_text_encoder(tmp_path, "ChatGLMModel")
+    with pytest.raises(RunError, match="its text_encoder is a ChatGLMModel; supported are CLIPTextModel"):
+        text_encoder_class(model, None)

@@ -1,0 +1,222 @@
+"""The model card and what goes to the Hub: enough to use the result, nothing that is nobody's business."""
+
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import flags
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
+
+from diffusers_lipreg.dreambooth.hub import ignored_files, model_card, save_card
+from diffusers_lipreg.dreambooth.runtime import tracker_config
+from train_dreambooth_lipreg import parse_args
+
+REPO = "alice/sks-dog"
+TAGS = ["text-to-image", "dreambooth", "stable-diffusion"]
+PENALTY = {"lipreg_weight": "500", "lipreg_reduction": "tensor_mean", "drift_relative": "0.0123"}
+
+
+def arguments(*more: str) -> Namespace:
+    return parse_args(flags("out", "--pretrained_model_name_or_path", "org/sd-1.5", *more))
+
+
+def card(*more: str, penalty: dict[str, str] = PENALTY, images: int = 0) -> ModelCard:
+    return model_card(arguments(*more), REPO, penalty, TAGS, [Image.new("RGB", (8, 8))] * images)
+
+
+def metadata(card: ModelCard) -> dict[str, Any]:
+    """The card's head as the Hub reads it."""
+    _, head, _ = str(card).split("---\n", 2)
+    return yaml.safe_load(head)
+
+
+# The card's head
+
+
+def test_metadata() -> None:
+    assert metadata(card()) == {
+        "base_model": "org/sd-1.5",
+        "inference": True,
+        "instance_prompt": "a photo of sks dog",
+        "library_name": "diffusers",
+        "license": "creativeml-openrail-m",
+        "pipeline_tag": "text-to-image",
+        "tags": TAGS,
+    }
+
+
+@pytest.mark.parametrize(
+    "prompt", ['a "sks" dog: [it]', "a dog # sks", "'tis a dog", "- dog", "ein grüner Hund", "犬"]
+)
+def test_any_prompt_survives_the_metadata(prompt: str) -> None:
+    assert metadata(card("--instance_prompt", prompt))["instance_prompt"] == prompt
+
+
+@pytest.mark.parametrize("base", ["org/sd-1.5", "org_1/Model.v2", "gpt2"])
+def test_a_base_model_on_the_hub_is_named(base: str) -> None:
+    assert metadata(card("--pretrained_model_name_or_path", base))["base_model"] == base
+    assert base in card("--pretrained_model_name_or_path", base).content
+
+
+@pytest.mark.parametrize(
+    "spelling", ["{folder}", "{folder}/", "models/my-sd", "./models/my-sd", "models/../models/my-sd"]
+)
+def test_a_local_base_model_is_no_base_model_and_only_its_name_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    folder = tmp_path / "models" / "my-sd"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    local = card("--pretrained_model_name_or_path", spelling.format(folder=folder))
+    assert "base_model" not in metadata(local)
+    assert "This is my-sd taught a subject" in local.content
+    assert str(tmp_path) not in local.content
+    assert "models/" not in local.content
+
+
+@pytest.mark.xfail(strict=True, reason="Path('.').name is empty")
+def test_the_working_directory_as_base_model_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-sd").mkdir()
+    monkeypatch.chdir(tmp_path / "my-sd")
+    assert "This is my-sd taught" in card("--pretrained_model_name_or_path", ".").content
+
+
+# The card's body
+
+
+def test_the_penalty_is_a_table() -> None:
+    rows = [f"| {name} | {value} |" for name, value in PENALTY.items()]
+    assert "\n".join(["| penalty | |", "|---|---|", *rows]) in card().text
+
+
+def test_without_a_penalty_the_card_does_not_mention_one() -> None:
+    assert "penalty" not in card(penalty={}).content
+    assert "arxiv.org" not in card(penalty={}).content
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [([], "The text encoder was not trained."), (["--train_text_encoder"], "The text encoder was trained, too.")],
+)
+def test_the_card_says_whether_the_text_encoder_was_trained(flag: list[str], sentence: str) -> None:
+    assert sentence in card(*flag).text
+
+
+def code(card: ModelCard) -> str:
+    return card.text.split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a photo of sks dog",
+        "it's sks",
+        pytest.param(
+            'a "sks" dog',
+            marks=pytest.mark.xfail(strict=True, reason="the prompt is quoted by hand", raises=SyntaxError),
+        ),
+    ],
+)
+def test_the_code_in_the_card_is_code(prompt: str) -> None:
+    text = code(card("--instance_prompt", prompt))
+    assert f'from_pretrained("{REPO}")' in text
+    assert prompt in compile(text, "card", "exec").co_consts
+
+
+def test_images_are_saved_beside_the_card_that_shows_them(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    args = arguments("--validation_prompt", "sks dog in a bucket")
+    written = model_card(args, REPO, PENALTY, TAGS, images)
+    save_card(written, images, str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "image_0.png", "image_1.png"}
+    assert Image.open(tmp_path / "image_1.png").getpixel((0, 0)) == (0, 0, 255)
+    loaded = ModelCard.load(tmp_path / "README.md")
+    assert loaded.data.to_dict() == written.data.to_dict()
+    for text in ("sks dog in a bucket", "(./image_0.png)", "(./image_1.png)"):
+        assert text in loaded.text
+    assert "image_2" not in loaded.text
+
+
+def test_a_card_without_images_shows_none() -> None:
+    assert "![" not in card().text
+
+
+# Secrets
+
+
+def test_the_token_stays_where_it_is() -> None:
+    secret = ["--push_to_hub", "--hub_token", "hf_secret", "--hub_model_id", REPO, "--validation_prompt", "a dog"]
+    assert "hf_secret" not in str(card(*secret, images=1))
+    config = tracker_config(arguments(*secret))
+    assert "hub_token" not in config
+    assert "hf_secret" not in repr(config)
+
+
+def test_trackers_get_all_other_flags_that_they_can_take() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        args = arguments("--validation_images", "a.png", "b.png")
+    assert tracker_config(args).keys() == vars(args).keys() - {"hub_token", "validation_images"}
+    assert all(isinstance(value, (str, int, float, bool, type(None))) for value in tracker_config(args).values())
+
+
+# What is uploaded
+
+RESULT = [
+    "README.md",
+    "image_0.png",
+    "model_index.json",
+    "feature_extractor/preprocessor_config.json",
+    "safety_checker/model.safetensors",
+    "scheduler/scheduler_config.json",
+    "text_encoder/model-00001-of-00002.safetensors",
+    "text_encoder/model.safetensors.index.json",
+    "tokenizer/merges.txt",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+]
+STATE = [
+    "checkpoint-500/optimizer.bin",
+    "checkpoint-500/sampler_state.pt",
+    "checkpoint-500/unet/diffusion_pytorch_model.safetensors",
+    "checkpoint-1000/random_states_0.pkl",
+    ".checkpoint-1500.partial/optimizer.bin",
+    ".checkpoint-1500.partial/unet/config.json",
+    ".cache/huggingface/upload/README.md.metadata",
+    ".DS_Store",
+]
+LOGS = ["dreambooth/events.out.tfevents.1763698000.host.1.0", "dreambooth/1763698000.1/hparams.yml"]
+
+
+def uploaded(args: Namespace, files: list[str]) -> list[str]:
+    return list(filter_repo_objects(files, ignore_patterns=ignored_files(args)))
+
+
+@pytest.mark.parametrize(
+    ("logging_dir", "folder"),
+    [
+        ("logs", "logs"),
+        ("logs/", "logs"),
+        ("./logs", "logs"),
+        ("runs/first", "runs/first"),
+        pytest.param(
+            "{output}/logs", "logs", marks=pytest.mark.xfail(strict=True, reason="an absolute path matches no file")
+        ),
+    ],
+)
+def test_only_the_result_is_uploaded(tmp_path: Path, logging_dir: str, folder: str) -> None:
+    args = arguments("--output_dir", str(tmp_path), "--logging_dir", logging_dir.format(output=tmp_path))
+    logs = [Path(folder, log).as_posix() for log in LOGS]
+    assert uploaded(args, RESULT + STATE + logs) == RESULT
+
+
+def test_logs_elsewhere_do_not_hide_results(tmp_path: Path) -> None:
+    args = arguments("--output_dir", str(tmp_path / "out"), "--logging_dir", str(tmp_path / "logs"))
+    assert uploaded(args, RESULT + STATE) == RESULT
