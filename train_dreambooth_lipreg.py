@@ -14,27 +14,25 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import file_exists
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from diffusers_lipreg import TeacherSnapshotCallback
+from diffusers_lipreg import AdapterSnapshot
 from diffusers_lipreg.dreambooth import (
     arguments,
     checkpoints,
     data,
     hub,
+    lora,
     optimization,
     prior,
     runtime,
@@ -42,46 +40,53 @@ from diffusers_lipreg.dreambooth import (
     validation,
 )
 from diffusers_lipreg.drift import REDUCTIONS
+from diffusers_lipreg.penalties import card_facts, take_teachers
 
 logger = get_logger(__name__)
 
 
-def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = arguments.OneLineParser(description="DreamBooth for Stable Diffusion without distributional drift.")
     arguments.add_shared_arguments(
         parser, output_dir="dreambooth-model", resolution=512, learning_rate=5e-6, weight_decay=1e-2
     )
     arguments.add_sd_arguments(parser)
-    arguments.add_lipreg_arguments(parser, weight=500.0, reduction="tensor_mean", reductions=REDUCTIONS)
+    arguments.add_sd_adapter_arguments(parser)
+    reductions = (*REDUCTIONS, *AdapterSnapshot.reductions)
+    arguments.add_lipreg_arguments(parser, weight=500.0, reduction="tensor_mean", reductions=reductions)
+    return parser
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = build_parser()
+    if parser.parse_known_args(input_args)[0].rank is not None:  # the paper's for adapters
+        parser.set_defaults(lipreg_weight=1e-7, lipreg_reduction="factors")
     args = arguments.parse(parser, input_args)
     arguments.check_sd(parser, args)
+    fitting = REDUCTIONS if args.rank is None else AdapterSnapshot.reductions
+    if args.lipreg_reduction not in fitting:
+        kind = "full fine-tuning" if args.rank is None else "--rank"
+        parser.error(f"--lipreg_reduction {args.lipreg_reduction} is not for {kind}: choose {' or '.join(fitting)}")
     return args
 
 
 class Models:
-    """The pipeline's parts that training needs."""
+    """The pipeline's parts that training needs; what is trained is so whole, or with `--rank` by adapters."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator) -> None:
         source = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
         weights = {**source, "variant": args.variant}
         text_encoder_class = text.text_encoder_class(args.pretrained_model_name_or_path, args.revision)
         if args.tokenizer_name:
             self.tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
         else:
-            self.tokenizer = AutoTokenizer.from_pretrained(**source, subfolder="tokenizer")
+            self.tokenizer = text.load_tokenizer(args.pretrained_model_name_or_path, args.revision)
         self.noise_scheduler = DDPMScheduler.from_pretrained(**source, subfolder="scheduler")
         self.text_encoder = text_encoder_class.from_pretrained(**weights, subfolder="text_encoder")
-        # Pipelines that diffuse pixels, such as DeepFloyd IF, have no VAE.
         self.vae = AutoencoderKL.from_pretrained(**weights, subfolder="vae") if has_vae(args) else None
         self.unet = UNet2DConditionModel.from_pretrained(**weights, subfolder="unet")
         self.unet_channels = self.unet.config.in_channels
-        self.train_text_encoder = args.train_text_encoder
-
-        for model in (self.text_encoder, self.vae):
-            if model is not None:
-                model.requires_grad_(False)
-        for model in self.trained.values():
-            model.float().requires_grad_(True)
+        self.trained_names = ["unet", "text_encoder"] if args.train_text_encoder else ["unet"]
         if args.enable_xformers_memory_efficient_attention:
             self.unet.enable_xformers_memory_efficient_attention()
         if args.gradient_checkpointing:
@@ -89,40 +94,41 @@ class Models:
             if args.train_text_encoder:
                 self.text_encoder.gradient_checkpointing_enable()
 
+        for model in (self.text_encoder, self.vae):
+            if model is not None:
+                model.requires_grad_(False)
+        if args.rank is None:
+            for model in self.trained.values():
+                model.float().requires_grad_(True)
+        else:
+            for model in self.trained.values():
+                model.to(accelerator.device, dtype=runtime.weight_dtype(accelerator))
+            lora.add_adapters(args, self.trained, alpha=args.lora_alpha or args.rank)
+
     @property
     def trained(self) -> dict[str, nn.Module]:
         """The models whose weights change, by name."""
-        return {name: getattr(self, name) for name in ("unet", *(["text_encoder"] if self.train_text_encoder else []))}
+        return {name: getattr(self, name) for name in self.trained_names}
 
-    def prepare(self, accelerator: Accelerator, *others: Any) -> Sequence[Any]:
-        """Hands the trained models and the others to the accelerator, moves the frozen ones; returns the others."""
-        trained = list(self.trained)
-        prepared = accelerator.prepare(*self.trained.values(), *others)
-        for name, model in zip(trained, prepared, strict=False):
-            setattr(self, name, model)
-        for name in {"vae", "text_encoder"} - set(trained):
+    def place_frozen(self, accelerator: Accelerator) -> None:
+        for name in {"vae", "text_encoder"} - set(self.trained_names):
             if getattr(self, name) is not None:
                 getattr(self, name).to(accelerator.device, dtype=runtime.weight_dtype(accelerator))
-        return prepared[len(trained) :]
 
 
 def has_vae(args: argparse.Namespace) -> bool:
-    if Path(args.pretrained_model_name_or_path).is_dir():
-        return Path(args.pretrained_model_name_or_path, "vae", "config.json").is_file()
-    return file_exists(args.pretrained_model_name_or_path, "vae/config.json", revision=args.revision)
-
-
-def encode_images(vae: AutoencoderKL | None, pixels: torch.Tensor) -> torch.Tensor:
-    """Latents (B, 4, H/8, W/8) of pixels (B, 3, H, W); the pixels themselves without a VAE."""
-    if vae is None:
-        return pixels
-    return vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+    """Whether the pipeline's index, fetched at the start, names a VAE; those that diffuse pixels do not."""
+    index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    return index.get("vae", [None, None])[0] is not None
 
 
 def encode_prompts(
     args: argparse.Namespace, models: Models, device: torch.device
 ) -> tuple[text.TextStates, dict[str, Any]]:
     """The text states of a batch by its size, and what a pipeline takes for the validation prompt."""
+    limit = getattr(models.text_encoder.config, "max_position_embeddings", math.inf)
+    if (args.tokenizer_max_length or 0) > limit:
+        raise arguments.RunError(f"--tokenizer_max_length {args.tokenizer_max_length}: the text encoder takes {limit}.")
     options = {"max_length": args.tokenizer_max_length, "use_mask": args.text_encoder_use_attention_mask}
     prompts = [args.instance_prompt, *([args.class_prompt] if args.with_prior_preservation else [])]
     encoder = text.Prompts(models.tokenizer, prompts, **options)
@@ -144,23 +150,6 @@ def encode_prompts(
     return of_batch, validation_prompt
 
 
-def take_teachers(args: argparse.Namespace, trained: dict[str, nn.Module]) -> dict[str, TeacherSnapshotCallback]:
-    """The penalty of each trained model, with its teacher; none where the weight is 0."""
-    weights = {"unet": args.lipreg_weight, "text_encoder": args.lipreg_text_encoder_weight}
-    penalties = {}
-    for name in trained:
-        if weights[name] > 0:
-            penalties[name] = TeacherSnapshotCallback(
-                weights[name],
-                args.lipreg_reduction,
-                dtype=runtime.DTYPES[args.lipreg_teacher_dtype],
-                device=args.lipreg_teacher_device,
-                prefix="" if name == "unet" else f"{name}_",
-            )
-            penalties[name].on_train_begin(model=trained[name])
-    return penalties
-
-
 def validate(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, prompt: dict[str, Any], step: int
 ) -> list[Image.Image]:
@@ -177,41 +166,32 @@ def validate(
         **({} if models.vae is None else {"vae": models.vae}),
     )
     validation.set_scheduler(pipeline, args.validation_scheduler)
-    images = validation.sample_images(args, accelerator, pipeline, prompt)
+    images = validation.sample_images(args, accelerator, pipeline, prompt, steps=25)
     validation.log_images(accelerator, images, args.validation_prompt, step)
     return images
 
 
-def save(args: argparse.Namespace, accelerator: Accelerator, models: Models) -> DiffusionPipeline:
-    """Writes the pipeline with the trained weights into the output folder."""
-    trained = {name: checkpoints.unwrap(accelerator, model) for name, model in models.trained.items()}
-    if args.skip_save_text_encoder:
-        trained["text_encoder"] = None
-    pipeline = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, **trained
-    )
+def save(args: argparse.Namespace, models: dict[str, nn.Module]) -> dict[str, str]:
+    """Writes the pipeline with the trained weights, or the adapters, into the output folder; says what is notable."""
+    if args.rank is not None:
+        scale = (args.lora_alpha or args.rank) / args.rank
+        lora.save_adapters(StableDiffusionPipeline, args.output_dir, lora.adapter_weights(models, scale))
+        return {}
+    source = {"revision": args.revision, "variant": args.variant}
+    parts = dict(models, text_encoder=None) if args.skip_save_text_encoder else models
+    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **source, **parts)
     validation.set_scheduler(pipeline)
     pipeline.save_pretrained(args.output_dir)
-    return pipeline
-
-
-def publish(
-    args: argparse.Namespace,
-    repo_id: str,
-    pipeline: DiffusionPipeline,
-    penalties: dict[str, TeacherSnapshotCallback],
-    images: list[Image.Image],
-) -> None:
-    """Pushes the saved pipeline with its model card to the Hub."""
-    family = "stable-diffusion" if isinstance(pipeline, StableDiffusionPipeline) else "if"
-    tags = ["text-to-image", "dreambooth", "diffusers-training", family, f"{family}-diffusers", "lipschitz-drift"]
-    facts = {}
-    for penalty in penalties.values():
-        facts[f"lipreg_{penalty.prefix}weight"] = f"{penalty.weight:g}"
-        facts["lipreg_reduction"] = penalty.reduction
-        facts[f"{penalty.prefix}drift_relative"] = f"{penalty.logs[penalty.prefix + 'drift_relative']:.3g}"
-    hub.save_card(hub.model_card(args, repo_id, facts, tags, images), images, args.output_dir)
-    hub.upload(args, repo_id)
+    if args.extract_lora_rank is None:
+        return {}
+    pretrained = {
+        name: type(model).from_pretrained(args.pretrained_model_name_or_path, subfolder=name, **source)
+        for name, model in models.items()
+    }
+    weights, kept = lora.extract_adapters(models, pretrained, args.extract_lora_rank)
+    lora.save_adapters(StableDiffusionPipeline, args.output_dir, weights)
+    logger.info(f"The adapters of rank {args.extract_lora_rank} keep {kept:.1%} of the squared drift.")
+    return {"extract_lora_rank": str(args.extract_lora_rank), "squared drift kept by these adapters": f"{kept:.1%}"}
 
 
 def denoising_loss(
@@ -245,30 +225,39 @@ def main(args: argparse.Namespace) -> None:
     accelerator = runtime.start_accelerator(args)
     instance_images = data.find_instance_images(args.instance_data_dir)
     runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision)
-    runtime.check_output_dir(args.output_dir)
-    checkpoint = checkpoints.find(args.output_dir, args.resume_from_checkpoint)
-    repo_id = hub.create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+    checkpoint, repo_id = runtime.open_output(args, accelerator)
     class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
 
-    models = Models(args)
+    with runtime.loading(args):
+        models = Models(args, accelerator)
+    bare = models.trained
     text_states, validation_prompt = encode_prompts(args, models, accelerator.device)
-    dataset = data.DreamBoothDataset(
-        instance_images, class_images, data.PhotoTransform(args.resolution, args.center_crop)
-    )
-    sampler = data.ResumableBatchSampler(dataset, args.train_batch_size)
-    loader = DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=data.collate, num_workers=args.dataloader_num_workers
-    )
+    transform = data.PhotoTransform(args.resolution, args.center_crop)
+    dataset = data.DreamBoothDataset(instance_images, class_images, transform)
+    sampler, loader = data.make_loader(args, dataset, data.collate)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
-    parameters = [parameter for model in models.trained.values() for parameter in model.parameters()]
+    parameters = [p for model in bare.values() for p in model.parameters() if p.requires_grad]
     optimizer = optimization.create_adamw(args, parameters)
     lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
-    checkpoints.save_models_by_name(accelerator, models.trained)
-    optimizer, loader, lr_scheduler = models.prepare(accelerator, optimizer, loader, lr_scheduler)
+    if args.rank is None:
+        save_models, load_models = partial(checkpoints.save_models, bare), partial(checkpoints.load_models, bare)
+    else:
+        save_models, load_models = lora.checkpoint_functions(StableDiffusionPipeline, bare)
+    checkpoints.write_models_with(accelerator, save_models, load_models)
+    optimizer, loader, lr_scheduler = runtime.prepare(
+        accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
+    )
+    models.place_frozen(accelerator)
     accelerator.init_trackers("dreambooth", config=runtime.tracker_config(args))
 
-    penalties = take_teachers(args, models.trained)  # the pretrained model: taken before a checkpoint is loaded
+    penalties = take_teachers(  # of the pretrained model: before a checkpoint is loaded
+        models.trained,
+        {"unet": args.lipreg_weight, "text_encoder": args.lipreg_text_encoder_weight},
+        args.lipreg_reduction,
+        dtype=runtime.DTYPES[args.lipreg_teacher_dtype],
+        device=args.lipreg_teacher_device,
+    )
     step = 0 if checkpoint is None else checkpoints.load(accelerator, sampler, checkpoint, updates_per_epoch)
     first_epoch = step // updates_per_epoch
     if step >= args.max_train_steps:
@@ -318,9 +307,20 @@ def main(args: argparse.Namespace) -> None:
         penalty.on_train_end(model=models.trained[name])
         logger.info(f"Final drift: {penalty.logs}")
     if accelerator.is_main_process:
-        pipeline = save(args, accelerator, models)
+        facts = card_facts(penalties.values()) | save(args, bare)
         if args.push_to_hub:
-            publish(args, repo_id, pipeline, penalties, images)
+            family = "stable-diffusion" if models.vae is not None else "if"
+            kind = ["lora" if not args.use_dora else "dora", "template:sd-lora"] if args.rank is not None else []
+            tags = ["text-to-image", "dreambooth", "diffusers-training", family, f"{family}-diffusers", *kind]
+            hub.publish(
+                args,
+                repo_id,
+                images,
+                license="creativeml-openrail-m",
+                tags=[*tags, "lipschitz-drift"],
+                penalty=facts,
+                adapters=args.rank is not None,
+            )
     accelerator.end_training()
 
 

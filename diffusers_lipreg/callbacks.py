@@ -2,6 +2,7 @@
 
 # Events require their model or logs by keyword, and the Trainer passes both:
 # mypy: disable-error-code="override"
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
-from .drift import Drift, Reduction
+from .adapters import AdapterSnapshot
+from .drift import Drift
 from .losses import LipschitzDriftLoss
 from .snapshot import TeacherSnapshot
 
@@ -25,24 +27,23 @@ class TeacherSnapshotCallback(TrainerCallback):
     for it loads a checkpoint before `on_train_begin`. It clips **before** it calls `on_pre_optimizer_step`, so the
     penalty's gradient is not clipped there; the scripts of this package add first, then clip the whole. It hands the
     logs to its reporting integrations before other callbacks see them: the drift is in `state.log_history` and on the
-    console, not in TensorBoard.
+    console, not in TensorBoard. Under fp16 give it a `max_grad_norm`: old ones unscale gradients only when they clip.
 
     The logs get `drift` (as the reduction defines it), `drift_relative` (||theta - theta_0|| / ||theta_0||) and
     `loss_drift` (weight * drift), all as they were before the last update; after `on_train_end`, as they are.
 
     Args:
         weight, reduction: As for `LipschitzDriftLoss`.
-        names, dtype, device: As for `TeacherSnapshot`.
+        names, dtype, device: As for `TeacherSnapshot`; an adapter's teacher has no use for them.
         prefix: Put before each key in the logs, to tell two models apart.
 
-    Raises:
-        ValueError: As the two classes do; a step or the end without a teacher; a run that resumes without one.
+    Raises ValueError as the two classes do, for a step without a teacher, and for a run that resumes without one.
     """
 
     def __init__(
         self,
         weight: float,
-        reduction: Reduction,
+        reduction: str,
         *,
         names: Iterable[str] | None = None,
         dtype: torch.dtype | None = None,
@@ -69,13 +70,15 @@ class TeacherSnapshotCallback(TrainerCallback):
         if self._last is None:
             return {}
         value, squared_distance = (float(tensor) for tensor in self._last)
-        relative = (squared_distance / self.loss.snapshot.squared_norm) ** 0.5
+        relative = (squared_distance / max(self.loss.snapshot.squared_norm, sys.float_info.min)) ** 0.5
         logs = {"loss_drift": self.weight * value, "drift": value, "drift_relative": relative}
         return {self.prefix + key: number for key, number in logs.items()}
 
     def on_init_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
         """The Trainer is built, its model still pretrained: take the teacher."""
-        self._loss = LipschitzDriftLoss(TeacherSnapshot(model, **self._options), self.weight, self.reduction)
+        of_adapters = self.reduction in AdapterSnapshot.reductions
+        snapshot = AdapterSnapshot(model) if of_adapters else TeacherSnapshot(model, **self._options)
+        self._loss = LipschitzDriftLoss(snapshot, self.weight, self.reduction)
 
     def on_train_begin(
         self, args: Any = None, state: TrainerState | None = None, control: Any = None, *, model: nn.Module, **_: Any

@@ -11,33 +11,32 @@ Models without Distributional Drift", ICLR 2026, arXiv 2505.19519.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Reduction = Literal["sum", "tensor_mean"]
-REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+REDUCTIONS = ("sum", "tensor_mean")
 
-# Elements handled at a time, so that scratch memory stays at 16 MiB of float32 however large a tensor is.
+# Elements handled at a time (or one row, if that is longer): 16 MiB of float32 as scratch, however large a tensor is.
 SLICE_ELEMENTS = 2**22
 
 
 class Drift(NamedTuple):
-    """How far parameters are from their teacher, as two float32 scalars on the parameters' device."""
+    """How far parameters are from their teacher, as two scalars, float32 or wider, on the parameters' device."""
 
     value: Tensor  # as the reduction defines it
     squared_distance: Tensor  # ||theta - theta_0||^2 over all elements, whatever the reduction
 
 
-def _coefficient(parameter: Tensor, reduction: Reduction) -> float:
+def _coefficient(parameter: Tensor, reduction: str) -> float:
     """What a squared difference in this tensor counts for."""
     return 1.0 / max(1, parameter.numel()) if reduction == "tensor_mean" else 1.0
 
 
 def _difference(parameter: Tensor, teacher: Tensor) -> Tensor:
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return parameter.to(dtype) - teacher.to(device=parameter.device, dtype=dtype, non_blocking=True)
+    return parameter.to(dtype) - teacher.to(device=parameter.device, dtype=dtype, non_blocking=parameter.device.type != "cpu")
 
 
 def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -63,14 +62,14 @@ def _total(terms: list[Tensor]) -> Tensor:
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
-def drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: Reduction) -> Tensor:
+def drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str) -> Tensor:
     """The drift as a scalar to differentiate; `pairs` are parameter and teacher, of equal shape."""
     return _total([_difference(*pair).square().sum() * _coefficient(pair[0], reduction) for pair in pairs])
 
 
 @torch.no_grad()
 def add_drift_gradient_(
-    pairs: Iterable[tuple[Tensor, Tensor]], reduction: Reduction, weight: float, scale: float = 1.0
+    pairs: Iterable[tuple[Tensor, Tensor]], reduction: str, weight: float, scale: float = 1.0
 ) -> Drift:
     """Adds d(weight * drift)/d(theta) to every parameter's `.grad` and returns the drift, in one pass.
 
@@ -91,8 +90,3 @@ def add_drift_gradient_(
         squares.append(_squared_distance(parameter, teacher, gradient, 2.0 * scale * weight * coefficient))
         values.append(squares[-1] * coefficient)
     return Drift(_total(values), _total(squares))
-
-
-def measure_drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: Reduction) -> Drift:
-    """The drift alone, in slices."""
-    return add_drift_gradient_(pairs, reduction, weight=0.0)

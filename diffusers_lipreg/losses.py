@@ -4,7 +4,8 @@ import math
 
 from torch import Tensor, nn
 
-from .drift import REDUCTIONS, Drift, Reduction, add_drift_gradient_, drift, measure_drift
+from .adapters import AdapterSnapshot
+from .drift import Drift
 from .snapshot import TeacherSnapshot
 
 
@@ -20,39 +21,37 @@ class LipschitzDriftLoss(nn.Module):
     before clipping, once per optimizer step, `drift_loss.add_gradient_(unet)`, which builds no graph.
 
     Args:
-        snapshot: The teacher theta_0.
+        snapshot: The teacher theta_0; of a model that is trained by adapters, where they start.
         weight: The paper's lambda: a finite number, 0 or more. It means nothing without its reduction: the published
             500 is for `tensor_mean`; with `sum` it would be about a million times stronger on SD1.5.
-        reduction: `sum` (the paper's Algorithm 1) or `tensor_mean` (the authors' released code).
+        reduction: Of a `TeacherSnapshot`, `sum` (Algorithm 1) or `tensor_mean` (the authors' released code); of an
+            `AdapterSnapshot`, `product` (`sum` of the merged weights) or `factors` (the released code).
 
     Raises:
-        ValueError: A weight that is negative or not finite, or an unknown reduction.
+        ValueError: A weight that is negative or not finite, or a reduction that the snapshot does not have.
     """
 
-    def __init__(self, snapshot: TeacherSnapshot, weight: float, reduction: Reduction) -> None:
+    def __init__(self, snapshot: TeacherSnapshot | AdapterSnapshot, weight: float, reduction: str) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be a finite number, 0 or more, got {weight}.")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
+        if reduction not in snapshot.reductions:
+            raise ValueError(f"reduction must be one of {', '.join(snapshot.reductions)}, got {reduction!r}.")
         self.snapshot = snapshot
         self.weight = weight
         self.reduction = reduction
 
     def forward(self, module: nn.Module) -> Tensor:
         """The penalty of `module` against the teacher: a scalar, float32 or wider, that carries a gradient."""
-        return self.weight * drift(self.snapshot.pairs(module), self.reduction)
+        return self.weight * self.snapshot.drift(module, self.reduction)
 
     def add_gradient_(self, module: nn.Module, *, scale: float = 1.0) -> Drift:
         """Adds the penalty's gradient to those of `module`, complete by now (accumulated, averaged over ranks).
 
         `scale`: what they still carry, `scaler.get_scale()` under fp16 before unscaling. Returns the drift it met.
         """
-        return add_drift_gradient_(self.snapshot.pairs(module), self.reduction, self.weight, scale)
+        return self.snapshot.add_gradient_(module, self.reduction, self.weight, scale)
 
     def measure(self, module: nn.Module) -> Drift:
         """The drift of `module` from the teacher, without weight and without gradient."""
-        return measure_drift(self.snapshot.pairs(module), self.reduction)
-
-    def extra_repr(self) -> str:
-        return f"weight={self.weight:g}, reduction={self.reduction}"
+        return self.snapshot.add_gradient_(module, self.reduction, weight=0.0)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift
+
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters under the bare module's names, whatever `DistributedDataParallel` or `torch.compile` put around."""
@@ -16,8 +18,10 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
             module = module.module
         elif isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
             module = compiled
-        else:  # submodules that were compiled one by one have the wrapper's name inside theirs
-            return {name.replace("_orig_mod.", ""): parameter for name, parameter in module.named_parameters()}
+        else:
+            break
+    # Submodules that were compiled one by one have the wrapper's name inside theirs.
+    return {".".join(part for part in n.split(".") if part != "_orig_mod"): p for n, p in module.named_parameters()}
 
 
 def _few(names: Iterable[str]) -> str:
@@ -41,8 +45,10 @@ class TeacherSnapshot:
             slices. Default: beside each parameter, and a module that moves away afterwards is an error.
 
     Raises:
-        ValueError: No parameter to copy, or a name that the module does not have.
+        ValueError: No parameter to copy, a name that the module does not have, or a dtype that is not floating point.
     """
+
+    reductions = REDUCTIONS
 
     def __init__(
         self,
@@ -59,6 +65,8 @@ class TeacherSnapshot:
             raise ValueError(f"The module has no parameter named {_few(unknown)}; it has {_few(parameters)}.")
         if not chosen:
             raise ValueError("There is nothing to copy: no parameter requires a gradient and no names were given.")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"Expected a floating-point dtype, got {dtype}.")
         self.device = None if device is None else torch.device(device)
         self._teacher = {n: parameters[n].detach().to(device=self.device, dtype=dtype, copy=True) for n in chosen}
 
@@ -68,11 +76,7 @@ class TeacherSnapshot:
         return float(sum(teacher.float().square().sum().item() for teacher in self._teacher.values()))
 
     def pairs(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter of `module` with its teacher, in the order of the snapshot.
-
-        Raises:
-            ValueError: Names, shapes or devices that do not fit; the message names the parameter.
-        """
+        """Each parameter of `module` with its teacher; a name, shape or device that does not fit raises ValueError."""
         parameters = named_parameters(module)
         if missing := self._teacher.keys() - parameters.keys():
             raise ValueError(f"The teacher knows {_few(missing)}, the module does not: is it another model?")
@@ -92,6 +96,14 @@ class TeacherSnapshot:
                     "snapshot, or give the snapshot a device of its own."
                 )
             yield parameter, teacher
+
+    def drift(self, module: nn.Module, reduction: str) -> Tensor:
+        """The drift of `module` from the teacher, a scalar to differentiate."""
+        return drift(self.pairs(module), reduction)
+
+    def add_gradient_(self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0) -> Drift:
+        """Adds scale * weight * d(drift)/d(theta) to the module's gradients; returns the drift."""
+        return add_drift_gradient_(self.pairs(module), reduction, weight, scale)
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[nn.Module]:
@@ -128,5 +140,5 @@ class TeacherSnapshot:
             if expected.get(name) != given.get(name):
                 raise ValueError(f"{name}: expected shape {expected.get(name)}, got {given.get(name)} (None: no such name).")
         for name, teacher in self._teacher.items():
-            teacher.copy_(state_dict[name])
+            teacher.copy_(state_dict[name].detach())
         self.__dict__.pop("squared_norm", None)

@@ -7,22 +7,25 @@ os.environ.update(OMP_NUM_THREADS="1", ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CP
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 
 import train_dreambooth_lipreg
+import train_dreambooth_lora_lipreg_sdxl
 
 ROOT = Path(__file__).parent.parent
 PARITY = Path(__file__).parent / "parity"
 
 
-def flags(output_dir: Path | str, *more: str) -> list[str]:
+def flags(output_dir: Path | str, *more: str, pipeline: str = "pipeline") -> list[str]:
     """A short run on the tiny pipeline; later flags override earlier ones."""
     return [
-        *("--pretrained_model_name_or_path", str(PARITY / "pipeline")),
+        *("--pretrained_model_name_or_path", str(PARITY / pipeline)),
         *("--instance_data_dir", str(PARITY / "instance")),
         *("--instance_prompt", "a photo of sks dog", "--output_dir", str(output_dir)),
         *("--resolution", "64", "--train_batch_size", "1", "--learning_rate", "5e-4", "--lr_warmup_steps", "0"),
@@ -31,33 +34,101 @@ def flags(output_dir: Path | str, *more: str) -> list[str]:
     ]
 
 
-@pytest.fixture
-def fresh_accelerate():
+def load(path: Path) -> dict[str, torch.Tensor]:
+    """Weights by name. Newer transformers leave out the prefix that CLIP's text encoder has in older checkpoints."""
+    return {
+        name.removeprefix("text_model.").replace("text_encoder.text_model.", "text_encoder."): tensor
+        for name, tensor in load_file(path).items()
+    }
+
+
+def assert_equal_weights(one: Path, other: Path) -> None:
+    ours, theirs = load(one), load(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def forget_accelerate() -> None:
     """accelerate keeps its state for the life of a process; each run here is to find none."""
-    yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
 
 @pytest.fixture
-def train(fresh_accelerate) -> Callable[..., Path]:
-    """Runs the script in this process: `train(output_dir, *flags)` returns the output folder."""
+def fresh_accelerate():
+    """For tests that make accelerate's state themselves."""
+    forget_accelerate()
+    yield
+    forget_accelerate()
+
+
+@pytest.fixture
+def train(fresh_accelerate):
+    """Runs the SD script in this process: `train(output_dir, *flags)` returns the output folder."""
 
     def run(output_dir: Path, *more: str) -> Path:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerate()
         train_dreambooth_lipreg.main(train_dreambooth_lipreg.parse_args(flags(output_dir, *more)))
         return output_dir
 
     return run
 
 
+@pytest.fixture
+def train_sdxl(fresh_accelerate):
+    """Runs the SDXL script in this process, as `train` does the other."""
+
+    def run(output_dir: Path, *more: str) -> Path:
+        forget_accelerate()
+        script = train_dreambooth_lora_lipreg_sdxl
+        arguments = flags(output_dir, *more, pipeline="pipeline_sdxl")
+        if "--dataset_name" in more:  # in place of the folder
+            at = arguments.index("--instance_data_dir")
+            del arguments[at : at + 2]
+        script.main(script.parse_args(arguments))
+        return output_dir
+
+    return run
+
+
+@pytest.fixture
+def logs(monkeypatch) -> list[tuple[int, dict]]:
+    """Everything the runs of a test hand to the trackers, as (step, values)."""
+    seen: list[tuple[int, dict]] = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step, **_: seen.append((step, dict(values))))
+    return seen
+
+
 def command(output_dir: Path | str, *more: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """Runs the script as a user does, in a process of its own."""
+    """Runs the SD script as a user does, in a process of its own."""
+    return execute(str(ROOT / "train_dreambooth_lipreg.py"), *flags(output_dir, *more), env=env)
+
+
+def execute(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Runs Python in a process of its own, which finds the package."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "train_dreambooth_lipreg.py"), *flags(output_dir, *more)],
+        [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def sample(
+    base: Path | str,
+    adapters: Path | str = "",
+    file: str = "pytorch_lora_weights.safetensors",
+    env: dict[str, str] | None = None,
+) -> bytes:
+    """The pixels that a new process draws with a pipeline, and adapters to it, from folders or repositories."""
+    code = (
+        "import sys, torch; from diffusers import DiffusionPipeline as P\n"
+        "pipe = P.from_pretrained(sys.argv[1], safety_checker=None); pipe.set_progress_bar_config(disable=True)\n"
+        "sys.argv[2] and pipe.load_lora_weights(sys.argv[2], weight_name=sys.argv[3])\n"
+        "print(pipe('a photo of sks dog', num_inference_steps=3, height=64, width=64,"
+        " generator=torch.Generator().manual_seed(0)).images[0].tobytes().hex())"
+    )
+    ran = execute("-c", code, str(base), str(adapters), file, env=env)
+    assert ran.returncode == 0, ran.stderr
+    return bytes.fromhex(ran.stdout.split()[-1])

@@ -181,3 +181,13 @@ def test_a_resumed_trainer_needs_it_from_the_start(fresh_accelerate, tmp_path):
     second.add_callback(TeacherSnapshotCallback(20.0, "sum"))
     with pytest.raises(ValueError, match="resumes at step 4.*not to add_callback"):
         second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_logs_of_a_teacher_that_is_zero():
+    module = nn.Linear(2, 2)
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    callback = TeacherSnapshotCallback(1.0, "sum")
+    callback.on_train_begin(model=module)
+    callback.on_pre_optimizer_step(model=module)
+    assert callback.logs["drift"] == 0

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusers_lipreg.drift as drift_module
-from diffusers_lipreg.drift import REDUCTIONS, add_drift_gradient_, drift, measure_drift
+from diffusers_lipreg.drift import REDUCTIONS, add_drift_gradient_, drift
 
 # Two tensors of different sizes. Their differences are [[1, -2], [0, 1]] and [3, -1]: ||d||^2 is 6 and 10, so
 #     sum = 6 + 10 = 16                 d sum / d theta = 2 d
@@ -68,7 +68,7 @@ def test_scale_multiplies_the_gradient_alone():
 def test_measuring_and_weight_zero_leave_gradients_alone(reduction):
     pairs = by_hand_pairs()
     pairs[0][0].grad = torch.ones(2, 2)
-    measured = measure_drift(pairs, reduction)
+    measured = add_drift_gradient_(pairs, reduction, weight=0.0)
     assert measured == add_drift_gradient_(pairs, reduction, weight=0.0)
     assert measured == (dict(sum=16.0, tensor_mean=6.5)[reduction], 16.0)
     assert torch.equal(pairs[0][0].grad, torch.ones(2, 2)) and pairs[1][0].grad is None

@@ -1,4 +1,4 @@
-"""Imports go one way: torch <- snapshot, drift <- losses <- callbacks; only scripts join the core and `dreambooth`."""
+"""Imports go one way: torch <- drift <- snapshot, adapters <- losses <- callbacks; only scripts join the core and `dreambooth`."""
 
 import ast
 import sys
@@ -8,18 +8,17 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "diffusers_lipreg"
+SNAPSHOT = {"diffusers_lipreg.drift", "diffusers_lipreg.snapshot"}
 CORE = {  # beside the standard library; another core module states here what it needs
-    "snapshot.py": {"torch"},
     "drift.py": {"torch"},
-    "losses.py": {"torch", "diffusers_lipreg.drift", "diffusers_lipreg.snapshot"},
-    "callbacks.py": {
-        "torch",
-        "transformers",
-        "diffusers_lipreg.drift",
-        "diffusers_lipreg.losses",
-        "diffusers_lipreg.snapshot",
+    "snapshot.py": {"torch", "diffusers_lipreg.drift"},
+    "adapters.py": {"torch", "peft", *SNAPSHOT},
+    "losses.py": {"torch", "diffusers_lipreg.adapters", *SNAPSHOT},
+    "callbacks.py": {"torch", "transformers", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", *SNAPSHOT},
+    "penalties.py": {"torch", "diffusers_lipreg.callbacks"},
+    "__init__.py": {
+        *(f"diffusers_lipreg.{module}" for module in ("adapters", "callbacks", "losses", "snapshot")),
     },
-    "__init__.py": {"diffusers_lipreg.callbacks", "diffusers_lipreg.losses", "diffusers_lipreg.snapshot"},
 }
 
 

@@ -8,17 +8,21 @@ import torch
 from conftest import ROOT
 
 import train_dreambooth_lipreg
+import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
 
 README = (ROOT / "README.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
 
 
-@pytest.mark.parametrize("line", [line for line in BASH.splitlines() if "train_dreambooth_lipreg.py" in line])
+@pytest.mark.parametrize("line", [line for line in BASH.splitlines() if "train_dreambooth" in line])
 def test_commands_parse(line):
-    arguments = shlex.split(line.replace("...", "--instance_data_dir x --instance_prompt x "
-                                         "--pretrained_model_name_or_path x"))  # fmt: skip
-    train_dreambooth_lipreg.parse_args(arguments[arguments.index("train_dreambooth_lipreg.py") + 1 :])
+    required = "--instance_data_dir x --instance_prompt x --pretrained_model_name_or_path x"
+    arguments = shlex.split(line.replace("...", required))
+    name = next(word for word in arguments if word.startswith("train_dreambooth"))
+    script = {"train_dreambooth_lipreg.py": train_dreambooth_lipreg}.get(name, train_dreambooth_lora_lipreg_sdxl)
+    assert (ROOT / name).is_file()
+    script.parse_args(arguments[arguments.index(name) + 1 :])
 
 
 def test_the_offline_command_finds_its_files():

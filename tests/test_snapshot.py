@@ -257,3 +257,17 @@ def test_a_bad_state_dict_overwrites_nothing(model, change, message):
     with pytest.raises(ValueError, match=message):
         snapshot.load_state_dict({name: tensor for name, tensor in given.items() if tensor is not None})
     assert_same(snapshot.state_dict(), {name: weights(model)[name] for name in TRAINABLE})
+
+
+def test_load_state_dict_takes_parameters_without_their_graph():
+    student, pretrained = nn.Linear(2, 2), nn.Linear(2, 2)
+    snapshot = TeacherSnapshot(student)
+    snapshot.load_state_dict(dict(pretrained.named_parameters()))
+    assert not any(tensor.requires_grad for tensor in snapshot.state_dict().values())
+    LipschitzDriftLoss(snapshot, 1.0, "sum")(student).backward()
+    assert pretrained.weight.grad is None
+
+
+def test_dtype_must_be_floating_point():
+    with pytest.raises(ValueError, match="floating-point dtype, got torch.int8"):
+        TeacherSnapshot(nn.Linear(1, 1), dtype=torch.int8)

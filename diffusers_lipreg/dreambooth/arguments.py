@@ -112,6 +112,21 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
     flag("--enable_xformers_memory_efficient_attention", action="store_true", help="Attention of xformers.")
 
 
+def _add_adapters(parser: argparse.ArgumentParser, rank: int | None) -> None:
+    flag = parser.add_argument_group("adapters").add_argument
+    flag("--rank", type=int, default=rank, help="Rank of LoRA adapters.")
+    flag("--lora_dropout", type=float, default=0.0, help="Dropout of their input.")
+    flag("--use_dora", action="store_true", help="Weight-decomposed adapters (DoRA, arXiv 2402.09353).")
+
+
+def add_sd_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the official SD script has not: training adapters instead, or making some of the result."""
+    _add_adapters(parser, rank=None)
+    flag = parser.add_argument_group("adapters, further").add_argument
+    flag("--lora_alpha", type=float, help="They are scaled by alpha / rank; default: the rank.")
+    flag("--extract_lora_rank", type=int, help="After full fine-tuning, write adapters of this rank, too.")
+
+
 def add_sd_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that only the official SD script has."""
     flag = parser.add_argument_group("Stable Diffusion").add_argument
@@ -134,6 +149,42 @@ def add_sd_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def boolean(text: str) -> bool:
+    """true or false, in words: to `type=bool` any text is true."""
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def add_sdxl_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that only the official SDXL LoRA script has."""
+    flag = parser.add_argument_group("SDXL: photos and captions").add_argument
+    flag("--instance_data_dir", help="Folder with the photos of the subject.")
+    flag("--dataset_name", help="A data set in their place: a folder that `datasets` reads, or a Hub id.")
+    flag("--dataset_config_name", help="Its configuration.")
+    flag("--cache_dir", help="Where `datasets` keeps it.")
+    flag("--image_column", default="image", help="Its column of images.")
+    flag("--caption_column", help="Its column of captions, or the field of a folder's metadata.jsonl.")
+    flag("--repeats", type=int, default=1, help="How often each photo stands in an epoch.")
+    flag("--random_flip", action="store_true", help="Mirror half of the photos.")
+    _add_adapters(parser, rank=4)
+    modes = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
+    flag("--image_interpolation_mode", default="lanczos", choices=modes, help="How photos are resized.")
+    flag = parser.add_argument_group("SDXL: model and training").add_argument
+    flag("--pretrained_vae_model_name_or_path", help="Another VAE, for example one that is exact in fp16.")
+    flag("--do_edm_style_training", action="store_true", help="Train in the terms of EDM (arXiv 2206.00364).")
+    flag("--output_kohya_format", action="store_true", help="Write the adapters in kohya's format, too.")
+    flag("--validation_epochs", type=int, default=50, help="Epochs between validations.")
+    flag = parser.add_argument_group("SDXL: optimizer").add_argument
+    flag("--optimizer", default="AdamW", help="AdamW or prodigy.")
+    flag("--text_encoder_lr", type=float, default=5e-6, help="Learning rate of the text encoders' adapters.")
+    flag("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="Their weight decay.")
+    flag("--prodigy_beta3", type=float, help="Decay of prodigy's step size estimate; default: root of beta2.")
+    flag("--prodigy_decouple", type=boolean, default=True, help="Decoupled weight decay, as in AdamW.")
+    flag("--prodigy_use_bias_correction", type=boolean, default=True, help="Bias correction, as in Adam.")
+    flag("--prodigy_safeguard_warmup", type=boolean, default=True, help="Keep warm-up out of that estimate.")
+
+
 def add_lipreg_arguments(
     parser: argparse.ArgumentParser, *, weight: float, reduction: str, reductions: Sequence[str]
 ) -> None:
@@ -142,7 +193,7 @@ def add_lipreg_arguments(
     flag("--lipreg_weight", type=float, default=weight, help="Weight of the penalty; 0 is the official script.")
     flag("--lipreg_reduction", default=reduction, choices=reductions, help="How squared drift becomes one number.")
     flag("--lipreg_text_encoder_weight", type=float, help="Weight for a trained text encoder; default: the UNet's.")
-    flag("--lipreg_teacher_device", help='Where the pretrained weights are kept, for example "cpu".')
+    flag("--lipreg_teacher_device", help='Where pretrained weights are kept, for example "cpu"; adapters need none.')
     flag("--lipreg_teacher_dtype", choices=["fp32", "fp16", "bf16"], help="Their type; default: the model's, exact.")
 
 
@@ -161,11 +212,24 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     at_least_one = [
         "resolution", "sample_batch_size", "train_batch_size", "num_train_epochs", "max_train_steps",
         "gradient_accumulation_steps", "checkpointing_steps", "validation_steps", "tokenizer_max_length",
+        "validation_epochs", "repeats", "rank", "extract_lora_rank",
     ]  # fmt: skip
     for name in at_least_one:
         number = vars(args).get(name)
         if number is not None and number < 1:
             parser.error(f"--{name} must be at least 1, got {number}")
+    if args.with_prior_preservation and args.num_class_images < 1:
+        parser.error(f"--num_class_images must be at least 1, got {args.num_class_images}")
+    if args.validation_prompt is not None and args.num_validation_images < 1:
+        parser.error(f"--num_validation_images must be at least 1, got {args.num_validation_images}")
+    for name in ("dataloader_num_workers", "lr_warmup_steps"):
+        if vars(args)[name] < 0:
+            parser.error(f"--{name} must be 0 or more, got {vars(args)[name]}")
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
+        if vars(args)[name] >= 1:
+            parser.error(f"--{name} must be below 1, got {vars(args)[name]}")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
     for name, number in vars(args).items():
         if isinstance(number, float) and not (math.isfinite(number) and number >= 0):
             parser.error(f"--{name} must be a finite number, 0 or more, got {number}")
@@ -194,6 +258,24 @@ def check_sd(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """The checks that only the official SD script makes."""
     if args.train_text_encoder and args.pre_compute_text_embeddings:
         parser.error("--train_text_encoder and --pre_compute_text_embeddings exclude each other")
+    if args.rank is None:
+        for flag in ("lora_alpha", "lora_dropout", "use_dora"):
+            if vars(args)[flag]:
+                parser.error(f"--{flag} is about adapters: it needs --rank")
+    elif args.lipreg_teacher_device is not None or args.lipreg_teacher_dtype is not None:
+        parser.error("--lipreg_teacher_device and --lipreg_teacher_dtype do nothing with --rank: adapters need no teacher")
+    elif args.extract_lora_rank is not None:
+        parser.error("--extract_lora_rank is for full fine-tuning: with --rank there are adapters already")
+
+
+def check_sdxl(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The checks that only the official SDXL LoRA script makes."""
+    if args.dataset_name is None and args.instance_data_dir is None:
+        parser.error("specify either --dataset_name or --instance_data_dir")
+    if args.dataset_name is not None and args.instance_data_dir is not None:
+        parser.error("specify only one of --dataset_name and --instance_data_dir")
+    if args.do_edm_style_training and args.snr_gamma is not None:
+        parser.error("--do_edm_style_training and --snr_gamma exclude each other")
 
 
 def check_lipreg(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -205,10 +287,17 @@ def check_lipreg(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             f"--lipreg_reduction {args.lipreg_reduction} needs a --lipreg_weight of its own: the default, "
             f"{args.lipreg_weight:g}, is meant for {parser.get_default('lipreg_reduction')}"
         )
+    if args.use_dora and args.lipreg_reduction == "factors" and args.lipreg_weight > 0:
+        warnings.warn(
+            "factors sums the squares of the adapters' A and B; DoRA's magnitudes are not in it. product measures the "
+            "change of the merged weights, magnitudes included",
+            stacklevel=2,
+        )
     if args.lipreg_text_encoder_weight is None:
         args.lipreg_text_encoder_weight = args.lipreg_weight
     elif not args.train_text_encoder:
         warnings.warn("--lipreg_text_encoder_weight does nothing without --train_text_encoder", stacklevel=2)
     penalised = args.lipreg_weight > 0 or (args.train_text_encoder and args.lipreg_text_encoder_weight > 0)
-    if penalised and args.adam_weight_decay is parser.get_default("adam_weight_decay"):
-        args.adam_weight_decay = 0.0
+    for name in ("adam_weight_decay", "adam_weight_decay_text_encoder"):
+        if penalised and name in args and vars(args)[name] is parser.get_default(name):
+            setattr(args, name, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is named checkpoint-NUMBER: others, such as checkpoint-best, are the user's own."""
-    return re.fullmatch(r"checkpoint-\d+", path.name) is not None
+    return re.fullmatch(r"checkpoint-\d+", path.name) is not None and path.is_dir()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -42,27 +42,34 @@ def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return model._orig_mod if is_compiled_module(model) else model
 
 
-def save_models_by_name(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> None:
-    """Makes `accelerator.save_state` write each of the bare `models` to a folder of its name, and load it from there."""
+def write_models_with(
+    accelerator: Accelerator, save_models: Callable[[str], None], load_models: Callable[[str], None]
+) -> None:
+    """Makes accelerate's checkpoints hold what `save_models(folder)` writes in place of its own dump of the models."""
 
-    def named(prepared: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-        for model in prepared:
-            bare = unwrap(accelerator, model)
-            yield next(name for name, known in models.items() if known is bare), bare
-
-    def save_models(prepared: list[nn.Module], weights: list[dict], folder: str) -> None:
+    def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
         if accelerator.is_main_process:
-            for name, model in named(prepared):
-                model.save_pretrained(os.path.join(folder, name))
-        weights.clear()  # accelerate would write what is left here a second time
+            save_models(folder)
+        weights.clear()  # accelerate writes what is left here
 
-    def load_models(prepared: list[nn.Module], folder: str) -> None:
-        for name, model in named(prepared):
-            model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
-        prepared.clear()
+    def load(models: list[nn.Module], folder: str) -> None:
+        load_models(folder)
+        models.clear()
 
-    accelerator.register_save_state_pre_hook(save_models)
-    accelerator.register_load_state_pre_hook(load_models)
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_models(models: Mapping[str, nn.Module], folder: str) -> None:
+    """Writes each bare model to a sub-folder of its name."""
+    for name, model in models.items():
+        model.save_pretrained(os.path.join(folder, name))
+
+
+def load_models(models: Mapping[str, nn.Module], folder: str) -> None:
+    """Puts what `save_models` wrote into the bare models."""
+    for name, model in models.items():
+        model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
 
 
 def save(
@@ -72,7 +79,8 @@ def save(
     final = Path(output_dir, f"checkpoint-{step}")
     partial = final.with_name(f".{final.name}.partial")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_over in Path(output_dir).glob(".checkpoint-*.partial"):  # of a run that was killed while saving
+            shutil.rmtree(left_over)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
@@ -96,8 +104,9 @@ def find(output_dir: str, wanted: str | None) -> Path | None:
         if not found:
             logger.warning(f"There is no checkpoint in {output_dir} yet: starting a new run.")
         return found[-1] if found else None
-    for checkpoint in (Path(output_dir, Path(wanted).name), Path(wanted)):
-        if checkpoint.is_dir() and is_checkpoint(checkpoint):
+    # A name in the output folder; a path elsewhere; as in the official script, the last part of a path that is gone.
+    for checkpoint in (Path(output_dir, wanted), Path(wanted), Path(output_dir, Path(wanted).name)):
+        if is_checkpoint(checkpoint):
             return checkpoint
     names = ", ".join(path.name for path in found) or "none"
     raise RunError(f"--resume_from_checkpoint {wanted}: there is no such checkpoint; {output_dir} has {names}.")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import random
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from PIL import Image, UnidentifiedImageError
+from datasets import load_dataset
+from PIL import Image
 from PIL.ImageOps import exif_transpose
 from torch import Tensor
-from torch.utils.data import BatchSampler, Dataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from .arguments import RunError
 
 logger = get_logger(__name__)
+# What Pillow's decoders raise on damaged files; AVIF's raises RuntimeError.
+UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -34,7 +40,7 @@ def list_images(folder: str | Path) -> list[Path]:
             continue
         try:
             open_image(path)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             logger.warning(f"Skipped {path}: not an image that can be read ({type(error).__name__}: {error}).")
         else:
             images.append(path)
@@ -58,12 +64,23 @@ class PhotoTransform:
     the square already: as torchvision, on which the official scripts' random stream rests.
     """
 
-    def __init__(self, size: int, center_crop: bool) -> None:
+    def __init__(self, size: int, center_crop: bool, interpolation: str = "bilinear", random_flip: bool = False) -> None:
         self.size = size
         self.center_crop = center_crop
+        self.interpolation = interpolation
+        # To PIL, nearest is what torchvision calls nearest_exact, and the other one there is the same on images.
+        self.resampling = Image.Resampling[interpolation.removesuffix("_exact").upper()]
+        self.random_flip = random_flip
 
     def __call__(self, image: Image.Image) -> Tensor:
+        return self.crop(image)[0]
+
+    def crop(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        """The tensor, and the row and column of the crop in the resized photo."""
         image = self.resize(image)
+        if self.random_flip and random.random() < 0.5:
+            torch.rand(1)  # torchvision's flip draws, even where it is certain
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         width, height = image.size
         if self.center_crop:
             top, left = round((height - self.size) / 2), round((width - self.size) / 2)
@@ -74,7 +91,7 @@ class PhotoTransform:
             left = int(torch.randint(0, width - self.size + 1, size=(1,)))
         image = image.crop((left, top, left + self.size, top + self.size))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return pixels.float().div_(255).sub_(0.5).div_(0.5)
+        return pixels.float().div_(255).sub_(0.5).div_(0.5), (top, left)
 
     def resize(self, image: Image.Image) -> Image.Image:
         width, height = image.size
@@ -84,7 +101,7 @@ class PhotoTransform:
             size = self.size, int(self.size * height / width)
         else:
             size = int(self.size * width / height), self.size
-        return image.resize(size, Image.Resampling.BILINEAR)
+        return image.resize(size, self.resampling)
 
 
 class DreamBoothDataset(Dataset):
@@ -117,6 +134,96 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stacks items to {"pixel_values": (B, 3, size, size)}: the instance half first, then the class half, if any."""
     pixels = [item[kind] for kind in ("instance", "class") for item in items if kind in item]
     return {"pixel_values": torch.stack(pixels).contiguous().float()}
+
+
+class PreparedPhotos(Dataset):
+    """Photos cropped once for the whole run, each with its prompt and with what SDXL is told of its size and crop.
+
+    An item has "instance" (3, size, size), "prompt", "time_ids" (original height, original width, top, left, size,
+    size) and, with prior preservation, "class", which is cropped anew each time. The shorter list starts over.
+    """
+
+    def __init__(
+        self,
+        photos: Iterable[tuple[Image.Image, str]],
+        repeats: int,
+        class_images: Sequence[Path],
+        transform: PhotoTransform,
+    ) -> None:
+        self.items: list[dict] = []
+        self.class_images = class_images
+        self.class_transform = PhotoTransform(transform.size, transform.center_crop, transform.interpolation)
+        for image, prompt in photos:
+            for _ in range(repeats):
+                pixels, corner = transform.crop(image)
+                time_ids = (image.height, image.width, *corner, transform.size, transform.size)
+                self.items.append({"instance": pixels, "prompt": prompt, "time_ids": time_ids})
+
+    def __len__(self) -> int:
+        return max(len(self.items), len(self.class_images))
+
+    def __getitem__(self, index: int) -> dict:
+        item = dict(self.items[index % len(self.items)])
+        if self.class_images:
+            item["class"] = self.class_transform(open_image(self.class_images[index % len(self.class_images)]))
+        return item
+
+
+def collate_prepared(items: Sequence[dict]) -> dict:
+    """As `collate`, with "prompts", a list of the instance half, and "time_ids" (B, 6), for both halves the same."""
+    batch: dict = collate([{kind: item[kind] for kind in ("instance", "class") if kind in item} for item in items])
+    batch["prompts"] = [item["prompt"] for item in items]
+    halves = len(batch["pixel_values"]) // len(items)
+    batch["time_ids"] = torch.tensor([item["time_ids"] for item in items] * halves)
+    return batch
+
+
+def photos_with_prompts(args: Namespace) -> list[tuple[Image.Image, str]]:
+    """The photos of `--instance_data_dir` or `--dataset_name`, each with its caption or else `--instance_prompt`."""
+    if args.dataset_name is not None:
+        return _from_dataset(args)
+    images = find_instance_images(args.instance_data_dir)
+    captions = _folder_captions(args) if args.caption_column is not None else {}
+    return [(open_image(path), captions.get(path.name) or args.instance_prompt) for path in images]
+
+
+def _folder_captions(args: Namespace) -> dict[str, str]:
+    """Captions by file name, from the metadata.jsonl beside the photos."""
+    metadata = Path(args.instance_data_dir, "metadata.jsonl")
+    if not metadata.is_file():
+        raise RunError(f"--caption_column {args.caption_column}: there is no {metadata} to take captions from.")
+    rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+    columns = sorted({column for row in rows for column in row})
+    _check_column(args.caption_column, columns, "--caption_column")
+    return {row["file_name"]: row.get(args.caption_column, "") for row in rows}
+
+
+def _from_dataset(args: Namespace) -> list[tuple[Image.Image, str]]:
+    try:
+        loaded = load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"--dataset_name {args.dataset_name}: cannot be loaded ({reason}).") from error
+    if "train" not in loaded:
+        raise RunError(f"--dataset_name {args.dataset_name}: it has no split train, but {', '.join(loaded)}.")
+    rows = loaded["train"]
+    _check_column(args.image_column, rows.column_names, "--image_column")
+    if args.caption_column is not None:
+        _check_column(args.caption_column, rows.column_names, "--caption_column")
+    if len(rows) == 0:
+        raise RunError(f"--dataset_name {args.dataset_name}: it holds no image.")
+    return [
+        (
+            exif_transpose(row[args.image_column]).convert("RGB"),
+            (args.caption_column and row[args.caption_column]) or args.instance_prompt,
+        )
+        for row in rows
+    ]
+
+
+def _check_column(column: str, columns: Sequence[str], flag: str) -> None:
+    if column not in columns:
+        raise RunError(f"{flag} {column}: there is no such column; there are {', '.join(columns)}.")
 
 
 class ResumableBatchSampler(BatchSampler):
@@ -163,3 +270,13 @@ class ResumableBatchSampler(BatchSampler):
             yield batch
         if "now" in saved:  # one batch was left: nothing after it has set the state back
             torch.set_rng_state(saved["now"])
+
+
+def make_loader(
+    args: Namespace, dataset: Dataset, collate_fn: Callable[[Sequence[dict]], dict]
+) -> tuple[ResumableBatchSampler, DataLoader]:
+    """The loader of a run, and the sampler in it, which checkpoints need."""
+    sampler = ResumableBatchSampler(dataset, args.train_batch_size)
+    return sampler, DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=args.dataloader_num_workers
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError  # what huggingface_hub's own errors and those of its client derive from
@@ -18,8 +20,9 @@ HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
 
 
 def one_line(error: Exception) -> str:
-    """An error's message without line breaks, request ids and advice behind the first sentence's worth."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """An error's message without line breaks and links to general advice, cut at a length that can be read."""
+    text = re.sub(r"For more information check: \S+", "", " ".join(str(error).split()))
+    return text.strip()[:300] or type(error).__name__
 
 
 def create_repository(args: Namespace) -> str:
@@ -40,7 +43,9 @@ def create_repository(args: Namespace) -> str:
 
 def ignored_files(args: Namespace) -> list[str]:
     """What in the output folder is no result: checkpoints with their optimizer states, and logs."""
-    return ["checkpoint-*", ".*", f"{Path(args.logging_dir)}/*"]
+    output = Path(args.output_dir).resolve()
+    logs = Path(output, args.logging_dir).resolve()
+    return ["checkpoint-*", ".*", *([f"{logs.relative_to(output)}/*"] if logs.is_relative_to(output) else [])]
 
 
 def upload(args: Namespace, repo_id: str) -> None:
@@ -48,64 +53,72 @@ def upload(args: Namespace, repo_id: str) -> None:
     ignored = ignored_files(args)
     try:
         HfApi(token=args.hub_token).upload_folder(
-            repo_id=repo_id, folder_path=args.output_dir, commit_message="End of training", ignore_patterns=ignored
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            commit_message="End of training",
+            ignore_patterns=list(ignored),  # one of its own: the client adds to it
         )
     except HUB_ERRORS as error:
-        exclude = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
+        excluded = [word for pattern in ignored for word in ("--exclude", pattern)]
         raise RunError(
             f"the upload to {repo_id} failed ({one_line(error)}). The result is whole in {args.output_dir}; push it "
-            f"with: hf upload {repo_id} '{args.output_dir}' . {exclude}"
+            f"with: {shlex.join(['hf', 'upload', repo_id, args.output_dir, '.', *excluded])}"
         ) from error
 
 
 def model_card(
-    args: Namespace, repo_id: str, penalty: Mapping[str, str], tags: Sequence[str], images: Sequence[Image.Image]
+    args: Namespace,
+    repo_id: str,
+    images: Sequence[Image.Image],
+    *,
+    license: str,
+    tags: Sequence[str],
+    penalty: Mapping[str, str],
+    adapters: bool,
 ) -> ModelCard:
-    """The model card, with `penalty` as a table of names and values."""
+    """The model card of a whole pipeline, or of adapters to its base; `penalty` is a table of names and values."""
     base = args.pretrained_model_name_or_path
     on_hub = not Path(base).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
+    base_name = base if on_hub else Path(base).resolve().name
+    prompt = args.validation_prompt or args.instance_prompt
+    widget = [{"text": prompt, "output": {"url": f"image_{number}.png"}} for number in range(len(images))]
     data = ModelCardData(
-        license="creativeml-openrail-m",
+        license=license,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         # The Hub refuses cards that name a base model it does not have, such as a local folder.
         base_model=base if on_hub else None,
         inference=True,
         instance_prompt=args.instance_prompt,
+        widget=widget or None,
         tags=list(tags),
     )
-    text_encoder = "was trained, too" if args.train_text_encoder else "was not trained"
-    lines = [
-        f"# DreamBooth - {repo_id}",
-        "",
-        f"This is {base if on_hub else Path(base).name} taught a subject by DreamBooth training: the photos' prompt was "
-        f"`{args.instance_prompt}`. The text encoder {text_encoder}.",
-        "",
-    ]
+    sections = [f"# DreamBooth - {repo_id}", _description(args, base_name, adapters)]
     if penalty:
-        lines += [
-            "A penalty on the drift of the parameters from the pretrained ones kept what the model knew before "
-            "([Preserve and Personalize](https://arxiv.org/abs/2505.19519); trained with diffusers-lipreg).",
-            "",
-            "| penalty | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in penalty.items()),
-            "",
-        ]
+        rows = "\n".join(f"| {name} | {value} |" for name, value in penalty.items())
+        sections.append(
+            "A penalty on the drift from the pretrained weights was part of the loss "
+            "([Preserve and Personalize](https://arxiv.org/abs/2505.19519); trained with diffusers-lipreg).\n\n"
+            f"| penalty | |\n|---|---|\n{rows}"
+        )
     if images:
-        lines += [f"Images of `{args.validation_prompt}`:", ""]
-        lines += [f"![image {number}](./image_{number}.png)" for number in range(len(images))]
-        lines += [""]
-    lines += [
-        "```python",
-        "from diffusers import DiffusionPipeline",
-        "",
-        f'pipe = DiffusionPipeline.from_pretrained("{repo_id}")',
-        f'image = pipe("{args.instance_prompt}").images[0]',
-        "```",
-        "",
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+        shown = "\n".join(f"![image {number}](./image_{number}.png)" for number in range(len(images)))
+        sections.append(f"Images of `{prompt}`:\n\n{shown}")
+    source, load = (base_name, f'pipe.load_lora_weights("{repo_id}")\n') if adapters else (repo_id, "")
+    sections.append(
+        "```python\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{source}")\n{load}'
+        f"image = pipe({args.instance_prompt!r}).images[0]\n```"
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _description(args: Namespace, base_name: str, adapters: bool) -> str:
+    what = f"These are LoRA adapters that teach {base_name} a subject" if adapters else f"This is {base_name} taught a subject"
+    trained = "was trained, too" if args.train_text_encoder else "was not trained"
+    text = f"{what}, by DreamBooth training. Use `{args.instance_prompt}` to call for it. The text encoder {trained}."
+    vae = vars(args).get("pretrained_vae_model_name_or_path")
+    return text if vae is None else f"{text} The VAE in training was {vae}."
 
 
 def save_card(card: ModelCard, images: Sequence[Image.Image], output_dir: str) -> None:
@@ -113,3 +126,9 @@ def save_card(card: ModelCard, images: Sequence[Image.Image], output_dir: str) -
     for number, image in enumerate(images):
         image.save(Path(output_dir, f"image_{number}.png"))
     card.save(Path(output_dir, "README.md"))
+
+
+def publish(args: Namespace, repo_id: str, images: Sequence[Image.Image], **card: Any) -> None:
+    """Writes the model card, of the arguments that `model_card` takes, and uploads the result."""
+    save_card(model_card(args, repo_id, images, **card), images, args.output_dir)
+    upload(args, repo_id)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 import torch
+from accelerate.logging import get_logger
+from diffusers import EDMEulerScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LRScheduler
 
 from .arguments import RunError
+
+logger = get_logger(__name__)
 
 
 def diffusion_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -33,36 +37,92 @@ def min_snr_weights(scheduler, timesteps: Tensor, gamma: float) -> Tensor:
 
 
 def dreambooth_loss(
-    prediction: Tensor, target: Tensor, weights: Tensor | None = None, prior_weight: float | None = None
+    prediction: Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+    prior_weight: float | None = None,
+    noise_weights: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error in float32; of a batch with class images, instance loss + prior_weight * class loss.
 
     Args:
         prediction, target: (B, C, H, W); with a prior weight the second half of B is class images.
-        weights: Of each sample in the instance half, for Min-SNR. The class half has none.
+        weights: (B,), of each sample for Min-SNR. The class half goes without.
         prior_weight: `None` for a batch without class images.
+        noise_weights: (B, 1, 1, 1), of each sample for its noise level, in both halves, as EDM training has them.
     """
-    prediction, target = prediction.float(), target.float()
+    errors = mse_loss(prediction.float(), target.float(), reduction="none")
+    if noise_weights is not None:
+        errors = noise_weights.float() * errors
     if prior_weight is not None:
-        (prediction, prior_prediction), (target, prior_target) = prediction.chunk(2), target.chunk(2)
+        errors, prior_errors = errors.chunk(2)
     if weights is None:
-        loss = mse_loss(prediction, target)
+        loss = errors.mean()
     else:
-        errors = mse_loss(prediction, target, reduction="none")
         loss = (errors.mean(dim=list(range(1, errors.ndim))) * weights[: len(errors)]).mean()
     if prior_weight is not None:
-        loss = loss + prior_weight * mse_loss(prior_prediction, prior_target)
+        loss = loss + prior_weight * prior_errors.mean()
     return loss
 
 
-def create_adamw(args: Namespace, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit one."""
+def edm_input(scheduler, noisy: Tensor, sigmas: Tensor) -> Tensor:
+    """The noisy latents (B, C, H, W) scaled to unit variance for the UNet; sigmas are (B, 1, 1, 1)."""
+    if isinstance(scheduler, EDMEulerScheduler):
+        return scheduler.precondition_inputs(noisy, sigmas)
+    return noisy / ((sigmas**2 + 1) ** 0.5)
+
+
+def edm_denoised(scheduler, prediction: Tensor, noisy: Tensor, sigmas: Tensor) -> Tensor:
+    """The clean latents that the UNet's output stands for."""
+    if isinstance(scheduler, EDMEulerScheduler):
+        return scheduler.precondition_outputs(noisy, prediction, sigmas)
+    if scheduler.config.prediction_type == "epsilon":
+        return prediction * (-sigmas) + noisy
+    if scheduler.config.prediction_type == "v_prediction":
+        return prediction * (-sigmas / (sigmas**2 + 1) ** 0.5) + (noisy / (sigmas**2 + 1))
+    raise RunError(f"The scheduler predicts {scheduler.config.prediction_type}; supported: epsilon, v_prediction.")
+
+
+def create_lora_optimizer(args: Namespace, adapters: Mapping[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
+    """The optimizer of `--optimizer` over adapters; those of text encoders have a rate and decay of their own."""
+    text_encoders = [parameters for name, parameters in adapters.items() if name != "unet"]
+    name = args.optimizer.lower()
+    if name not in ("adamw", "prodigy"):
+        logger.warning(f"--optimizer {args.optimizer} is not known (AdamW, prodigy): using AdamW.")
+    text_lr = args.text_encoder_lr or args.learning_rate
+    if name == "prodigy":
+        if args.learning_rate <= 0.1:
+            logger.warning(f"Prodigy finds the rate itself: use --learning_rate 1, not {args.learning_rate}.")
+        if args.text_encoder_lr != args.learning_rate and text_encoders:
+            logger.warning("Prodigy has one rate for all: --text_encoder_lr is not used.")
+        text_lr = args.learning_rate
+    groups = [{"params": adapters["unet"], "lr": args.learning_rate}] + [
+        {"params": parameters, "lr": text_lr, "weight_decay": args.adam_weight_decay_text_encoder}
+        for parameters in text_encoders
+    ]
+    if name != "prodigy":
+        return create_adamw(args, groups)
+    if args.use_8bit_adam:
+        logger.warning("--use_8bit_adam is for AdamW only: not used.")
+    from prodigyopt import Prodigy
+
+    return Prodigy(
+        groups,
+        betas=(args.adam_beta1, args.adam_beta2),
+        beta3=args.prodigy_beta3,
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        decouple=args.prodigy_decouple,
+        use_bias_correction=args.prodigy_use_bias_correction,
+        safeguard_warmup=args.prodigy_safeguard_warmup,
+    )
+
+
+def create_adamw(args: Namespace, parameters: Sequence[nn.Parameter] | Sequence[dict]) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit one, over parameters or groups of them."""
     optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
     if args.use_8bit_adam:
-        try:
-            from bitsandbytes.optim import AdamW8bit as optimizer_class
-        except ImportError as error:
-            raise RunError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
     return optimizer_class(
         parameters,
         lr=args.learning_rate,

@@ -13,7 +13,6 @@ from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .arguments import RunError
 from .data import list_images
 
 logger = get_logger(__name__)
@@ -35,13 +34,11 @@ def ensure_class_images(args: Namespace, accelerator: Accelerator) -> list[Path]
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     present = len(list_images(folder))
+    accelerator.wait_for_everyone()  # all have counted before the first writes
     if present < args.num_class_images:
         sample_class_images(args, accelerator, folder, present)
         accelerator.wait_for_everyone()
-    images = list_images(folder)[: args.num_class_images]
-    if not images:
-        raise RunError(f"--num_class_images {args.num_class_images}: {folder} is empty and none are to be sampled.")
-    return images
+    return list_images(folder)[: args.num_class_images]
 
 
 def sample_class_images(args: Namespace, accelerator: Accelerator, folder: Path, present: int) -> None:

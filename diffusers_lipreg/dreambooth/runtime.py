@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import datasets
 import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.tracking import is_wandb_available
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import KwargsHandler, ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
 
+from . import checkpoints, hub
 from .arguments import RunError
+from .data import UNREADABLE, open_image
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
 
@@ -31,14 +35,14 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
-def start_accelerator(args: Namespace) -> Accelerator:
+def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
     """The accelerator of a run, with logs set up and random generators seeded."""
-    if args.report_to == "wandb" and not is_wandb_available():
-        raise RunError("--report_to wandb needs wandb: pip install wandb")
+    check_surroundings(args)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
+        kwargs_handlers=list(handlers),
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
         ),
@@ -61,24 +65,86 @@ def start_accelerator(args: Namespace) -> Accelerator:
     return accelerator
 
 
-def check_output_dir(folder: str) -> None:
-    """Makes the output folder and refuses one that cannot be written to."""
+def check_folder(folder: str, flag: str) -> None:
+    """Makes a folder and refuses one that cannot be written to."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise RunError(f"--output_dir {folder}: cannot be written to ({error.strerror}).") from error
+        raise RunError(f"{flag} {folder}: cannot be written to ({error.strerror}).") from error
+
+
+def check_surroundings(args: Namespace) -> None:
+    """Refuses flags that ask for a package, a device or an image that is not there."""
+    needed = {
+        "bitsandbytes": ("--use_8bit_adam", args.use_8bit_adam),
+        "xformers": ("--enable_xformers_memory_efficient_attention", args.enable_xformers_memory_efficient_attention),
+        "prodigyopt": ("--optimizer prodigy", vars(args).get("optimizer", "").lower() == "prodigy"),
+        "wandb": ("--report_to wandb", args.report_to == "wandb"),
+    }
+    for package, (flag, wanted) in needed.items():
+        if wanted and find_spec(package) is None:
+            raise RunError(f"{flag} needs {package}: pip install {package}")
+    if args.lipreg_teacher_device is not None:
+        try:
+            torch.empty(0, device=args.lipreg_teacher_device)
+        except (RuntimeError, AssertionError) as error:
+            raise RunError(f"--lipreg_teacher_device {args.lipreg_teacher_device}: {hub.one_line(error)}") from error
+    for path in vars(args).get("validation_images") or ():
+        try:
+            open_image(path)
+        except UNREADABLE as error:
+            raise RunError(f"--validation_images {path}: {hub.one_line(error)}") from error
 
 
 def check_pipeline(model: str, revision: str | None) -> None:
     """Refuses a model that is no pipeline, by its index alone."""
-    if Path(model).is_dir() and not Path(model, "model_index.json").is_file():
-        raise RunError(f"--pretrained_model_name_or_path {model}: the folder holds no model_index.json.")
+    flag = f"--pretrained_model_name_or_path {model}"
+    if Path(model).is_dir():
+        if not Path(model, "model_index.json").is_file():
+            raise RunError(f"{flag}: the folder holds no model_index.json.")
+    elif Path(model).is_absolute() or model.count("/") > 1:
+        raise RunError(f"{flag}: no such folder.")
     try:
-        DiffusionPipeline.load_config(model, revision=revision)
+        index = DiffusionPipeline.load_config(model, revision=revision)
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"--pretrained_model_name_or_path {model}: no such folder, and not on the Hub: {reason}") from error
+        where = "cannot be read" if Path(model).is_dir() else "no such folder, and not on the Hub"
+        raise RunError(f"{flag}: {where}: {hub.one_line(error)}") from error
+    if "_class_name" not in index:
+        raise RunError(f"{flag}: its model_index.json names no pipeline.")
+    parts = [name for name, value in index.items() if isinstance(value, (list, tuple)) and value[0] is not None]
+    if Path(model).is_dir() and (missing := [name for name in parts if not Path(model, name).is_dir()]):
+        raise RunError(f"{flag}: its model_index.json names {', '.join(missing)}, which the folder does not hold.")
+
+
+@contextmanager
+def loading(args: Namespace) -> Iterator[None]:
+    """Turns what `from_pretrained` raises in the block into one line that names the flags that led there."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        names = ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name")
+        given = " ".join(f"--{name} {vars(args)[name]}" for name in names if vars(args).get(name))
+        raise RunError(f"{given}: {hub.one_line(error)}") from error
+
+
+def open_output(args: Namespace, accelerator: Accelerator) -> tuple[Path | None, str | None]:
+    """The output folder, made if need be: its checkpoint to resume from, and the repository to push it to, if any."""
+    check_folder(args.output_dir, "--output_dir")
+    check_folder(str(Path(args.output_dir, args.logging_dir)), "--logging_dir")
+    if args.with_prior_preservation:
+        check_folder(args.class_data_dir, "--class_data_dir")
+    checkpoint = checkpoints.find(args.output_dir, args.resume_from_checkpoint)
+    repo_id = hub.create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+    return checkpoint, repo_id
+
+
+def prepare(accelerator: Accelerator, holder: Any, names: Sequence[str], *others: Any) -> Sequence[Any]:
+    """Hands the models that `holder` has under `names`, and the others, to the accelerator; returns the others."""
+    prepared = accelerator.prepare(*(getattr(holder, name) for name in names), *others)
+    for name, model in zip(names, prepared, strict=False):
+        setattr(holder, name, model)
+    return prepared[len(names) :]
 
 
 def tracker_config(args: Namespace) -> dict:
@@ -90,8 +156,8 @@ def check_finite(loss: torch.Tensor, step: int) -> None:
     """Stops a run whose loss is lost, before it reaches the weights."""
     if not torch.isfinite(loss):
         raise RunError(
-            f"the loss is {loss.item()} in the step after update {step}; the last checkpoint is whole. Resume from it "
-            "with a lower --learning_rate, or with --mixed_precision bf16 in place of fp16."
+            f"the loss is {loss.item()} in the step after update {step}. Resume from a checkpoint before, if there is "
+            "one, or start anew, with a lower --learning_rate, or with --mixed_precision bf16 in place of fp16."
         )
 
 

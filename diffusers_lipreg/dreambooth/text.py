@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import transformers
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +18,8 @@ TextStates = Callable[[int], Tensor]
 def text_encoder_class(model: str, revision: str | None, subfolder: str = "text_encoder") -> type[PreTrainedModel]:
     """The class that the pipeline's configuration names, if DreamBooth knows how to feed it."""
     config, _ = PretrainedConfig.get_config_dict(model, subfolder=subfolder, revision=revision)
+    if not config.get("architectures"):
+        raise RunError(f"{model}: its {subfolder} has no configuration that names its class.")
     name = config["architectures"][0]
     if name == "RobertaSeriesModelWithTransformation":  # AltDiffusion; diffusers holds its encoder, not transformers
         from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import (
@@ -28,6 +31,12 @@ def text_encoder_class(model: str, revision: str | None, subfolder: str = "text_
     if name not in supported:
         raise RunError(f"{model}: its {subfolder} is a {name}; supported are {', '.join(supported)}.")
     return getattr(transformers, name)
+
+
+def load_tokenizer(model: str, revision: str | None, subfolder: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """The pipeline's tokenizer, of the class its index names: older AutoTokenizers do not find a cached one offline."""
+    name = DiffusionPipeline.load_config(model, revision=revision)[subfolder][1]
+    return getattr(transformers, name).from_pretrained(model, subfolder=subfolder, revision=revision)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int | None) -> tuple[Tensor, Tensor]:
@@ -46,6 +55,23 @@ def encode(text_encoder: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
     """Hidden states (B, length, width) of token ids (B, length); without a mask the padding is attended to, too."""
     device = next(text_encoder.parameters()).device
     return text_encoder(ids.to(device), attention_mask=None if mask is None else mask.to(device))[0]
+
+
+def encode_sdxl(
+    tokenizers: Sequence[PreTrainedTokenizerBase], text_encoders: Sequence[nn.Module], prompts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """States (B, length, sum of widths) and pooled states (B, width) of prompts, as SDXL's UNet takes them.
+
+    The states are those before the last layer of each encoder, side by side; pooled are those of the second encoder.
+    """
+    states = []
+    for tokenizer, text_encoder in zip(tokenizers, text_encoders, strict=True):
+        ids = torch.cat([tokenize(tokenizer, prompt, None)[0] for prompt in prompts])
+        device = next(text_encoder.parameters()).device
+        output = text_encoder(ids.to(device), output_hidden_states=True, return_dict=False)
+        pooled = output[0]
+        states.append(output[-1][-2])
+    return torch.cat(states, dim=-1), pooled
 
 
 class Prompts:

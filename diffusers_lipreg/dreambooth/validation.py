@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
 logger = get_logger(__name__)
 
@@ -28,7 +29,7 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None = None) -> None:
 
 
 def sample_images(
-    args: Namespace, accelerator: Accelerator, pipeline: DiffusionPipeline, prompt: dict
+    args: Namespace, accelerator: Accelerator, pipeline: DiffusionPipeline, prompt: dict, steps: int
 ) -> list[Image.Image]:
     """`--num_validation_images` images, or one for each of `--validation_images`; seeded by `--seed` if there is one.
 
@@ -39,19 +40,26 @@ def sample_images(
     pipeline = pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     generator = None if args.seed is None else torch.Generator(device=accelerator.device).manual_seed(args.seed)
-    if args.validation_images is not None:
-        inputs = [{"image": Image.open(path)} for path in args.validation_images]
-    else:
-        inputs = [{"num_inference_steps": 25}] * args.num_validation_images
+    inputs = [{"num_inference_steps": steps}] * args.num_validation_images
+    if paths := vars(args).get("validation_images"):  # the SD script's, for pipelines that take an image
+        inputs = [{"image": Image.open(path)} for path in paths]
+    in_training = [part for part in pipeline.components.values() if isinstance(part, nn.Module) and part.training]
+    for part in in_training:  # an adapter's dropout is not for samples
+        part.eval()
     with accelerator.autocast():
-        return [pipeline(**prompt, **extra, generator=generator).images[0] for extra in inputs]
+        images = [pipeline(**prompt, **extra, generator=generator).images[0] for extra in inputs]
+    for part in in_training:
+        part.train()
+    return images
 
 
-def log_images(accelerator: Accelerator, images: list[Image.Image], prompt: str, step: int) -> None:
-    """Hands images to the trackers that take them, as `validation`."""
-    for tracker in accelerator.trackers:
+def log_images(
+    accelerator: Accelerator, images: list[Image.Image], prompt: str, step: int, name: str = "validation"
+) -> None:
+    """Hands images to the trackers that take them, under `name`."""
+    for tracker in accelerator.trackers if images else ():
         if tracker.name == "tensorboard":
             pixels = np.stack([np.asarray(image) for image in images])
-            tracker.writer.add_images("validation", pixels, step, dataformats="NHWC")
+            tracker.writer.add_images(name, pixels, step, dataformats="NHWC")
         elif tracker.name == "wandb":
-            tracker.log_images({"validation": images}, step=step, caption=[prompt] * len(images))
+            tracker.log_images({name: images}, step=step, caption=[prompt] * len(images))

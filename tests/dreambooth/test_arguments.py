@@ -1,4 +1,4 @@
-"""The command line: the official flags, five of our own, and mistakes answered in one line."""
+"""The command lines: the official flags, a few of our own, and mistakes answered in one line."""
 
 import argparse
 import json
@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 
-from diffusers_lipreg.dreambooth import arguments
+import train_dreambooth_lipreg
+import train_dreambooth_lora_lipreg_sdxl
 from train_dreambooth_lipreg import parse_args
 
-OFFICIAL: list[dict[str, Any]] = json.loads(Path(__file__).parent.with_name("flags_sd.json").read_text())
+SCRIPTS = {"sd": train_dreambooth_lipreg, "sdxl": train_dreambooth_lora_lipreg_sdxl}
+OFFICIAL: dict[str, list[dict[str, Any]]] = {
+    name: json.loads(Path(__file__).parent.with_name(f"flags_{name}.json").read_text()) for name in SCRIPTS
+}
+OWN = {
+    "sd": {"--rank", "--lora_alpha", "--lora_dropout", "--use_dora", "--extract_lora_rank"},
+    "sdxl": set(),
+}
+# To the official parser these are --use_8bit_adam and --enable_xformers...; --use_dora and --extract_lora_rank end that.
+TAKEN = {"--u", "--us", "--use", "--use_", "--e"}
 LIPREG = {
     "--lipreg_weight",
     "--lipreg_reduction",
@@ -27,21 +37,11 @@ REQUIRED = [
 PRIOR = ["--with_prior_preservation", "--class_data_dir", "dogs", "--class_prompt", "a photo of dog"]
 
 
-class Built(Exception):
-    """Carries the parser out of the script, before it parses."""
-
-
-@pytest.fixture
-def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
-    """The parser as the script builds it."""
-
-    def stop(parser: argparse.ArgumentParser, _: object) -> None:
-        raise Built(parser)
-
-    monkeypatch.setattr(arguments, "parse", stop)
-    with pytest.raises(Built) as built:
-        parse_args([])
-    return built.value.args[0]
+def every_official_flag(test):
+    """Runs a test for each script and each of its official flags."""
+    cases = [(name, flag) for name, flags in OFFICIAL.items() for flag in flags]
+    ids = [f"{name} {flag['flag']}" for name, flag in cases]
+    return pytest.mark.parametrize(("script", "official"), cases, ids=ids)(test)
 
 
 def parse(*more: str) -> argparse.Namespace:
@@ -76,37 +76,43 @@ def with_type(flag: dict[str, Any]) -> dict[str, Any]:
     return {**flag, "type": flag["type"] or {"StoreAction": "str"}.get(flag["action"])}
 
 
-@pytest.mark.parametrize("official", OFFICIAL, ids=lambda official: official["flag"])
-def test_an_official_flag_means_the_same(parser: argparse.ArgumentParser, official: dict[str, Any]) -> None:
-    assert with_type(described(options(parser)[official["flag"]])) == with_type(official)
+@every_official_flag
+def test_an_official_flag_means_the_same(script: str, official: dict[str, Any]) -> None:
+    action = options(SCRIPTS[script].build_parser())[official["flag"]]
+    if official["type"] == "bool":  # any text is true to bool, also "False"; to ours it is not
+        assert [action.type(text) for text in ("True", "false", "0", "yes")] == [True, False, False, True]
+        action.type = bool
+    assert with_type(described(action)) == with_type(official)
 
 
-def test_there_are_five_more_flags_and_no_others(parser: argparse.ArgumentParser) -> None:
-    official = {flag["flag"] for flag in OFFICIAL}
-    assert len(official) == 61
-    assert options(parser).keys() - official == LIPREG | {"-h", "--help"}
+@pytest.mark.parametrize(("script", "count"), [("sd", 61), ("sdxl", 72)])
+def test_there_are_our_flags_and_no_others(script: str, count: int) -> None:
+    official = {flag["flag"] for flag in OFFICIAL[script]}
+    assert len(official) == count
+    assert options(SCRIPTS[script].build_parser()).keys() - official == LIPREG | OWN[script] | {"-h", "--help"}
 
 
-NAMES = [*(official["flag"] for official in OFFICIAL), "--help"]
-
-
-def abbreviations(flag: str) -> list[str]:
+def abbreviations(script: str, flag: str) -> set[str]:
     """What the official parser takes for this flag beside its name."""
+    names = [*(official["flag"] for official in OFFICIAL[script]), "--help"]
     prefixes = (flag[:length] for length in range(len("--x"), len(flag)))
-    return [prefix for prefix in prefixes if [name for name in NAMES if name.startswith(prefix)] == [flag]]
+    return {prefix for prefix in prefixes if [name for name in names if name.startswith(prefix)] == [flag]}
 
 
-@pytest.mark.parametrize("official", OFFICIAL, ids=lambda official: official["flag"])
-def test_an_official_abbreviation_still_works(parser: argparse.ArgumentParser, official: dict[str, Any]) -> None:
-    value = (official["choices"] or [{"int": "7", "float": "0.5"}.get(official["type"], "text")])[-1]
+@every_official_flag
+def test_an_official_abbreviation_still_works(script: str, official: dict[str, Any]) -> None:
+    parser = SCRIPTS[script].build_parser()
+    value = (official["choices"] or [{"int": "7", "float": "0.5", "bool": "false"}.get(official["type"], "text")])[-1]
     values = [] if official["action"] == "StoreTrueAction" else [value]
     expected = parser.parse_args([*REQUIRED, official["flag"], *values])
     assert expected != parser.parse_args(REQUIRED)
-    for prefix in abbreviations(official["flag"]):
+    for prefix in abbreviations(script, official["flag"]) - (TAKEN if script == "sd" else set()):
         assert parser.parse_args([*REQUIRED, prefix, *values]) == expected
 
 
-def test_help_explains_every_flag(parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_flag(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = SCRIPTS[script].build_parser()
     with pytest.raises(SystemExit) as stopped:
         parser.parse_args(["--help"])
     assert stopped.value.code == 0

@@ -218,9 +218,6 @@ def test_images_come_sorted_without_what_else_is_in_the_folder(
             "damaged avif",
             marks=[
                 pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF"),
-                pytest.mark.xfail(
-                    strict=True, raises=RuntimeError, reason="Pillow's AVIF decoder raises RuntimeError"
-                ),
             ],
         ),
     ],

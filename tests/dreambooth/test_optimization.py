@@ -152,13 +152,6 @@ def test_8bit_adam_gets_what_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> N
     assert create_adamw(arguments(use_8bit_adam=True), ["parameter"]) == (["parameter"], GIVEN)
 
 
-def test_8bit_adam_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("bitsandbytes", "bitsandbytes.optim"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(RunError, match="--use_8bit_adam .*pip install bitsandbytes"):
-        create_adamw(arguments(use_8bit_adam=True), [nn.Parameter(torch.zeros(1))])
-
-
 @pytest.mark.parametrize(("scale_lr", "factor"), [(False, 1), (True, 2 * 3 * 4)])
 def test_scale_lr(scale_lr: bool, factor: int) -> None:
     args = arguments(scale_lr=scale_lr, gradient_accumulation_steps=2, train_batch_size=3)

@@ -13,7 +13,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_lipreg.dreambooth import prior
-from diffusers_lipreg.dreambooth.arguments import RunError
 from train_dreambooth_lipreg import parse_args
 
 
@@ -150,12 +149,3 @@ def test_the_folder_is_made_and_batches_fill_it_exactly(
     ]
     assert [path.name.split("-")[0] for path in images] == ["0", "1", "2", "3", "4"]
     assert [Image.open(path).getpixel((0, 0))[0] for path in images] == [0, 10, 20, 30, 40]
-
-
-def test_none_there_and_none_asked_for_is_an_error(
-    tmp_path: Path, accelerator: Accelerator, no_sampling: None
-) -> None:
-    args = arguments(tmp_path, 1)
-    args.num_class_images = 0
-    with pytest.raises(RunError, match=f"--num_class_images 0: {re.escape(str(tmp_path))} is empty"):
-        prior.ensure_class_images(args, accelerator)

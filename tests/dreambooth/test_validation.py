@@ -36,6 +36,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[dict] = []
         self.device: torch.device | None = None
+        self.components = {"unet": torch.nn.Dropout(), "vae": torch.nn.Identity().eval(), "tokenizer": "no module"}
 
     def to(self, device: torch.device) -> "Recorder":
         self.device = device
@@ -45,6 +46,7 @@ class Recorder:
         pass
 
     def __call__(self, **call: object) -> SimpleNamespace:
+        assert not self.components["unet"].training  # no dropout in samples
         self.calls.append(call)
         return SimpleNamespace(images=[Image.new("RGB", (8, 8), (100 + len(self.calls),) * 3)])
 
@@ -90,7 +92,8 @@ def test_a_learned_variance_is_no_longer_used(name: str | None, variance_type: s
 
 def test_as_many_images_as_asked_for_in_25_steps(accelerator: Accelerator) -> None:
     pipeline = Recorder()
-    images = sample_images(arguments("--num_validation_images", "3"), accelerator, pipeline, PROMPT)
+    images = sample_images(arguments("--num_validation_images", "3"), accelerator, pipeline, PROMPT, steps=25)
+    assert pipeline.components["unet"].training and not pipeline.components["vae"].training
     assert [image.getpixel((0, 0))[0] for image in images] == [101, 102, 103]
     assert pipeline.device == accelerator.device
     for call in pipeline.calls:
@@ -105,7 +108,7 @@ def test_one_image_for_each_validation_image(accelerator: Accelerator, tmp_path:
     pipeline = Recorder()
     prompt = {"prompt_embeds": torch.zeros(1), "negative_prompt_embeds": torch.ones(1)}
     args = arguments("--num_validation_images", "9", "--validation_images", *paths)
-    assert len(sample_images(args, accelerator, pipeline, prompt)) == 2
+    assert len(sample_images(args, accelerator, pipeline, prompt, steps=25)) == 2
     assert [call["image"].getpixel((0, 0)) for call in pipeline.calls] == [(255, 0, 0), (0, 0, 255)]
     assert all(call.keys() == {*prompt, "image", "generator"} for call in pipeline.calls)
 
@@ -119,7 +122,7 @@ def test_a_seed_gives_the_same_images_and_leaves_the_runs_stream_alone(accelerat
     set_scheduler(pipeline, "DPMSolverMultistepScheduler")
     args = arguments("--num_validation_images", "2", "--seed", "7")
     state = torch.get_rng_state()
-    first, second = (pixels(sample_images(args, accelerator, pipeline, PROMPT)) for _ in range(2))
+    first, second = (pixels(sample_images(args, accelerator, pipeline, PROMPT, steps=25)) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert first.shape == (2, 64, 64, 3)
     assert (first == second).all()
@@ -130,7 +133,7 @@ def test_without_a_seed_images_come_from_the_runs_stream(accelerator: Accelerato
     pipeline = Recorder()
     args = arguments("--num_validation_images", "1")
     args.seed = None
-    sample_images(args, accelerator, pipeline, PROMPT)
+    sample_images(args, accelerator, pipeline, PROMPT, steps=25)
     assert pipeline.calls[0]["generator"] is None
 
 

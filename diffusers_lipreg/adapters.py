@@ -1,0 +1,392 @@
+"""Squared drift of the weights that PEFT adapters change, with its exact gradient, without building those weights.
+
+With W the merged weight of an adapted layer, and W_0 what it was at the snapshot, two reductions have a name:
+
+    product  sum over layers of ||W - W_0||^2    the paper's penalty (Algorithm 1, line 9), on the weights that act
+    factors  sum over factors of ||factor||^2    what the authors' released code computes for LoRA: A^2 + B^2
+
+Each kind of adapter has one differentiable formula for ||W - W_0||^2, and autograd gives its gradient:
+
+    LoRA, LoHa  low_rank   the change is a product P Q of thin matrices, and their r x r Gram matrices say all
+    DoRA        dora       row by row, from the same P and Q and one product of the base weight with Q
+    LoKr        kronecker  from norms and inner products of the two factors
+    OFT         rotated    block by block, from the Gram matrix of the columns that a block mixes
+
+Anything else is refused. Sums are taken in float32 at least, outside autocast; a difference of products in float64,
+since float32 loses small changes (as it does on MPS, which has no other). Source: Kim, Park, Kim, "Preserve and
+Personalize: Personalized Text-to-Image Diffusion Models without Distributional Drift", ICLR 2026, arXiv 2505.19519;
+what an adapter does to its weight is PEFT's `merge`.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.loha.layer import LoHaLayer
+from peft.tuners.lokr.layer import LoKrLayer
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.tp_layer import LoraParallelLinear
+from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraLinearVariant
+from peft.tuners.oft.layer import Linear as OFTLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from .drift import Drift, _total
+from .snapshot import named_parameters
+
+SUPPORTED = (LoraLayer, LoHaLayer, LoKrLayer, OFTLinear)
+LORA_BY_NAME_ONLY = (AdaLoraLayer, LoraParallelLinear, MultiheadAttention, ParamWrapper)
+DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)  # the first has embeddings, too
+MAGNITUDE = "lora_magnitude_vector"
+
+# Adapter elements in one batch of layers: enough to keep a GPU busy, at 4 MiB of float32.
+BATCH_ELEMENTS = 2**20
+
+
+class Adapter(NamedTuple):
+    """One trained adapter of one layer: its tensors under the names PEFT gives them, and its scale s."""
+
+    layer: str
+    name: str
+    module: Any  # PEFT's layer
+    tensors: dict[str, Tensor]
+    scale: float
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """All but DoRA's magnitude, which is a size of the pretrained weight, not of a change."""
+        return [tensor for name, tensor in self.tensors.items() if name != MAGNITUDE]
+
+    @property
+    def device(self) -> torch.device:
+        return self.factors[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What sums are taken in."""
+        return torch.promote_types(self.factors[0].dtype, torch.float32)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What differences of products are taken in."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
+
+
+def trained_adapters(module: nn.Module) -> list[list[Adapter]]:
+    """The adapters that `module` trains, by layer: active ones, as a frozen one cancels out of W - W_0.
+
+    Raises:
+        ValueError: A layer without a formula, anything else that is trained, or no adapter at all.
+    """
+    names = {parameter: name for name, parameter in named_parameters(module).items()}
+    others = {parameter: "no adapter" for parameter in names if parameter.requires_grad}
+    layers: list[list[Adapter]] = []
+    for tuner in module.modules():
+        if not isinstance(tuner, BaseTunerLayer):
+            continue
+        kind = f"{type(tuner).__module__}.{type(tuner).__name__}"
+        others |= {parameter: kind for parameter in tuner.parameters() if parameter in others}
+        if not isinstance(tuner, SUPPORTED) or isinstance(tuner, LORA_BY_NAME_ONLY):
+            continue
+        active = [a for name in tuner.active_adapters if (a := _adapter(tuner, name, names)).tensors]
+        trained = [adapter for adapter in active if any(t.requires_grad for t in adapter.tensors.values())]
+        if not trained:
+            continue
+        if objection := _objection(tuner, active, trained):
+            raise ValueError(f"{trained[0].layer}: no exact drift is known for this {kind}, which {objection}.")
+        layers.append(trained)
+        for tensor in _tensors(trained):
+            others.pop(tensor, None)
+    for parameter, kind in others.items():
+        raise ValueError(
+            f"{names[parameter]} is trained, but no exact drift is known for it: it is part of {kind}, not of an "
+            "active LoRA, DoRA, LoHa, LoKr or OFT adapter."
+        )
+    if not layers:
+        raise ValueError("There is nothing to measure: the module trains no adapter.")
+    return layers
+
+
+def _adapter(tuner: Any, name: str, names: Mapping[Tensor, str]) -> Adapter:
+    tensors, layer = {}, ""
+    attributes = tuner.adapter_layer_names
+    if isinstance(tuner, LoraLayer):
+        attributes += (MAGNITUDE,)  # PEFT before 0.19 leaves it out for convolutions and embeddings
+    for attribute in attributes:
+        if name in (held := getattr(tuner, attribute)):  # as a parameter, or as the weight of a module
+            tensors[attribute] = held[name].weight if isinstance(held[name], nn.Module) else held[name]
+            layer = names[tensors[attribute]].rpartition(f".{attribute}.{name}")[0]
+    return Adapter(layer, name, tuner, tensors, 1.0 if isinstance(tuner, OFTLinear) else tuner.scaling.get(name, 1.0))
+
+
+def _objection(tuner: Any, active: list[Adapter], trained: list[Adapter]) -> str | None:
+    """Why the formulas below would not be exact for this layer, if they would not."""
+    base = tuner.get_base_layer()
+    variants = [tuner.lora_variant.get(a.name) for a in active] if isinstance(tuner, LoraLayer) else []
+    unknown = [type(variant).__name__ for variant in variants if variant and not isinstance(variant, DORA)]
+    if tuner.merged:
+        return f"has merged {' and '.join(tuner.merged_adapters)} into its base weight"
+    if isinstance(tuner.base_layer, BaseTunerLayer):
+        return f"adapts a layer of {type(tuner.base_layer).__module__}"
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and base.groups > 1:
+        return f"adapts a convolution in {base.groups} groups"
+    if unknown:
+        return f"is the variant {unknown[0]}"
+    if isinstance(tuner, OFTLinear) and (tuner.fan_in_fan_out or any(tuner.oft_R[a.name].coft for a in active)):
+        return "is set to coft or fan_in_fan_out"
+    acts_on_others = any(variants) or isinstance(tuner, OFTLinear)  # scales or turns the sum that they are part of
+    if len(active) > 1 and acts_on_others or len(trained) > 1 and isinstance(tuner, LoKrLayer):
+        return f"has {' and '.join(a.name for a in active)} active at once"
+    return None
+
+
+def _tensors(adapters: list[Adapter]) -> list[Tensor]:
+    return [tensor for adapter in adapters for tensor in adapter.tensors.values()]
+
+
+def _base_matrix(adapter: Adapter) -> Tensor:
+    """The base weight, dequantised, as a matrix: the dimensions of a kernel join the inputs."""
+    base = adapter.module.get_base_layer()
+    try:
+        weight = dequantize_module_weight(base).detach()
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{adapter.layer}: PEFT cannot read the weight of {type(base).__name__}: {error}.") from error
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
+
+
+def _tucker(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Matrices (out, r) and (r, in): a and b as they are, or a (r, out) and b (r, in) with the core of a kernel."""
+    return (a, b) if core is None else (a.T, torch.einsum("ijkl,jn->inkl", core, b).flatten(1))
+
+
+def _factors(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """P (out, r) and Q (r, in), whose product times the scale is what LoRA or LoHa adds to the base weight."""
+    if "lora_A" in t:
+        return t["lora_B"].flatten(1), t["lora_A"].flatten(1)
+    if "lora_embedding_A" in t:
+        return t["lora_embedding_B"], t["lora_embedding_A"]
+    p1, q1 = _tucker(t["hada_w1_a"], t["hada_w1_b"], t.get("hada_t1"))
+    p2, q2 = _tucker(t["hada_w2_a"], t["hada_w2_b"], t.get("hada_t2"))
+    # (p1 q1) o (p2 q2) is a product of Khatri-Rao products: Hyeon-Woo et al., "FedPara", ICLR 2022, proposition 1
+    return (p1[:, :, None] * p2[:, None, :]).flatten(1), (q1[:, None, :] * q2[None, :, :]).flatten(0, 1)
+
+
+def _change(adapter: Adapter, start: Adapter) -> tuple[float, Tensor, Tensor]:
+    """s, P and Q with s P Q = what the adapter adds to the base weight less what it added at the start."""
+    if not start.factors:
+        return adapter.scale, *_factors(adapter.to(adapter.device, adapter.dtype))
+    (p, q), (p0, q0) = (_factors(a.to(adapter.device, adapter.wide)) for a in (adapter, start))
+    p, p0 = adapter.scale * p, start.scale * p0
+    # (P - P0) Q + P0 (Q - Q0); the shorter [P, -P0] [Q; Q0] cancels the digits that carry a small change
+    return 1.0, torch.cat([p - p0, p0], dim=1).to(adapter.dtype), torch.cat([q, q - q0]).to(adapter.dtype)
+
+
+def _sum(changes: list[tuple[float, Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
+    """s, P and Q of the sum of several changes of one weight: those of a single one as they are."""
+    if len(changes) == 1:
+        return changes[0]
+    return 1.0, torch.cat([s * p for s, p, _ in changes], dim=1), torch.cat([q for _, _, q in changes])
+
+
+def low_rank(changes: list[tuple[float, Tensor, Tensor]]) -> Tensor:
+    """Sum over layers of ||s P Q||^2 = s^2 sum((P^T P) o (Q Q^T)): one batch of layers with equal s and shapes."""
+    (scale, *_), *_ = changes
+    p, q = torch.stack([p for _, p, _ in changes]), torch.stack([q for _, _, q in changes])
+    return scale**2 * ((p.mT @ p) * (q @ q.mT)).sum()
+
+
+def dora(adapter: Adapter, start: Adapter) -> Tensor:
+    """Sum over output rows of ||m b / v - m0 b0 / v0||^2, b = w0 + s (B A)_row, v = ||b|| (DoRA, ICML 2024, eq. 5).
+
+    With d = b - b0 that is (m - m0)^2 + m m0 (||d||^2 - (v - v0)^2) / (v v0); v - v0 = (v^2 - v0^2) / (v + v0) and
+    v^2 - v0^2 = 2 <b0, d> + ||d||^2, so that no two nearly equal numbers are subtracted.
+    """
+    scale, p, q = _change(adapter, start)
+    p, base = scale * p, _base_matrix(adapter).to(q)
+    if adapter.module.lora_magnitude_vector[adapter.name].fan_in_fan_out:
+        base = base.T  # to have a row for each magnitude
+
+    def inner(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """<w0, (P Q)_row> and ||(P Q)_row||^2 for each row."""
+        return (p * (base @ q.T)).sum(dim=1), (p @ (q @ q.T) * p).sum(dim=1)
+
+    v0_squared = base.square().sum(dim=1)
+    cross, d_squared = inner(p, q)
+    if start.factors:
+        p0, q0 = (factor.to(q) for factor in _factors(start.tensors))
+        p0 = start.scale * p0
+        cross_0, squared_0 = inner(p0, q0)
+        v0_squared = v0_squared + 2 * cross_0 + squared_0
+        cross = cross + (p0 @ (q0 @ q.T) * p).sum(dim=1)
+    growth = 2 * cross + d_squared
+    v, v0 = (v0_squared + growth).sqrt(), v0_squared.sqrt()
+    m, m0 = (a.tensors[MAGNITUDE].flatten().to(q) for a in (adapter, start))
+    return ((m - m0).square() + m * m0 * (d_squared - (growth / (v + v0)).square()) / (v * v0)).sum()
+
+
+def kronecker(adapter: Adapter, start: Adapter) -> Tensor:
+    """||W1 x W2 - V1 x V2||^2 = ||D1 x W2 + V1 x D2||^2, D = W - V, V the start; norms of products multiply."""
+
+    def parts(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+        if "lokr_w2" in t:
+            return w1, t["lokr_w2"].flatten(1)
+        left, right = _tucker(t["lokr_w2_a"], t["lokr_w2_b"], t.get("lokr_t2"))
+        return w1, left @ right
+
+    w1, w2 = parts(adapter.to(adapter.device, adapter.wide))
+    v1, v2 = parts(start.to(adapter.device, adapter.wide)) if start.factors else (torch.zeros_like(w1), w2)
+    w1, v1 = adapter.scale * w1, start.scale * v1
+    d1, d2 = w1 - v1, w2 - v2
+    squares = d1.square().sum() * w2.square().sum() + v1.square().sum() * d2.square().sum()
+    return (squares + 2 * (d1 * v1).sum() * (w2 * d2).sum()).to(adapter.dtype)
+
+
+def oft_gram(adapter: Adapter) -> Tensor:
+    """For each block that OFT rotates, the inner products of its columns of the base weight: (blocks, size, size)."""
+    blocks = _base_matrix(adapter).unflatten(1, (-1, adapter.module.oft_R[adapter.name].block_size)).movedim(1, 0)
+    return blocks.mT @ blocks
+
+
+def rotated(adapter: Adapter, start: Adapter, gram: Tensor) -> Tensor:
+    """Sum over blocks of tr(E G E^T) with E = R - R_0, for W = W_base R^T; a shared R meets the G of each block."""
+    rotation = adapter.module.oft_R[adapter.name]
+    vectors = adapter.to(adapter.device, adapter.wide)["oft_R"]
+    vectors_0 = start.to(adapter.device, adapter.wide)["oft_R"] if start.factors else torch.zeros_like(vectors)
+    settings = rotation.block_size, rotation.use_cayley_neumann, rotation.num_cayley_neumann_terms
+    r, r0 = (rotation._cayley_batch(v, *settings) for v in (vectors, vectors_0))  # PEFT's own, not orthogonal exactly
+    change = (r - r0).to(adapter.dtype)
+    return (change @ gram.to(change) * change).sum()
+
+
+class AdapterSnapshot:
+    """How the trained adapters of a module start, to measure what they have changed since; matched by name.
+
+    Take it before the first step, and before a checkpoint is loaded. It holds tensors only where it must: of adapters
+    that do not start at zero (PiSSA, OLoRA, continued training), DoRA's magnitudes, Gram matrices for OFT.
+
+    Args:
+        module: A module with adapters, from PEFT or from diffusers' `add_adapter`. Those that are active and trained
+            count; wrapping by DDP or `torch.compile` does not change their names.
+
+    Raises:
+        ValueError: No trained adapter, one without an exact formula, or anything else that is trained.
+    """
+
+    reductions = ("product", "factors")
+
+    @torch.no_grad()
+    def __init__(self, module: nn.Module) -> None:
+        layers = trained_adapters(module)
+        self._shapes = _shapes(layers)
+        self._starts = {(a.layer, a.name): _start(a) for adapters in layers for a in adapters}
+        self._grams = {a.layer: oft_gram(a) for a, *_ in layers if isinstance(a.module, OFTLinear)}
+        self._squared_norms = [_base_matrix(adapter).square().sum() for adapter, *_ in layers]
+
+    @cached_property
+    def squared_norm(self) -> float:
+        """The sum over adapted layers of ||base weight||^2, what a drift is relative to."""
+        return float(sum(squared_norm.item() for squared_norm in self._squared_norms))
+
+    def drift(self, module: nn.Module, reduction: str) -> Tensor:
+        """The drift as a scalar to differentiate, float32 or wider.
+
+        Raises:
+            ValueError: Adapters or shapes that are not those of the snapshot; an unknown reduction.
+        """
+        return _total([self._value(layers, reduction) for layers in self._groups(module)])
+
+    def add_gradient_(
+        self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0
+    ) -> Drift:
+        """Adds scale * weight * d(drift)/d(parameter) to each adapter parameter's `.grad` and returns the drift.
+
+        A parameter that has no gradient yet gets one; a frozen one, or any with weight 0, is only measured. Layers are
+        taken in batches, so that scratch memory stays at a few times 4 MiB for LoRA; DoRA takes one layer at a time.
+
+        Args:
+            weight: The paper's lambda.
+            scale: Factor on the gradient alone: the loss scale, while the gradients it joins are still scaled (fp16).
+
+        Raises:
+            ValueError: As for `drift`.
+        """
+        values, squares = [], []
+        for layers in self._groups(module):
+            # leaves in float32: weight and scale are to reach a gradient before fp16 rounds it to zero
+            leaves = {
+                tensor: tensor.detach()
+                .to(torch.promote_types(tensor.dtype, torch.float32))
+                .requires_grad_(tensor.requires_grad and weight != 0)
+                for adapters in layers
+                for tensor in _tensors(adapters)
+            }
+            layers = [[a._replace(tensors={n: leaves[t] for n, t in a.tensors.items()}) for a in x] for x in layers]
+            with torch.enable_grad():
+                value = self._value(layers, reduction)
+            if value.requires_grad:
+                trained = {parameter: leaf for parameter, leaf in leaves.items() if leaf.requires_grad}
+                gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
+                for parameter, gradient in zip(trained, gradients, strict=True):
+                    if gradient is not None:  # as for DoRA's magnitude, which is no factor
+                        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                        parameter.grad.add_(gradient, alpha=scale * weight)
+            with torch.no_grad():
+                squares.append(value.detach() if reduction == "product" else self._value(layers, "product"))
+            values.append(value.detach())
+        # Gram matrices can round a distance of zero to one just below.
+        return Drift(_total(values).clamp(min=0), _total(squares).clamp(min=0))
+
+    def _value(self, layers: list[list[Adapter]], reduction: str) -> Tensor:
+        """The drift of layers that `_groups` put together."""
+        if reduction not in self.reductions:
+            raise ValueError(f"reduction must be one of {', '.join(self.reductions)}, got {reduction!r}.")
+        (adapter, *_), *_ = layers
+        start = self._starts[adapter.layer, adapter.name]
+        with torch.autocast(adapter.device.type, enabled=False):
+            if reduction == "factors":
+                factors = [factor for adapters in layers for a in adapters for factor in a.factors]
+                return torch.cat([factor.to(adapter.dtype).flatten() for factor in factors]).square().sum()
+            if isinstance(adapter.module, OFTLinear):
+                return rotated(adapter, start, self._grams[adapter.layer])
+            if isinstance(adapter.module, LoKrLayer):
+                return kronecker(adapter, start)
+            if MAGNITUDE in adapter.tensors:
+                return dora(adapter, start)
+            return low_rank([_sum([_change(a, self._starts[a.layer, a.name]) for a in x]) for x in layers])
+
+    def _groups(self, module: nn.Module) -> Iterator[list[list[Adapter]]]:
+        """The layers, if they are those of the snapshot: low-rank ones batched by shape and place, others alone."""
+        layers = trained_adapters(module)
+        expected, given = self._shapes, _shapes(layers)
+        for name in sorted(expected.keys() | given.keys()):
+            if expected.get(name) != given.get(name):
+                raise ValueError(
+                    f"{name}: expected shape {expected.get(name)}, got {given.get(name)} (None: no trained adapter)."
+                )
+        groups: dict[Hashable, list[list[Adapter]]] = {}
+        for adapters in layers:
+            alone = isinstance(adapters[0].module, (OFTLinear, LoKrLayer)) or MAGNITUDE in adapters[0].tensors
+            scales = tuple((a.scale, bool(self._starts[a.layer, a.name].factors)) for a in adapters)
+            tensors = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in _tensors(adapters))
+            groups.setdefault(adapters[0].layer if alone else (scales, tensors), []).append(adapters)
+        for group in groups.values():
+            size = max(1, BATCH_ELEMENTS // sum(tensor.numel() for tensor in _tensors(group[0])))
+            yield from (group[i : i + size] for i in range(0, len(group), size))
+
+
+def _shapes(layers: list[list[Adapter]]) -> dict[str, tuple[int, ...]]:
+    return {f"{a.layer}.{n}.{a.name}": tuple(t.shape) for x in layers for a in x for n, t in a.tensors.items()}
+
+
+def _start(adapter: Adapter) -> Adapter:
+    """What must be kept: no factors if one of them is zero, for then the adapter adds nothing; and no module."""
+    at_zero = not all(factor.any() for factor in adapter.factors)
+    kept = {n: t.detach().clone() for n, t in adapter.tensors.items() if n == MAGNITUDE or not at_zero}
+    return adapter._replace(module=None, tensors=kept)

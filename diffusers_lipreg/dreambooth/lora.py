@@ -1,0 +1,155 @@
+"""LoRA adapters on a pipeline's models: added, saved under the names that other tools read, loaded back."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import convert_state_dict_to_peft
+from peft import LoraConfig, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+Weights = dict[str, dict[str, Tensor]]
+WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
+TARGETS = {
+    "unet": ["to_k", "to_q", "to_v", "to_out.0"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    "text_encoder_2": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
+EXTRACTED = {
+    "unet": r"(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)\.weight$",
+    "text_encoder": r"(q_proj|k_proj|v_proj|out_proj|fc1|fc2)\.weight$",
+}
+KOHYA_ENDINGS = {
+    ".lora.down.weight": ".lora_down.weight",
+    ".lora.up.weight": ".lora_up.weight",
+    ".lora_linear_layer.down.weight": ".lora_down.weight",
+    ".lora_linear_layer.up.weight": ".lora_up.weight",
+    ".lora_magnitude_vector": ".dora_scale",
+}
+KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+
+def add_adapters(args: Namespace, models: Mapping[str, nn.Module], alpha: float) -> None:
+    """Freezes the models and adds adapters, in float32 whatever the models are in, so that small updates count."""
+    for name, model in models.items():
+        model.requires_grad_(False)
+        model.add_adapter(
+            LoraConfig(
+                r=args.rank,
+                lora_alpha=alpha,
+                lora_dropout=args.lora_dropout,
+                init_lora_weights="gaussian",
+                target_modules=TARGETS[name],
+                use_dora=args.use_dora,
+            )
+        )
+        cast_training_params(model, dtype=torch.float32)
+
+
+def adapter_weights(models: Mapping[str, nn.Module], scale: float = 1.0) -> Weights:
+    """The adapters of bare models in float32, by model and under diffusers' names.
+
+    Not every tool reads an alpha that differs from the rank; `scale` = alpha / rank, multiplied into the up
+    projections, takes its place. Newer transformers call CLIP's parts without the `text_model.` that checkpoints and
+    all other tools have; it is put back.
+    """
+    weights: Weights = {}
+    for model_name, model in models.items():
+        weights[model_name] = {}
+        for name, tensor in convert_state_dict_to_diffusers(get_peft_model_state_dict(model)).items():
+            if model_name != "unet" and not name.startswith("text_model."):
+                name = f"text_model.{name}"
+            tensor = tensor.detach().float().cpu().contiguous()
+            weights[model_name][name] = tensor * scale if name.endswith(".up.weight") and scale != 1.0 else tensor
+    return weights
+
+
+def save_adapters(pipeline_class: type[DiffusionPipeline], folder: str | Path, weights: Weights) -> None:
+    """Writes the file that `pipe.load_lora_weights(folder)` looks for."""
+    pipeline_class.save_lora_weights(folder, **{f"{name}_lora_layers": layers for name, layers in weights.items()})
+
+
+def load_adapters(folder: str | Path, models: Mapping[str, nn.Module]) -> None:
+    """Puts saved adapters into the bare models that have theirs already."""
+    weights = load_file(Path(folder, WEIGHTS))
+    for model_name, model in models.items():
+        own = {k.removeprefix(f"{model_name}."): v for k, v in weights.items() if k.startswith(f"{model_name}.")}
+        if model_name == "unet":
+            own = convert_unet_state_dict_to_peft(own)
+        else:
+            own = convert_state_dict_to_peft(own)
+            if not hasattr(model, "text_model"):
+                own = {name.removeprefix("text_model."): tensor for name, tensor in own.items()}
+        wrong = set_peft_model_state_dict(model, own).unexpected_keys
+        if wrong:
+            raise ValueError(f"{folder}: {model_name} has no adapter {wrong[0]}.")
+
+
+def checkpoint_functions(
+    pipeline_class: type[DiffusionPipeline], models: Mapping[str, nn.Module]
+) -> tuple[Callable[[str], None], Callable[[str], None]]:
+    """How a checkpoint writes and reads the adapters of the bare models."""
+    return (
+        lambda folder: save_adapters(pipeline_class, folder, adapter_weights(models)),
+        lambda folder: load_adapters(folder, models),
+    )
+
+
+def to_kohya(weights: Weights) -> dict[str, Tensor]:
+    """The same adapters under the names of kohya's tools and of web UIs, with alpha = rank."""
+    renamed = {}
+    for model_name, layers in weights.items():
+        for name, tensor in layers.items():
+            ending = next(ending for ending in KOHYA_ENDINGS if name.endswith(ending))
+            module = f"{KOHYA_PREFIXES[model_name]}_{name.removesuffix(ending).replace('.', '_')}"
+            # DoRA's magnitudes, one for each output, are a column there.
+            renamed[module + KOHYA_ENDINGS[ending]] = tensor[:, None] if tensor.ndim == 1 else tensor
+            if ending.endswith("down.weight"):
+                renamed[f"{module}.alpha"] = torch.tensor(float(len(tensor)))
+    return renamed
+
+
+def save_kohya(folder: str | Path, weights: Weights) -> None:
+    """Writes the adapters in kohya's format beside the others."""
+    save_file(to_kohya(weights), Path(folder, KOHYA_WEIGHTS), metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def extract_adapters(
+    models: Mapping[str, nn.Module], pretrained: Mapping[str, nn.Module], rank: int
+) -> tuple[Weights, float]:
+    """Adapters that say of a full fine-tune what rank `rank` can: the truncated SVD of each layer's change.
+
+    Taken of the linear layers in attention and feed-forward blocks, where it is the best approximation of that rank
+    (Eckart and Young, 1936). Returns the adapters and the share of the models' whole squared drift that they keep.
+    """
+    weights: Weights = {}
+    kept = total = 0.0
+    for model_name, model in models.items():
+        layers = weights[model_name] = {}
+        before = dict(pretrained[model_name].named_parameters())
+        for name, parameter in model.named_parameters():
+            change = parameter.float() - before[name].to(parameter.device, torch.float32)
+            total += change.square().sum().item()
+            if not re.search(EXTRACTED[model_name], name):
+                continue
+            u, s, vh = torch.linalg.svd(change, full_matrices=False)
+            u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+            kept += s.square().sum().item()
+            module = name.removesuffix(".weight")
+            if model_name != "unet":
+                module = f"text_model.{module.removeprefix('text_model.')}"
+            kind = "lora" if model_name == "unet" else "lora_linear_layer"
+            layers[f"{module}.{kind}.down.weight"] = (s.sqrt()[:, None] * vh).cpu().contiguous()
+            layers[f"{module}.{kind}.up.weight"] = (u * s.sqrt()).cpu().contiguous()
+    return weights, kept / total if total else 1.0

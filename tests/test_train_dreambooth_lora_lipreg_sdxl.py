@@ -1,0 +1,240 @@
+"""The SDXL script from end to end, and what it shares with the SD script's adapters (parity: test_parity.py)."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PARITY, ROOT, assert_equal_weights, execute, flags, sample
+from diffusers import StableDiffusionXLPipeline
+from loopback_hub import Account, LoopbackHub
+from safetensors.torch import load_file
+
+BASE = PARITY / "pipeline_sdxl"
+LORA = "pytorch_lora_weights.safetensors"
+KOHYA = "pytorch_lora_weights_kohya.safetensors"
+OFF = ("--lipreg_weight", "0")
+
+
+def merged_drift(folder: Path, file: str = LORA) -> float:
+    """||merged - base||^2 of saved adapters, in float64, from their products."""
+    weights, total = load_file(folder / file), 0.0
+    for name, down in weights.items():
+        if name.endswith("down.weight"):
+            up = weights[name.replace("down.weight", "up.weight")]
+            total += (up.double() @ down.double()).square().sum().item()
+    return total
+
+
+def test_the_plain_command_is_the_papers_configuration(train_sdxl, tmp_path, logs):
+    train_sdxl(tmp_path, "--max_train_steps", "3")
+    first = logs[0][1]
+    assert first.keys() == {"loss", "lr", "loss_drift", "drift", "drift_relative"}
+    assert first["drift"] > 0  # `factors` is not zero at zero drift: A starts at random
+    assert first["drift_relative"] == 0
+    assert first["loss_drift"] == pytest.approx(1e-6 * first["drift"])
+
+
+@pytest.mark.parametrize("text_encoder", [(), ("--train_text_encoder", "--text_encoder_lr", "5e-4")], ids=["", "te"])
+def test_a_huge_weight_holds_the_merged_weights(text_encoder, train_sdxl, tmp_path):
+    more = ("--max_train_steps", "50", "--adam_weight_decay", "0", *text_encoder)
+    free = train_sdxl(tmp_path / "free", *OFF, *more)
+    held = train_sdxl(tmp_path / "held", "--lipreg_weight", "1e6", "--lipreg_reduction", "product", *more)
+    assert merged_drift(held) ** 0.5 < 0.05 * merged_drift(free) ** 0.5
+
+
+def test_the_logged_drift_is_that_of_the_merged_weights(train_sdxl, tmp_path, logs):
+    product = ("--lipreg_weight", "1e-3", "--lipreg_reduction", "product", "--checkpointing_steps", "3")
+    out = train_sdxl(tmp_path, "--max_train_steps", "4", *product)
+    assert logs[3][1]["drift"] == pytest.approx(merged_drift(out / "checkpoint-3"), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_adapters_and_their_optimizer_stay_in_float32(precision, train_sdxl, tmp_path):
+    if precision == "fp16" and not torch.cuda.is_available():
+        pytest.skip("accelerate has no fp16 on a CPU")
+    out = train_sdxl(tmp_path, "--mixed_precision", precision, "--checkpointing_steps", "2", "--train_text_encoder")
+    assert {tensor.dtype for tensor in load_file(out / LORA).values()} == {torch.float32}
+    moments = torch.load(out / "checkpoint-2" / "optimizer.bin", weights_only=True)["state"].values()
+    assert {state["exp_avg"].dtype for state in moments} == {torch.float32}
+
+
+@pytest.mark.parametrize("more", [(), ("--train_text_encoder",), ("--use_dora",)], ids=["", "te", "dora"])
+def test_a_resumed_run_equals_an_uninterrupted_one(more, train_sdxl, tmp_path):
+    steps = ("--checkpointing_steps", "3", "--lipreg_weight", "1e-2", "--lipreg_reduction", "product", *more)
+    whole = train_sdxl(tmp_path / "whole", "--max_train_steps", "6", *steps)
+    out = train_sdxl(tmp_path / "parts", "--max_train_steps", "3", *steps)
+    train_sdxl(out, "--max_train_steps", "6", "--resume_from_checkpoint", "latest", *steps)
+    assert_equal_weights(whole / LORA, out / LORA)
+
+
+def test_the_checkpoint_limit_keeps_the_newest(train_sdxl, tmp_path):
+    out = train_sdxl(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_captions_of_a_folder_are_those_of_a_data_set(train_sdxl, tmp_path, monkeypatch):
+    """A metadata.jsonl beside the photos means the same to --instance_data_dir as to --dataset_name."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    captions = str(shutil.copytree(PARITY / "captions", tmp_path / "captions"))
+    as_folder = train_sdxl(tmp_path / "folder", "--instance_data_dir", captions, "--caption_column", "text")
+    as_data_set = train_sdxl(tmp_path / "set", "--dataset_name", captions, "--caption_column", "text")
+    plain = train_sdxl(tmp_path / "plain", "--instance_data_dir", captions)
+    assert_equal_weights(as_folder / LORA, as_data_set / LORA)
+    with pytest.raises(AssertionError):
+        assert_equal_weights(as_folder / LORA, plain / LORA)
+
+
+def test_prior_preservation_with_larger_batches_and_min_snr(train_sdxl, tmp_path, logs):
+    train_sdxl(
+        tmp_path, "--with_prior_preservation", "--class_data_dir", str(PARITY / "class_images"), "--class_prompt",
+        "a photo of dog", "--num_class_images", "3", "--train_batch_size", "2", "--snr_gamma", "5",
+    )  # fmt: skip
+    assert all(values["loss"] > 0 for _, values in logs)
+
+
+def test_validation_along_the_way_and_at_the_end_changes_no_weight(train_sdxl, tmp_path):
+    plain = train_sdxl(tmp_path / "plain")
+    more = ("--validation_prompt", "a dog", "--num_validation_images", "1", "--validation_epochs", "1")
+    assert_equal_weights(plain / LORA, train_sdxl(tmp_path / "validated", *more) / LORA)
+
+
+def test_an_edm_scheduler_and_min_snr_exclude_each_other(train_sdxl, tmp_path):
+    model = shutil.copytree(BASE, tmp_path / "model")
+    shutil.copytree(PARITY / "pipeline_sdxl_edm", model, dirs_exist_ok=True)
+    with pytest.raises(Exception, match="--snr_gamma has no meaning"):
+        train_sdxl(tmp_path / "out", "--pretrained_model_name_or_path", str(model), "--snr_gamma", "5")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--dataset_name", "{captions}", "--caption_column", "caption"), "there are image, text"),
+        (("--dataset_name", "{captions}", "--image_column", "photo"), "there are image, text"),
+        (("--instance_data_dir", "{captions}", "--caption_column", "caption"), "there are file_name, text"),
+        (("--instance_data_dir", "{photos}", "--caption_column", "text"), "metadata.jsonl"),
+        (("--dataset_name", "{empty}"), "--dataset_name"),
+        (("--instance_data_dir", "{empty}"), "there is no image in it"),
+    ],
+)
+def test_bad_photos_and_captions(more, message, train_sdxl, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "empty").mkdir()
+    folders = {"captions": PARITY / "captions", "photos": PARITY / "instance", "empty": tmp_path / "empty"}
+    with pytest.raises(Exception, match=message) as refused:
+        train_sdxl(tmp_path / "out", *(word.format(**folders) for word in more))
+    assert type(refused.value).__name__ == "RunError"
+
+
+@pytest.mark.parametrize("more", [("--rank", "0"), ("--repeats", "0"), ("--lipreg_reduction", "product"),
+                                  ("--dataset_name", "x", "--instance_data_dir", "y"),
+                                  ("--do_edm_style_training", "--snr_gamma", "5")])  # fmt: skip
+def test_flags_that_do_not_fit(more, train_sdxl, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_sdxl(tmp_path / "out", *more)
+    assert stopped.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "more", [("--train_text_encoder",), pytest.param(("--use_dora",), marks=pytest.mark.slow)], ids=["te", "dora"]
+)
+def test_trained_pushed_and_loaded_elsewhere(more, tmp_path):
+    out = tmp_path / "sks-duck"
+    with LoopbackHub({"hf_secret_of_alice": Account("alice")}) as hub:
+        env = hub.environment(tmp_path / "home")
+        push = ("--push_to_hub", "--hub_token", "hf_secret_of_alice", "--output_kohya_format", "--max_train_steps", "4",
+                "--learning_rate", "1e-2", "--checkpointing_steps", "2", "--validation_prompt", "a sks dog",
+                "--num_validation_images", "1", *more)  # fmt: skip
+        script = (str(ROOT / "train_dreambooth_lora_lipreg_sdxl.py"), *flags(out, *push, pipeline="pipeline_sdxl"))
+        ran = execute("-m", "accelerate.commands.launch", *script, env=env)
+        assert ran.returncode == 0, ran.stderr
+        files = hub.files("alice/sks-duck")
+        assert files.keys() == {LORA, KOHYA, "README.md", "image_0.png"}
+        assert not [path for path in out.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+        card = files["README.md"].decode()
+        kind = "dora" if "--use_dora" in more else "lora"
+        for line in ("- lipschitz-drift", f"- {kind}", "| lipreg_reduction | factors |", "| lipreg_weight | 1e-06 |",
+                     'pipe.load_lora_weights("alice/sks-duck")', "url: image_0.png"):  # fmt: skip
+            assert line in card
+
+        again = execute("-m", "accelerate.commands.launch", *script, env=env)
+        assert again.returncode == 0, again.stderr
+        assert hub.files("alice/sks-duck")["README.md"].decode() == card
+
+        loaded = sample(BASE, "alice/sks-duck", env=hub.environment(tmp_path / "empty"))
+    assert loaded == sample(BASE, out)
+    if "--use_dora" not in more:  # diffusers reads kohya's LoRA, and leaves out its DoRA with a warning
+        assert loaded == sample(BASE, out, KOHYA)
+    assert loaded != sample(BASE)
+
+
+def test_names_are_those_that_other_tools_read(train_sdxl, tmp_path):
+    out = train_sdxl(tmp_path, "--train_text_encoder", "--use_dora", "--output_kohya_format")
+    names = set(load_file(out / LORA))
+    attention = "text_model.encoder.layers.0.self_attn.q_proj"
+    for encoder in ("text_encoder", "text_encoder_2"):
+        assert f"{encoder}.{attention}.lora_linear_layer.down.weight" in names
+    kohya = load_file(out / KOHYA)
+    for ending in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale"):
+        assert f"lora_te1_{attention.replace('.', '_')}.{ending}" in kohya
+        assert f"lora_te2_{attention.replace('.', '_')}.{ending}" in kohya
+        assert any(name.startswith("lora_unet_down_blocks_") and name.endswith(ending) for name in kohya)
+    assert all(name.count(".") <= 2 for name in kohya)
+    scale = kohya[f"lora_te1_{attention.replace('.', '_')}.dora_scale"]
+    assert scale.shape == (len(kohya[f"lora_te1_{attention.replace('.', '_')}.lora_up.weight"]), 1)
+
+
+def test_the_base_is_not_needed_to_read_the_adapters(train_sdxl, tmp_path):
+    """`load_lora_weights` on the base gives what training had: the merged change is that of the file."""
+    out = train_sdxl(tmp_path, "--max_train_steps", "4", "--learning_rate", "1e-2")
+    pipe = StableDiffusionXLPipeline.from_pretrained(BASE)
+    base = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    pipe.load_lora_weights(out)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused = pipe.unet.state_dict()
+    change = sum((fused[name] - base[name]).double().square().sum().item() for name in base)
+    assert change == pytest.approx(merged_drift(out), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--train_text_encoder",),
+        ("--dataset_name", str(PARITY / "captions"), "--caption_column", "text"),
+        ("--train_text_encoder", "--dataset_name", str(PARITY / "captions"), "--caption_column", "text"),
+        ("--do_edm_style_training",),
+        ("--pretrained_model_name_or_path", "{playground}"),
+    ],
+    ids=["plain", "text encoder", "captions", "text encoder, captions", "EDM", "Playground"],
+)
+def test_through_accelerate_launch_with_checkpoints(more, tmp_path):
+    playground = shutil.copytree(BASE, tmp_path / "playground")
+    shutil.copytree(PARITY / "pipeline_sdxl_edm", playground, dirs_exist_ok=True)
+    arguments = [
+        *flags(tmp_path / "out", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2", pipeline="pipeline_sdxl"),
+        *(word.format(playground=playground) for word in more),
+    ]
+    if "--dataset_name" in more:
+        at = arguments.index("--instance_data_dir")
+        del arguments[at : at + 2]
+    script = ("-m", "accelerate.commands.launch", str(ROOT / "train_dreambooth_lora_lipreg_sdxl.py"), *arguments)
+    for steps, kept in (("3", ["checkpoint-2", "checkpoint-3"]), ("5", ["checkpoint-4", "checkpoint-5"])):
+        ran = execute(
+            *script, "--max_train_steps", steps, "--resume_from_checkpoint", "latest", env={"HF_HOME": str(tmp_path)}
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*")) == kept
+    te = "--train_text_encoder" in more
+    names = {name.split(".")[0] for name in load_file(tmp_path / "out" / LORA)}
+    assert names == ({"unet", "text_encoder", "text_encoder_2"} if te else {"unet"})
+    pipe = StableDiffusionXLPipeline.from_pretrained(BASE)
+    pipe.load_lora_weights(tmp_path / "out")
+
+
+def test_photos_smaller_than_the_resolution_are_enlarged(train_sdxl, tmp_path, logs):
+    train_sdxl(tmp_path, "--resolution", "136", "--max_train_steps", "1")
+    assert len(logs) == 1

@@ -1,0 +1,335 @@
+#!/usr/bin/env python
+"""DreamBooth with LoRA for Stable Diffusion XL, with a penalty on the drift from the pretrained model.
+
+Every flag of diffusers' official train_dreambooth_lora_sdxl.py, and five for the penalty. The paper's configuration:
+
+    accelerate launch train_dreambooth_lora_lipreg_sdxl.py \
+      --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+      --instance_data_dir photos --instance_prompt "a photo of sks dog" --output_dir sks-dog-lora \
+      --train_batch_size 1 --gradient_accumulation_steps 4 --learning_rate 5e-4 --lr_warmup_steps 0 \
+      --max_train_steps 500 --mixed_precision fp16 --push_to_hub
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.logging import get_logger
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from diffusers_lipreg import AdapterSnapshot
+from diffusers_lipreg.dreambooth import (
+    arguments,
+    checkpoints,
+    data,
+    hub,
+    lora,
+    optimization,
+    prior,
+    runtime,
+    text,
+    validation,
+)
+from diffusers_lipreg.penalties import card_facts, take_teachers
+
+logger = get_logger(__name__)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = arguments.OneLineParser(description="DreamBooth LoRA for SDXL without distributional drift.")
+    arguments.add_shared_arguments(
+        parser, output_dir="lora-dreambooth-model", resolution=1024, learning_rate=1e-4, weight_decay=1e-4
+    )
+    arguments.add_sdxl_arguments(parser)
+    arguments.add_lipreg_arguments(parser, weight=1e-6, reduction="factors", reductions=AdapterSnapshot.reductions)
+    return parser
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = build_parser()
+    args = arguments.parse(parser, input_args)
+    arguments.check_sdxl(parser, args)
+    return args
+
+
+class Models:
+    """SDXL's parts, frozen, with adapters on those that are trained."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator) -> None:
+        model, revision, variant = args.pretrained_model_name_or_path, args.revision, args.variant
+        dtype = runtime.weight_dtype(accelerator)
+        self.tokenizers = [text.load_tokenizer(model, revision, name) for name in ("tokenizer", "tokenizer_2")]
+        self.noise_scheduler = noise_scheduler_class(args).from_pretrained(
+            model, subfolder="scheduler", revision=revision
+        )
+        self.edm = not isinstance(self.noise_scheduler, DDPMScheduler)
+        for name in ("text_encoder", "text_encoder_2"):
+            encoder_class = text.text_encoder_class(model, revision, name)
+            encoder = encoder_class.from_pretrained(model, subfolder=name, revision=revision, variant=variant)
+            setattr(self, name, encoder.requires_grad_(False).to(accelerator.device, dtype=dtype))
+        if args.pretrained_vae_model_name_or_path is None:
+            self.vae = AutoencoderKL.from_pretrained(model, subfolder="vae", revision=revision, variant=variant)
+        else:
+            self.vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path)
+        # Always in float32, for the VAE of SDXL overflows in float16.
+        self.vae.requires_grad_(False).to(accelerator.device, dtype=torch.float32)
+        self.unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", revision=revision, variant=variant)
+        self.unet.requires_grad_(False).to(accelerator.device, dtype=dtype)
+        if args.enable_xformers_memory_efficient_attention:
+            self.unet.enable_xformers_memory_efficient_attention()
+        self.trained_names = list(lora.TARGETS) if args.train_text_encoder else ["unet"]
+        if args.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            if args.train_text_encoder:
+                for encoder in self.text_encoders:
+                    encoder.gradient_checkpointing_enable()
+        lora.add_adapters(args, self.trained, alpha=args.rank)
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        return [self.text_encoder, self.text_encoder_2]
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The models with adapters, by name."""
+        return {name: getattr(self, name) for name in self.trained_names}
+
+
+def noise_scheduler_class(args: argparse.Namespace) -> type:
+    """EDM's where the model was trained with it, Euler's for training in EDM's terms, else DDPM's."""
+    config = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    if "EDM" in config["scheduler"][1]:
+        if args.snr_gamma is not None:
+            raise arguments.RunError("--snr_gamma has no meaning for a model trained with an EDM scheduler: leave it out.")
+        return EDMEulerScheduler
+    return EulerDiscreteScheduler if args.do_edm_style_training else DDPMScheduler
+
+
+TextStates = Callable[[int, Sequence[str]], tuple[torch.Tensor, torch.Tensor]]
+
+
+def encode_prompts(args: argparse.Namespace, models: Models) -> TextStates:
+    """The text states of a batch from its size and its captions: instance rows first, then class rows."""
+
+    def encode(prompts: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        if args.train_text_encoder or args.caption_column is not None:
+            return text.encode_sdxl(models.tokenizers, models.text_encoders, prompts)
+        alone = [text.encode_sdxl(models.tokenizers, models.text_encoders, [prompt]) for prompt in prompts]
+        states, pooled = zip(*alone, strict=True)
+        return torch.cat(states), torch.cat(pooled)
+
+    if not args.train_text_encoder:
+        encode = cache(encode)  # prompts and encoders never change
+
+    def text_states(batch_size: int, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        prompts = tuple(captions) if args.caption_column is not None else (args.instance_prompt,)
+        if args.with_prior_preservation:
+            prompts += (args.class_prompt,) * len(prompts)
+        states, pooled = encode(prompts)
+        rows = batch_size // len(prompts)
+        return states.repeat_interleave(rows, dim=0), pooled.repeat_interleave(rows, dim=0)
+
+    return text_states
+
+
+def encode_images(args: argparse.Namespace, vae: AutoencoderKL, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Latents (B, 4, H/8, W/8) of pixels (B, 3, H, W), of the mean and scale that the UNet was trained on."""
+    latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample()
+    if vae.config.latents_mean is not None and vae.config.latents_std is not None:
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1).to(latents)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return ((latents - mean) * vae.config.scaling_factor / std).to(dtype)
+    latents = latents * vae.config.scaling_factor
+    return latents.to(dtype) if args.pretrained_vae_model_name_or_path is None else latents
+
+
+def denoising_loss(
+    args: argparse.Namespace, models: Models, batch: dict[str, Any], text_states: TextStates, dtype: torch.dtype
+) -> torch.Tensor:
+    """|| eps - eps_theta(z_t, t, c) ||^2 of one batch at random timesteps, or its counterpart in EDM's terms."""
+    scheduler = models.noise_scheduler
+    latents = encode_images(args, models.vae, batch["pixel_values"], dtype)
+    noise = torch.randn_like(latents)
+    steps = scheduler.config.num_train_timesteps
+    if models.edm:
+        indices = torch.randint(0, steps, (len(latents),))
+        timesteps = scheduler.timesteps[indices].to(latents.device)
+        sigmas = scheduler.sigmas[indices].view(-1, 1, 1, 1).to(latents)
+    else:
+        timesteps = torch.randint(0, steps, (len(latents),), device=latents.device)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    states, pooled = text_states(len(latents), batch["prompts"])
+    prediction = models.unet(
+        optimization.edm_input(scheduler, noisy, sigmas) if models.edm else noisy,
+        timesteps,
+        states,
+        added_cond_kwargs={"time_ids": batch["time_ids"].to(latents.device, dtype), "text_embeds": pooled},
+        return_dict=False,
+    )[0]
+    noise_weights = None
+    if models.edm:
+        prediction, target = optimization.edm_denoised(scheduler, prediction, noisy, sigmas), latents
+        if not isinstance(scheduler, EDMEulerScheduler):
+            noise_weights = sigmas**-2
+    else:
+        target = optimization.diffusion_target(scheduler, latents, noise, timesteps)
+    return optimization.dreambooth_loss(
+        prediction,
+        target,
+        None if args.snr_gamma is None else optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma),
+        args.prior_loss_weight if args.with_prior_preservation else None,
+        noise_weights,
+    )
+
+
+def load_pipeline(args: argparse.Namespace, models: Models, dtype: torch.dtype, **parts: Any) -> DiffusionPipeline:
+    """The base pipeline with parts exchanged, ready to sample."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        vae=models.vae,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=dtype,
+        **parts,
+    )
+    if not models.edm:
+        validation.set_scheduler(pipeline, "DPMSolverMultistepScheduler")
+    return pipeline
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = runtime.start_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
+    runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision)
+    photos = data.photos_with_prompts(args)
+    checkpoint, repo_id = runtime.open_output(args, accelerator)
+    class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
+
+    with runtime.loading(args):
+        models = Models(args, accelerator)
+    bare = models.trained
+    text_states = encode_prompts(args, models)
+    transform = data.PhotoTransform(
+        args.resolution, args.center_crop, args.image_interpolation_mode, args.random_flip
+    )
+    dataset = data.PreparedPhotos(photos, args.repeats, class_images, transform)
+    sampler, loader = data.make_loader(args, dataset, data.collate_prepared)
+    updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
+    optimization.scale_learning_rate(args, accelerator.num_processes)
+    trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in bare.items()}
+    optimizer = optimization.create_lora_optimizer(args, trainable)
+    parameters = [p for adapters in trainable.values() for p in adapters]
+    lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
+    checkpoints.write_models_with(accelerator, *lora.checkpoint_functions(StableDiffusionXLPipeline, bare))
+    optimizer, loader, lr_scheduler = runtime.prepare(
+        accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
+    )
+    playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
+    accelerator.init_trackers(
+        "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=runtime.tracker_config(args)
+    )
+
+    text_weight = args.lipreg_text_encoder_weight
+    penalties = take_teachers(  # of the adapters as they start: before a checkpoint is loaded
+        models.trained,
+        {"unet": args.lipreg_weight, "text_encoder": text_weight, "text_encoder_2": text_weight},
+        args.lipreg_reduction,
+    )
+    dtype = runtime.weight_dtype(accelerator)
+    step = 0 if checkpoint is None else checkpoints.load(accelerator, sampler, checkpoint, updates_per_epoch)
+    first_epoch = step // updates_per_epoch
+    if step >= args.max_train_steps:
+        logger.info(f"{checkpoint} has all {args.max_train_steps} updates: nothing is left to train.")
+        first_epoch = args.num_train_epochs
+    images: list[Image.Image] = []
+    progress = tqdm(
+        desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
+    )
+    for epoch in range(first_epoch, args.num_train_epochs):
+        for model in models.trained.values():
+            model.train()
+        for batch in loader:
+            with accelerator.accumulate(*models.trained.values()):
+                loss = denoising_loss(args, models, batch, text_states, dtype)
+                runtime.check_finite(loss, step)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    for name, penalty in penalties.items():  # the new idea: the gradient of weight * drift
+                        penalty.on_pre_optimizer_step(
+                            model=models.trained[name], loss_scale=runtime.loss_scale(accelerator)
+                        )
+                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+
+            if accelerator.sync_gradients:
+                step += 1
+                progress.update(1)
+                if step % args.checkpointing_steps == 0:
+                    checkpoints.save(accelerator, sampler, args.output_dir, step, args.checkpoints_total_limit)
+            logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
+            for penalty in penalties.values():
+                penalty.on_log(logs=logs)
+            progress.set_postfix(**logs)
+            accelerator.log(logs, step=step)
+            if step >= args.max_train_steps:
+                break
+        if accelerator.is_main_process and args.validation_prompt is not None and epoch % args.validation_epochs == 0:
+            live = {name: checkpoints.unwrap(accelerator, getattr(models, name)) for name in lora.TARGETS}
+            pipeline = load_pipeline(args, models, dtype, **live)
+            images = validation.sample_images(
+                args, accelerator, pipeline, {"prompt": args.validation_prompt}, steps=50
+            )
+            validation.log_images(accelerator, images, args.validation_prompt, epoch)
+
+    accelerator.wait_for_everyone()
+    for name, penalty in penalties.items():
+        penalty.on_train_end(model=models.trained[name])
+        logger.info(f"Final drift: {penalty.logs}")
+    if accelerator.is_main_process:
+        weights = lora.adapter_weights(bare)
+        lora.save_adapters(StableDiffusionXLPipeline, args.output_dir, weights)
+        if args.output_kohya_format:
+            lora.save_kohya(args.output_dir, weights)
+        if args.validation_prompt is not None:
+            pipeline = load_pipeline(args, models, dtype)
+            pipeline.load_lora_weights(args.output_dir, weight_name=lora.WEIGHTS)
+            images = validation.sample_images(args, accelerator, pipeline, {"prompt": args.validation_prompt}, steps=25)
+            validation.log_images(accelerator, images, args.validation_prompt, step, name="test")
+        if args.push_to_hub:
+            family = "playground" if playground else "stable-diffusion-xl"
+            kind = "dora" if args.use_dora else "lora"
+            tags = ["text-to-image", "diffusers-training", "diffusers", kind, "template:sd-lora", family]
+            hub.publish(
+                args,
+                repo_id,
+                images,
+                license="playground-v2dot5-community" if playground else "openrail++",
+                tags=[*tags, f"{family}-diffusers", "lipschitz-drift"],
+                penalty=card_facts(penalties.values()),
+                adapters=True,
+            )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args())
