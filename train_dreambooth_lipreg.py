@@ -224,11 +224,10 @@ def denoising_loss(
 def main(args: argparse.Namespace) -> None:
     accelerator = runtime.start_accelerator(args)
     instance_images = data.find_instance_images(args.instance_data_dir)
-    runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision)
+    runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=False)
     checkpoint, repo_id = runtime.open_output(args, accelerator)
-    class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
-
     with runtime.loading(args):
+        class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
         models = Models(args, accelerator)
     bare = models.trained
     text_states, validation_prompt = encode_prompts(args, models, accelerator.device)
@@ -307,21 +306,22 @@ def main(args: argparse.Namespace) -> None:
         penalty.on_train_end(model=models.trained[name])
         logger.info(f"Final drift: {penalty.logs}")
     if accelerator.is_main_process:
+        hub.clear_stale(args.output_dir)
         facts = card_facts(penalties.values()) | save(args, bare)
-        if args.push_to_hub:
-            family = "stable-diffusion" if models.vae is not None else "if"
-            kind = ["lora" if not args.use_dora else "dora", "template:sd-lora"] if args.rank is not None else []
-            tags = ["text-to-image", "dreambooth", "diffusers-training", family, f"{family}-diffusers", *kind]
-            hub.publish(
-                args,
-                repo_id,
-                images,
-                license="creativeml-openrail-m",
-                tags=[*tags, "lipschitz-drift"],
-                penalty=facts,
-                adapters=args.rank is not None,
-            )
     accelerator.end_training()
+    if repo_id is not None:
+        family = "stable-diffusion" if models.vae is not None else "if"
+        kind = ["lora" if not args.use_dora else "dora", "template:sd-lora"] if args.rank is not None else []
+        tags = ["text-to-image", "dreambooth", "diffusers-training", family, f"{family}-diffusers", *kind]
+        hub.publish(
+            args,
+            repo_id,
+            images,
+            license="creativeml-openrail-m",
+            tags=[*tags, *(["lipschitz-drift"] if penalties else [])],
+            penalty=facts,
+            adapters=args.rank is not None,
+        )
 
 
 if __name__ == "__main__":

@@ -135,8 +135,11 @@ def encode_prompts(args: argparse.Namespace, models: Models) -> TextStates:
         states, pooled = zip(*alone, strict=True)
         return torch.cat(states), torch.cat(pooled)
 
-    if not args.train_text_encoder:
-        encode = cache(encode)  # prompts and encoders never change
+    if not args.train_text_encoder and args.caption_column is None:
+        # The prompts and the encoders never change: encode now, and let go of the encoders.
+        encode = cache(encode)
+        encode((args.instance_prompt, args.class_prompt) if args.with_prior_preservation else (args.instance_prompt,))
+        models.text_encoder = models.text_encoder_2 = None
 
     def text_states(batch_size: int, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         prompts = tuple(captions) if args.caption_column is not None else (args.instance_prompt,)
@@ -218,12 +221,11 @@ def load_pipeline(args: argparse.Namespace, models: Models, dtype: torch.dtype, 
 
 def main(args: argparse.Namespace) -> None:
     accelerator = runtime.start_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
-    runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision)
+    runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=True)
     photos = data.photos_with_prompts(args)
     checkpoint, repo_id = runtime.open_output(args, accelerator)
-    class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
-
     with runtime.loading(args):
+        class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
         models = Models(args, accelerator)
     bare = models.trained
     text_states = encode_prompts(args, models)
@@ -231,6 +233,7 @@ def main(args: argparse.Namespace) -> None:
         args.resolution, args.center_crop, args.image_interpolation_mode, args.random_flip
     )
     dataset = data.PreparedPhotos(photos, args.repeats, class_images, transform)
+    del photos  # the crops are kept, the originals may be large
     sampler, loader = data.make_loader(args, dataset, data.collate_prepared)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
@@ -294,7 +297,8 @@ def main(args: argparse.Namespace) -> None:
             if step >= args.max_train_steps:
                 break
         if accelerator.is_main_process and args.validation_prompt is not None and epoch % args.validation_epochs == 0:
-            live = {name: checkpoints.unwrap(accelerator, getattr(models, name)) for name in lora.TARGETS}
+            parts = {name: getattr(models, name) for name in lora.TARGETS}
+            live = {name: checkpoints.unwrap(accelerator, part) for name, part in parts.items() if part is not None}
             pipeline = load_pipeline(args, models, dtype, **live)
             images = validation.sample_images(
                 args, accelerator, pipeline, {"prompt": args.validation_prompt}, steps=50
@@ -306,6 +310,7 @@ def main(args: argparse.Namespace) -> None:
         penalty.on_train_end(model=models.trained[name])
         logger.info(f"Final drift: {penalty.logs}")
     if accelerator.is_main_process:
+        hub.clear_stale(args.output_dir)
         weights = lora.adapter_weights(bare)
         lora.save_adapters(StableDiffusionXLPipeline, args.output_dir, weights)
         if args.output_kohya_format:
@@ -315,20 +320,20 @@ def main(args: argparse.Namespace) -> None:
             pipeline.load_lora_weights(args.output_dir, weight_name=lora.WEIGHTS)
             images = validation.sample_images(args, accelerator, pipeline, {"prompt": args.validation_prompt}, steps=25)
             validation.log_images(accelerator, images, args.validation_prompt, step, name="test")
-        if args.push_to_hub:
-            family = "playground" if playground else "stable-diffusion-xl"
-            kind = "dora" if args.use_dora else "lora"
-            tags = ["text-to-image", "diffusers-training", "diffusers", kind, "template:sd-lora", family]
-            hub.publish(
-                args,
-                repo_id,
-                images,
-                license="playground-v2dot5-community" if playground else "openrail++",
-                tags=[*tags, f"{family}-diffusers", "lipschitz-drift"],
-                penalty=card_facts(penalties.values()),
-                adapters=True,
-            )
     accelerator.end_training()
+    if repo_id is not None:
+        family = "playground" if playground else "stable-diffusion-xl"
+        kind = "dora" if args.use_dora else "lora"
+        tags = ["text-to-image", "diffusers-training", "diffusers", kind, "template:sd-lora", family]
+        hub.publish(
+            args,
+            repo_id,
+            images,
+            license="playground-v2dot5-community" if playground else "openrail++",
+            tags=[*tags, f"{family}-diffusers", *(["lipschitz-drift"] if penalties else [])],
+            penalty=card_facts(penalties.values()),
+            adapters=True,
+        )
 
 
 if __name__ == "__main__":

@@ -281,7 +281,6 @@ class AdapterSnapshot:
 
     reductions = ("product", "factors")
 
-    @torch.no_grad()
     def __init__(self, module: nn.Module) -> None:
         layers = trained_adapters(module)
         self._shapes = _shapes(layers)

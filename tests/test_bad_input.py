@@ -192,6 +192,18 @@ def test_a_damaged_index(refuse: Run, tmp_path: Path) -> None:
     assert "model_index.json' is not a valid JSON file" in refuse("--pretrained_model_name_or_path", str(model))
 
 
+def test_a_pipeline_for_the_other_script(refuse: Run) -> None:
+    line = refuse("--pretrained_model_name_or_path", str(PARITY / "pipeline_sdxl"))
+    assert "use train_dreambooth_lora_lipreg_sdxl.py" in line
+
+
+@pytest.mark.parametrize("more", [("--rank", "3"), ("--train_text_encoder",)])
+def test_a_checkpoint_of_other_flags(run: Run, train: Callable[..., Path], out: Path, more: tuple[str, ...]) -> None:
+    train(out, "--rank", "2", "--checkpointing_steps", "2")
+    line = run("--rank", "2", *more, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert "checkpoint-2 is not whole, or not of a run with these flags" in line
+
+
 @pytest.mark.parametrize("part", ["scheduler", "text_encoder", "tokenizer", "unet"])
 def test_a_pipeline_that_lacks_a_part(run: Run, tmp_path: Path, part: str) -> None:
     model = copytree(PARITY / "pipeline", tmp_path / "model", ignore=ignore_patterns(part))
@@ -371,7 +383,8 @@ def test_the_command_in_the_message_is_short(run: Run, hub: LoopbackHub, out: Pa
     command = run(*PUSH, TOKEN).partition(" push it with: ")[2]
     assert shlex.split(command) == [
         *("hf", "upload", "alice/dog", str(out), "."),
-        *("--exclude", "checkpoint-*", "--exclude", ".*", "--exclude", "logs/*"),
+        *("--exclude", "checkpoint-*", "--exclude", ".*", "--exclude", "*.tfevents.*", "--exclude", "*hparams.yml"),
+        *("--exclude", "logs/*"),
     ]
 
 

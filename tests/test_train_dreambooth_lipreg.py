@@ -278,6 +278,7 @@ def test_adapters_pushed_and_loaded_elsewhere(more, tmp_path):
             assert 'pipe.load_lora_weights("alice/sks-dog")' in card
             assert "| lipreg_reduction | factors |" in card
         else:
+            assert card.count('pipe.load_lora_weights("alice/sks-dog")') == 1
             assert "| extract_lora_rank | 4 |" in card and "| squared drift kept by these adapters | " in card
         loaded = sample(PARITY / "pipeline", "alice/sks-dog", env=hub.environment(tmp_path / "empty"))
     assert loaded == sample(PARITY / "pipeline", out)
@@ -289,10 +290,13 @@ def test_two_processes_end_with_one_model(tmp_path):
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     ran = subprocess.run(
         [*launch, str(ROOT / "train_dreambooth_lipreg.py"), *flags(tmp_path, "--max_train_steps", "3"),
-         *("--checkpointing_steps", "2", "--train_text_encoder", "--gradient_accumulation_steps", "2")],
+         *("--checkpointing_steps", "2", "--train_text_encoder", "--gradient_accumulation_steps", "2"),
+         *("--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a dog"),
+         *("--num_class_images", "3", "--sample_batch_size", "1")],
         env=env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "class").iterdir()) == ["0", "1", "2"]
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
     StableDiffusionPipeline.from_pretrained(tmp_path)
     assert distance(tmp_path) > 0

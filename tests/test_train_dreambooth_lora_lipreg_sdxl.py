@@ -114,13 +114,21 @@ def test_an_edm_scheduler_and_min_snr_exclude_each_other(train_sdxl, tmp_path):
         (("--instance_data_dir", "{captions}", "--caption_column", "caption"), "there are file_name, text"),
         (("--instance_data_dir", "{photos}", "--caption_column", "text"), "metadata.jsonl"),
         (("--dataset_name", "{empty}"), "--dataset_name"),
+        (("--dataset_name", "{captions}", "--image_column", "text"), "it holds no images"),
+        (("--instance_data_dir", "{garbled}", "--caption_column", "text"), "expected a JSON object with a file_name"),
+        (("--instance_data_dir", "{nameless}", "--caption_column", "text"), "expected a JSON object with a file_name"),
+        (("--pretrained_model_name_or_path", str(PARITY / "pipeline")), "use train_dreambooth_lipreg.py"),
+        (("--pretrained_vae_model_name_or_path", "{empty}"), "--pretrained_vae_model_name_or_path"),
         (("--instance_data_dir", "{empty}"), "there is no image in it"),
     ],
 )
 def test_bad_photos_and_captions(more, message, train_sdxl, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     (tmp_path / "empty").mkdir()
-    folders = {"captions": PARITY / "captions", "photos": PARITY / "instance", "empty": tmp_path / "empty"}
+    for name, metadata in (("garbled", '{"file_name": '), ("nameless", '{"text": "a dog"}')):
+        shutil.copytree(PARITY / "instance", tmp_path / name)
+        (tmp_path / name / "metadata.jsonl").write_text(metadata)
+    folders = {"garbled": tmp_path / "garbled", "nameless": tmp_path / "nameless", "captions": PARITY / "captions", "photos": PARITY / "instance", "empty": tmp_path / "empty"}
     with pytest.raises(Exception, match=message) as refused:
         train_sdxl(tmp_path / "out", *(word.format(**folders) for word in more))
     assert type(refused.value).__name__ == "RunError"
@@ -152,20 +160,23 @@ def test_trained_pushed_and_loaded_elsewhere(more, tmp_path):
         files = hub.files("alice/sks-duck")
         assert files.keys() == {LORA, KOHYA, "README.md", "image_0.png"}
         assert not [path for path in out.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+        kohya = shutil.copy(out / KOHYA, tmp_path)
         card = files["README.md"].decode()
         kind = "dora" if "--use_dora" in more else "lora"
         for line in ("- lipschitz-drift", f"- {kind}", "| lipreg_reduction | factors |", "| lipreg_weight | 1e-06 |",
                      'pipe.load_lora_weights("alice/sks-duck")', "url: image_0.png"):  # fmt: skip
             assert line in card
 
-        again = execute("-m", "accelerate.commands.launch", *script, env=env)
+        fewer = [word for word in script if word != "--output_kohya_format"]
+        again = execute("-m", "accelerate.commands.launch", *fewer, env=env)
         assert again.returncode == 0, again.stderr
         assert hub.files("alice/sks-duck")["README.md"].decode() == card
+        assert hub.files("alice/sks-duck").keys() == {LORA, "README.md", "image_0.png"}  # nothing stale
 
         loaded = sample(BASE, "alice/sks-duck", env=hub.environment(tmp_path / "empty"))
     assert loaded == sample(BASE, out)
     if "--use_dora" not in more:  # diffusers reads kohya's LoRA, and leaves out its DoRA with a warning
-        assert loaded == sample(BASE, out, KOHYA)
+        assert loaded == sample(BASE, Path(kohya).parent, KOHYA)
     assert loaded != sample(BASE)
 
 
@@ -183,6 +194,24 @@ def test_names_are_those_that_other_tools_read(train_sdxl, tmp_path):
     assert all(name.count(".") <= 2 for name in kohya)
     scale = kohya[f"lora_te1_{attention.replace('.', '_')}.dora_scale"]
     assert scale.shape == (len(kohya[f"lora_te1_{attention.replace('.', '_')}.lora_up.weight"]), 1)
+
+
+def test_dora_of_text_encoders_is_loaded_whole(train_sdxl, tmp_path):
+    out = train_sdxl(tmp_path, "--use_dora", "--train_text_encoder", "--text_encoder_lr", "1e-1")
+    pipe = StableDiffusionXLPipeline.from_pretrained(BASE)
+    pipe.load_lora_weights(out)
+    saved = {name: tensor for name, tensor in load_file(out / LORA).items() if "magnitude" in name}
+    for encoder in ("text_encoder", "text_encoder_2"):
+        loaded = {
+            name.replace("text_model.", ""): tensor
+            for name, tensor in getattr(pipe, encoder).state_dict().items()
+            if "magnitude" in name
+        }
+        assert loaded
+        for name, tensor in loaded.items():
+            module = name.split(".lora_magnitude_vector")[0]
+            own = f"{encoder}.text_model.{module}.lora_magnitude_vector.weight"
+            torch.testing.assert_close(tensor, saved[own], rtol=0, atol=0)
 
 
 def test_the_base_is_not_needed_to_read_the_adapters(train_sdxl, tmp_path):

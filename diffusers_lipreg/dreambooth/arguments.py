@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NoReturn
 
 from accelerate.utils import LoggerType
@@ -250,8 +251,9 @@ def check_shared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     trackers = [tracker.value for tracker in LoggerType]
     if args.report_to not in trackers:
         parser.error(f"--report_to must be one of {', '.join(trackers)}, got {args.report_to}")
-    if args.report_to == "wandb" and args.hub_token is not None:
-        parser.error("--report_to wandb with --hub_token: use `hf auth login` instead, tokens do not belong in runs")
+    wandb = args.report_to == "wandb" or (args.report_to == "all" and find_spec("wandb") is not None)
+    if wandb and args.hub_token is not None:
+        parser.error("--hub_token with wandb, which stores the command line: use `hf auth login` instead, tokens do not belong in runs")
 
 
 def check_sd(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -119,7 +119,11 @@ def load(
 
     A checkpoint of the official script has no state of the sampler: the rest of an epoch is then another shuffle.
     """
-    accelerator.load_state(str(checkpoint))
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"{checkpoint} is not whole, or not of a run with these flags: {reason}") from error
     step = step_of(checkpoint)
     batches = step % updates_per_epoch * accelerator.gradient_accumulation_steps
     if batches:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.logging import get_logger
+from datasets import Image as ImageFeature
 from datasets import load_dataset
 from PIL import Image
 from PIL.ImageOps import exif_transpose
@@ -192,10 +193,14 @@ def _folder_captions(args: Namespace) -> dict[str, str]:
     metadata = Path(args.instance_data_dir, "metadata.jsonl")
     if not metadata.is_file():
         raise RunError(f"--caption_column {args.caption_column}: there is no {metadata} to take captions from.")
-    rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
-    columns = sorted({column for row in rows for column in row})
+    try:
+        rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+        columns = sorted({column for row in rows for column in row})
+        captions = {row["file_name"]: row.get(args.caption_column, "") for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{metadata}: expected a JSON object with a file_name in each line ({error!r}).") from error
     _check_column(args.caption_column, columns, "--caption_column")
-    return {row["file_name"]: row.get(args.caption_column, "") for row in rows}
+    return captions
 
 
 def _from_dataset(args: Namespace) -> list[tuple[Image.Image, str]]:
@@ -208,17 +213,22 @@ def _from_dataset(args: Namespace) -> list[tuple[Image.Image, str]]:
         raise RunError(f"--dataset_name {args.dataset_name}: it has no split train, but {', '.join(loaded)}.")
     rows = loaded["train"]
     _check_column(args.image_column, rows.column_names, "--image_column")
+    if not isinstance(rows.features[args.image_column], ImageFeature):
+        raise RunError(f"--image_column {args.image_column}: it holds no images, but {rows.features[args.image_column]}.")
     if args.caption_column is not None:
         _check_column(args.caption_column, rows.column_names, "--caption_column")
-    if len(rows) == 0:
-        raise RunError(f"--dataset_name {args.dataset_name}: it holds no image.")
-    return [
-        (
-            exif_transpose(row[args.image_column]).convert("RGB"),
-            (args.caption_column and row[args.caption_column]) or args.instance_prompt,
-        )
-        for row in rows
-    ]
+    photos = []
+    for index in range(len(rows)):
+        try:
+            row = rows[index]
+            image = exif_transpose(row[args.image_column]).convert("RGB")
+        except UNREADABLE as error:
+            logger.warning(f"Skipped row {index} of {args.dataset_name}: {type(error).__name__}: {error}.")
+            continue
+        photos.append((image, (args.caption_column and row[args.caption_column]) or args.instance_prompt))
+    if not photos:
+        raise RunError(f"--dataset_name {args.dataset_name}: there is no image in it that can be read.")
+    return photos
 
 
 def _check_column(column: str, columns: Sequence[str], flag: str) -> None:

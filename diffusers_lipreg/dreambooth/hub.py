@@ -15,6 +15,7 @@ from PIL import Image
 
 from .arguments import RunError
 
+STALE = ["image_*.png", "pytorch_lora_weights*.safetensors"]
 # A failed transfer of a large file comes as RuntimeError, a bad name as ValueError, no network as the other two.
 HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
 
@@ -45,7 +46,7 @@ def ignored_files(args: Namespace) -> list[str]:
     """What in the output folder is no result: checkpoints with their optimizer states, and logs."""
     output = Path(args.output_dir).resolve()
     logs = Path(output, args.logging_dir).resolve()
-    return ["checkpoint-*", ".*", *([f"{logs.relative_to(output)}/*"] if logs.is_relative_to(output) else [])]
+    return ["checkpoint-*", ".*", "*.tfevents.*", "*hparams.yml", *([f"{logs.relative_to(output)}/*"] if logs.is_relative_to(output) else [])]
 
 
 def upload(args: Namespace, repo_id: str) -> None:
@@ -57,6 +58,7 @@ def upload(args: Namespace, repo_id: str) -> None:
             folder_path=args.output_dir,
             commit_message="End of training",
             ignore_patterns=list(ignored),  # one of its own: the client adds to it
+            delete_patterns=STALE,  # what an earlier push left and this result does not have
         )
     except HUB_ERRORS as error:
         excluded = [word for pattern in ignored for word in ("--exclude", pattern)]
@@ -104,19 +106,27 @@ def model_card(
     if images:
         shown = "\n".join(f"![image {number}](./image_{number}.png)" for number in range(len(images)))
         sections.append(f"Images of `{prompt}`:\n\n{shown}")
-    source, load = (base_name, f'pipe.load_lora_weights("{repo_id}")\n') if adapters else (repo_id, "")
-    sections.append(
+    sections.append(f"## Trigger words\n\nUse `{args.instance_prompt}` in a prompt to call for the subject.")
+    load = f'pipe.load_lora_weights("{repo_id}")\n'
+    codes = [_code(args, base_name, load) if adapters else _code(args, repo_id)]
+    if vars(args).get("extract_lora_rank") is not None:
+        codes += ["Or its extracted adapters alone, on the base:", _code(args, base_name, load)]
+    sections.append("\n\n".join(["## Use", *codes]))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _code(args: Namespace, source: str, load: str = "") -> str:
+    return (
         "```python\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{source}")\n{load}'
         f"image = pipe({args.instance_prompt!r}).images[0]\n```"
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
 def _description(args: Namespace, base_name: str, adapters: bool) -> str:
     what = f"These are LoRA adapters that teach {base_name} a subject" if adapters else f"This is {base_name} taught a subject"
     trained = "was trained, too" if args.train_text_encoder else "was not trained"
-    text = f"{what}, by DreamBooth training. Use `{args.instance_prompt}` to call for it. The text encoder {trained}."
+    text = f"{what}, by DreamBooth training. The text encoder {trained}."
     vae = vars(args).get("pretrained_vae_model_name_or_path")
     return text if vae is None else f"{text} The VAE in training was {vae}."
 
@@ -126,6 +136,13 @@ def save_card(card: ModelCard, images: Sequence[Image.Image], output_dir: str) -
     for number, image in enumerate(images):
         image.save(Path(output_dir, f"image_{number}.png"))
     card.save(Path(output_dir, "README.md"))
+
+
+def clear_stale(output_dir: str) -> None:
+    """Takes what an earlier run with other flags left beside its result out of the output folder."""
+    for pattern in STALE:
+        for path in Path(output_dir).glob(pattern):
+            path.unlink()
 
 
 def publish(args: Namespace, repo_id: str, images: Sequence[Image.Image], **card: Any) -> None:

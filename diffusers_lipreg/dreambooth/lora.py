@@ -20,6 +20,7 @@ from torch import Tensor, nn
 Weights = dict[str, dict[str, Tensor]]
 WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
+MAGNITUDE = ".lora_magnitude_vector"
 TARGETS = {
     "unet": ["to_k", "to_q", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
@@ -34,7 +35,8 @@ KOHYA_ENDINGS = {
     ".lora.up.weight": ".lora_up.weight",
     ".lora_linear_layer.down.weight": ".lora_down.weight",
     ".lora_linear_layer.up.weight": ".lora_up.weight",
-    ".lora_magnitude_vector": ".dora_scale",
+    f"{MAGNITUDE}.weight": ".dora_scale",
+    MAGNITUDE: ".dora_scale",
 }
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
@@ -69,6 +71,8 @@ def adapter_weights(models: Mapping[str, nn.Module], scale: float = 1.0) -> Weig
         for name, tensor in convert_state_dict_to_diffusers(get_peft_model_state_dict(model)).items():
             if model_name != "unet" and not name.startswith("text_model."):
                 name = f"text_model.{name}"
+            if model_name != "unet" and name.endswith(MAGNITUDE):
+                name = f"{name}.weight"  # transformers, which loads these, does not add it as PEFT does for the UNet
             tensor = tensor.detach().float().cpu().contiguous()
             weights[model_name][name] = tensor * scale if name.endswith(".up.weight") and scale != 1.0 else tensor
     return weights
@@ -98,7 +102,7 @@ def load_adapters(folder: str | Path, models: Mapping[str, nn.Module]) -> None:
 def checkpoint_functions(
     pipeline_class: type[DiffusionPipeline], models: Mapping[str, nn.Module]
 ) -> tuple[Callable[[str], None], Callable[[str], None]]:
-    """How a checkpoint writes and reads the adapters of the bare models."""
+    """How a checkpoint writes and reads the adapters of the bare models: as they are, without alpha / rank."""
     return (
         lambda folder: save_adapters(pipeline_class, folder, adapter_weights(models)),
         lambda folder: load_adapters(folder, models),

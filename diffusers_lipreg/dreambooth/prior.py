@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader
@@ -53,7 +54,13 @@ def sample_class_images(args: Namespace, accelerator: Accelerator, folder: Path,
         variant=args.variant,
     ).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
-    numbers = accelerator.prepare(DataLoader(range(missing), batch_size=args.sample_batch_size))
+    # Not accelerator.prepare: that would sample the last images twice, to give each process as many.
+    numbers = prepare_data_loader(
+        DataLoader(range(missing), batch_size=args.sample_batch_size),
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        even_batches=False,
+    )
     for batch in tqdm(numbers, desc="Class images", disable=not accelerator.is_local_main_process):
         images = pipeline([args.class_prompt] * len(batch)).images
         for number, image in zip(batch.tolist(), images, strict=True):

@@ -97,8 +97,8 @@ def check_surroundings(args: Namespace) -> None:
             raise RunError(f"--validation_images {path}: {hub.one_line(error)}") from error
 
 
-def check_pipeline(model: str, revision: str | None) -> None:
-    """Refuses a model that is no pipeline, by its index alone."""
+def check_pipeline(model: str, revision: str | None, sdxl: bool) -> None:
+    """Refuses a model that is no pipeline, or not one for this script, by its index alone."""
     flag = f"--pretrained_model_name_or_path {model}"
     if Path(model).is_dir():
         if not Path(model, "model_index.json").is_file():
@@ -112,6 +112,9 @@ def check_pipeline(model: str, revision: str | None) -> None:
         raise RunError(f"{flag}: {where}: {hub.one_line(error)}") from error
     if "_class_name" not in index:
         raise RunError(f"{flag}: its model_index.json names no pipeline.")
+    if ("text_encoder_2" in index) != sdxl:
+        script = "train_dreambooth_lipreg.py" if sdxl else "train_dreambooth_lora_lipreg_sdxl.py"
+        raise RunError(f"{flag}: it is a {index['_class_name']}, with another number of text encoders: use {script}.")
     parts = [name for name, value in index.items() if isinstance(value, (list, tuple)) and value[0] is not None]
     if Path(model).is_dir() and (missing := [name for name in parts if not Path(model, name).is_dir()]):
         raise RunError(f"{flag}: its model_index.json names {', '.join(missing)}, which the folder does not hold.")
@@ -123,7 +126,8 @@ def loading(args: Namespace) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        names = ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name")
+        names = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant")
+        names += ("tokenizer_name",)
         given = " ".join(f"--{name} {vars(args)[name]}" for name in names if vars(args).get(name))
         raise RunError(f"{given}: {hub.one_line(error)}") from error
 
