@@ -29,8 +29,8 @@ class TeacherSnapshotCallback(TrainerCallback):
     logs to its reporting integrations before other callbacks see them: the drift is in `state.log_history` and on the
     console, not in TensorBoard. Under fp16 give it a `max_grad_norm`: old ones unscale gradients only when they clip.
 
-    The logs get `drift` (as the reduction defines it), `drift_relative` (||theta - theta_0|| / ||theta_0||) and
-    `loss_drift` (weight * drift), all as they were before the last update; after `on_train_end`, as they are.
+    The logs get `drift` (as the reduction defines it), `drift_relative` (||theta - theta_0|| / ||theta_0||, of adapters
+    that of the merged weights) and `loss_drift` (weight * drift), all before the last update; `on_train_end` measures.
 
     Args:
         weight, reduction: As for `LipschitzDriftLoss`.
@@ -71,8 +71,8 @@ class TeacherSnapshotCallback(TrainerCallback):
             return {}
         value, squared_distance = (float(tensor) for tensor in self._last)
         relative = (squared_distance / max(self.loss.snapshot.squared_norm, sys.float_info.min)) ** 0.5
-        logs = {"loss_drift": self.weight * value, "drift": value, "drift_relative": relative}
-        return {self.prefix + key: number for key, number in logs.items()}
+        values = {"loss_drift": self.weight * value, "drift": value, "drift_relative": relative}
+        return {self.prefix + key: number for key, number in values.items()}
 
     def on_init_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
         """The Trainer is built, its model still pretrained: take the teacher."""

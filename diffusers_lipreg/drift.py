@@ -58,8 +58,7 @@ def _squared_distance(parameter: Tensor, teacher: Tensor, gradient: Tensor | Non
 
 
 def _total(terms: list[Tensor]) -> Tensor:
-    # on the device of the first: a model may be spread over several
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()  # a model may be spread over devices
 
 
 def drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str) -> Tensor:

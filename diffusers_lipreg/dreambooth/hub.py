@@ -15,7 +15,7 @@ from PIL import Image
 
 from .arguments import RunError
 
-STALE = ["image_*.png", "pytorch_lora_weights*.safetensors"]
+ADAPTERS = "pytorch_lora_weights*.safetensors"
 # A failed transfer of a large file comes as RuntimeError, a bad name as ValueError, no network as the other two.
 HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
 
@@ -58,7 +58,7 @@ def upload(args: Namespace, repo_id: str) -> None:
             folder_path=args.output_dir,
             commit_message="End of training",
             ignore_patterns=list(ignored),  # one of its own: the client adds to it
-            delete_patterns=STALE,  # what an earlier push left and this result does not have
+            delete_patterns=["image_[0-9]*.png", ADAPTERS],  # what an earlier push left and this result does not have
         )
     except HUB_ERRORS as error:
         excluded = [word for pattern in ignored for word in ("--exclude", pattern)]
@@ -139,10 +139,9 @@ def save_card(card: ModelCard, images: Sequence[Image.Image], output_dir: str) -
 
 
 def clear_stale(output_dir: str) -> None:
-    """Takes what an earlier run with other flags left beside its result out of the output folder."""
-    for pattern in STALE:
-        for path in Path(output_dir).glob(pattern):
-            path.unlink()
+    """Takes the adapters that an earlier run with other flags left out of the output folder."""
+    for path in Path(output_dir).glob(ADAPTERS):
+        path.unlink()
 
 
 def publish(args: Namespace, repo_id: str, images: Sequence[Image.Image], **card: Any) -> None:
