@@ -257,16 +257,12 @@ def main(args: argparse.Namespace) -> None:
         dtype=runtime.DTYPES[args.lipreg_teacher_dtype],
         device=args.lipreg_teacher_device,
     )
-    step = 0 if checkpoint is None else checkpoints.load(accelerator, sampler, checkpoint, updates_per_epoch)
-    first_epoch = step // updates_per_epoch
-    if step >= args.max_train_steps:
-        logger.info(f"{checkpoint} has all {args.max_train_steps} updates: nothing is left to train.")
-        first_epoch = args.num_train_epochs
+    step, epochs = checkpoints.resume(args, accelerator, sampler, checkpoint, updates_per_epoch)
     images: list[Image.Image] = []
     progress = tqdm(
         desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
     )
-    for _ in range(first_epoch, args.num_train_epochs):
+    for _ in epochs:
         for model in models.trained.values():
             model.train()
         for batch in loader:

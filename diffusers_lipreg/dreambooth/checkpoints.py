@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -110,6 +111,21 @@ def find(output_dir: str, wanted: str | None) -> Path | None:
             return checkpoint
     names = ", ".join(path.name for path in found) or "none"
     raise RunError(f"--resume_from_checkpoint {wanted}: there is no such checkpoint; {output_dir} has {names}.")
+
+
+def resume(
+    args: Namespace,
+    accelerator: Accelerator,
+    sampler: ResumableBatchSampler,
+    checkpoint: Path | None,
+    updates_per_epoch: int,
+) -> tuple[int, range]:
+    """The number of updates made and the epochs left: of a new run, or of one that is put where it was."""
+    step = 0 if checkpoint is None else load(accelerator, sampler, checkpoint, updates_per_epoch)
+    if step >= args.max_train_steps:
+        logger.info(f"{checkpoint} has all {args.max_train_steps} updates: nothing is left to train.")
+        return step, range(0)
+    return step, range(step // updates_per_epoch, args.num_train_epochs)
 
 
 def load(
