@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,6 +15,12 @@ from diffusers.optimization import SchedulerType
 
 class RunError(Exception):
     """The run cannot start or go on. The message is one line: what is wrong and how to mend it."""
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks and links to general advice, cut at a length that can be read."""
+    text = re.sub(r"For more information check: \S+", "", " ".join(str(error).split()))
+    return text.strip()[:300] or type(error).__name__
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -15,7 +15,7 @@ from accelerate.logging import get_logger
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
-from .arguments import RunError
+from .arguments import RunError, one_line
 from .data import ResumableBatchSampler
 
 logger = get_logger(__name__)
@@ -138,8 +138,9 @@ def load(
     try:
         accelerator.load_state(str(checkpoint))
     except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{checkpoint} is not whole, or not of a run with these flags: {reason}") from error
+        raise RunError(
+            f"{checkpoint} is not whole, or not of a run with these flags: {one_line(error)}"
+        ) from error
     step = step_of(checkpoint)
     batches = step % updates_per_epoch * accelerator.gradient_accumulation_steps
     if batches:

@@ -18,7 +18,7 @@ from PIL.ImageOps import exif_transpose
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
-from .arguments import RunError
+from .arguments import RunError, one_line
 
 logger = get_logger(__name__)
 # What Pillow's decoders raise on damaged files; AVIF's raises RuntimeError.
@@ -172,7 +172,7 @@ class PreparedPhotos(Dataset):
 
 def collate_prepared(items: Sequence[dict]) -> dict:
     """As `collate`, with "prompts", a list of the instance half, and "time_ids" (B, 6), for both halves the same."""
-    batch: dict = collate([{kind: item[kind] for kind in ("instance", "class") if kind in item} for item in items])
+    batch: dict = collate(items)
     batch["prompts"] = [item["prompt"] for item in items]
     halves = len(batch["pixel_values"]) // len(items)
     batch["time_ids"] = torch.tensor([item["time_ids"] for item in items] * halves)
@@ -207,8 +207,7 @@ def _from_dataset(args: Namespace) -> list[tuple[Image.Image, str]]:
     try:
         loaded = load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"--dataset_name {args.dataset_name}: cannot be loaded ({reason}).") from error
+        raise RunError(f"--dataset_name {args.dataset_name}: cannot be loaded ({one_line(error)}).") from error
     if "train" not in loaded:
         raise RunError(f"--dataset_name {args.dataset_name}: it has no split train, but {', '.join(loaded)}.")
     rows = loaded["train"]

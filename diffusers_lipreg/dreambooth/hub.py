@@ -13,17 +13,11 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError  # what huggingface_hub's own errors and those of its client derive from
 from PIL import Image
 
-from .arguments import RunError
+from .arguments import RunError, one_line
 
 ADAPTERS = "pytorch_lora_weights*.safetensors"
 # A failed transfer of a large file comes as RuntimeError, a bad name as ValueError, no network as the other two.
 HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks and links to general advice, cut at a length that can be read."""
-    text = re.sub(r"For more information check: \S+", "", " ".join(str(error).split()))
-    return text.strip()[:300] or type(error).__name__
 
 
 def create_repository(args: Namespace) -> str:
@@ -46,7 +40,8 @@ def ignored_files(args: Namespace) -> list[str]:
     """What in the output folder is no result: checkpoints with their optimizer states, and logs."""
     output = Path(args.output_dir).resolve()
     logs = Path(output, args.logging_dir).resolve()
-    return ["checkpoint-*", ".*", "*.tfevents.*", "*hparams.yml", *([f"{logs.relative_to(output)}/*"] if logs.is_relative_to(output) else [])]
+    inside = [f"{logs.relative_to(output)}/*"] if logs.is_relative_to(output) else []
+    return ["checkpoint-*", ".*", "*.tfevents.*", "*hparams.yml", *inside]
 
 
 def upload(args: Namespace, repo_id: str) -> None:
@@ -124,7 +119,9 @@ def _code(args: Namespace, source: str, load: str = "") -> str:
 
 
 def _description(args: Namespace, base_name: str, adapters: bool) -> str:
-    what = f"These are LoRA adapters that teach {base_name} a subject" if adapters else f"This is {base_name} taught a subject"
+    what = f"This is {base_name} taught a subject"
+    if adapters:
+        what = f"These are LoRA adapters that teach {base_name} a subject"
     trained = "was trained, too" if args.train_text_encoder else "was not trained"
     text = f"{what}, by DreamBooth training. The text encoder {trained}."
     vae = vars(args).get("pretrained_vae_model_name_or_path")

@@ -58,19 +58,22 @@ def add_adapters(args: Namespace, models: Mapping[str, nn.Module], alpha: float)
         cast_training_params(model, dtype=torch.float32)
 
 
+def _released_name(model_name: str, name: str) -> str:
+    # Newer transformers call CLIP's parts without the text_model. that released checkpoints and other tools have.
+    return name if model_name == "unet" or name.startswith("text_model.") else f"text_model.{name}"
+
+
 def adapter_weights(models: Mapping[str, nn.Module], scale: float = 1.0) -> Weights:
     """The adapters of bare models in float32, by model and under diffusers' names.
 
     Not every tool reads an alpha that differs from the rank; `scale` = alpha / rank, multiplied into the up
-    projections, takes its place. Newer transformers call CLIP's parts without the `text_model.` that checkpoints and
-    all other tools have; it is put back.
+    projections, takes its place.
     """
     weights: Weights = {}
     for model_name, model in models.items():
         weights[model_name] = {}
         for name, tensor in convert_state_dict_to_diffusers(get_peft_model_state_dict(model)).items():
-            if model_name != "unet" and not name.startswith("text_model."):
-                name = f"text_model.{name}"
+            name = _released_name(model_name, name)
             if model_name != "unet" and name.endswith(MAGNITUDE):
                 name = f"{name}.weight"  # transformers, which loads these, does not add it as PEFT does for the UNet
             tensor = tensor.detach().float().cpu().contiguous()
@@ -150,9 +153,7 @@ def extract_adapters(
             u, s, vh = torch.linalg.svd(change, full_matrices=False)
             u, s, vh = u[:, :rank], s[:rank], vh[:rank]
             kept += s.square().sum().item()
-            module = name.removesuffix(".weight")
-            if model_name != "unet":
-                module = f"text_model.{module.removeprefix('text_model.')}"
+            module = _released_name(model_name, name.removesuffix(".weight"))
             kind = "lora" if model_name == "unet" else "lora_linear_layer"
             layers[f"{module}.{kind}.down.weight"] = (s.sqrt()[:, None] * vh).cpu().contiguous()
             layers[f"{module}.{kind}.up.weight"] = (u * s.sqrt()).cpu().contiguous()

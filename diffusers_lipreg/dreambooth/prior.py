@@ -34,12 +34,13 @@ def ensure_class_images(args: Namespace, accelerator: Accelerator) -> list[Path]
     """
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    present = len(list_images(folder))
+    images = list_images(folder)
     accelerator.wait_for_everyone()  # all have counted before the first writes
-    if present < args.num_class_images:
-        sample_class_images(args, accelerator, folder, present)
+    if len(images) < args.num_class_images:
+        sample_class_images(args, accelerator, folder, len(images))
         accelerator.wait_for_everyone()
-    return list_images(folder)[: args.num_class_images]
+        images = list_images(folder)
+    return images[: args.num_class_images]
 
 
 def sample_class_images(args: Namespace, accelerator: Accelerator, folder: Path, present: int) -> None:

@@ -21,7 +21,7 @@ from accelerate.utils import KwargsHandler, ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
 
 from . import checkpoints, hub
-from .arguments import RunError
+from .arguments import RunError, one_line
 from .data import UNREADABLE, open_image
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
@@ -89,12 +89,12 @@ def check_surroundings(args: Namespace) -> None:
         try:
             torch.empty(0, device=args.lipreg_teacher_device)
         except (RuntimeError, AssertionError) as error:
-            raise RunError(f"--lipreg_teacher_device {args.lipreg_teacher_device}: {hub.one_line(error)}") from error
+            raise RunError(f"--lipreg_teacher_device {args.lipreg_teacher_device}: {one_line(error)}") from error
     for path in vars(args).get("validation_images") or ():
         try:
             open_image(path)
         except UNREADABLE as error:
-            raise RunError(f"--validation_images {path}: {hub.one_line(error)}") from error
+            raise RunError(f"--validation_images {path}: {one_line(error)}") from error
 
 
 def check_pipeline(model: str, revision: str | None, sdxl: bool) -> None:
@@ -109,7 +109,7 @@ def check_pipeline(model: str, revision: str | None, sdxl: bool) -> None:
         index = DiffusionPipeline.load_config(model, revision=revision)
     except OSError as error:
         where = "cannot be read" if Path(model).is_dir() else "no such folder, and not on the Hub"
-        raise RunError(f"{flag}: {where}: {hub.one_line(error)}") from error
+        raise RunError(f"{flag}: {where}: {one_line(error)}") from error
     if "_class_name" not in index:
         raise RunError(f"{flag}: its model_index.json names no pipeline.")
     if ("text_encoder_2" in index) != sdxl:
@@ -126,10 +126,9 @@ def loading(args: Namespace) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        names = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant")
-        names += ("tokenizer_name",)
-        given = " ".join(f"--{name} {vars(args)[name]}" for name in names if vars(args).get(name))
-        raise RunError(f"{given}: {hub.one_line(error)}") from error
+        models = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name")
+        given = [f"--{name} {vars(args)[name]}" for name in (*models, "revision", "variant") if vars(args).get(name)]
+        raise RunError(f"{' '.join(given)}: {one_line(error)}") from error
 
 
 def open_output(args: Namespace, accelerator: Accelerator) -> tuple[Path | None, str | None]:
