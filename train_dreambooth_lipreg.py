@@ -39,6 +39,7 @@ from diffusers_lipreg.dreambooth import (
     text,
     validation,
 )
+from diffusers_lipreg.dreambooth.interruption import Interruption
 from diffusers_lipreg.drift import REDUCTIONS
 from diffusers_lipreg.penalties import card_facts, take_teachers
 
@@ -259,24 +260,26 @@ def main(args: argparse.Namespace) -> None:
     )
     step, epochs = checkpoints.resume(args, accelerator, sampler, checkpoint, updates_per_epoch)
     images: list[Image.Image] = []
+    interruption = Interruption(accelerator)
+    check_finite = partial(runtime.check_finite, args, accelerator, lr_scheduler)
     progress = tqdm(
         desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
     )
-    for _ in epochs:
+    for _ in interruption.during(epochs):
         for model in models.trained.values():
             model.train()
         for batch in loader:
             with accelerator.accumulate(*models.trained.values()):
                 pixels = batch["pixel_values"].to(runtime.weight_dtype(accelerator))
                 loss = denoising_loss(args, models, pixels, text_states)
-                runtime.check_finite(loss, step)
+                check_finite(step, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     for name, penalty in penalties.items():  # the new idea: the gradient of weight * drift
                         penalty.on_pre_optimizer_step(
                             model=models.trained[name], loss_scale=runtime.loss_scale(accelerator)
                         )
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad(set_to_none=args.set_grads_to_none)
@@ -284,7 +287,7 @@ def main(args: argparse.Namespace) -> None:
             if accelerator.sync_gradients:
                 step += 1
                 progress.update(1)
-                if step % args.checkpointing_steps == 0:
+                if interruption.agreed() or step % args.checkpointing_steps == 0:
                     checkpoints.save(accelerator, sampler, args.output_dir, step, args.checkpoints_total_limit)
                 if args.validation_prompt is not None and step % args.validation_steps == 0:
                     if accelerator.is_main_process:
@@ -294,6 +297,8 @@ def main(args: argparse.Namespace) -> None:
                 penalty.on_log(logs=logs)
             progress.set_postfix(**logs)
             accelerator.log(logs, step=step)
+            if interruption.stopping:
+                interruption.leave()
             if step >= args.max_train_steps:
                 break
 
@@ -303,7 +308,8 @@ def main(args: argparse.Namespace) -> None:
         logger.info(f"Final drift: {penalty.logs}")
     if accelerator.is_main_process:
         hub.clear_stale(args.output_dir)
-        facts = card_facts(penalties.values()) | save(args, bare)
+        with checkpoints.writing(args.output_dir):
+            facts = card_facts(penalties.values()) | save(args, bare)
     accelerator.end_training()
     if repo_id is not None:
         family = "stable-diffusion" if models.vae is not None else "if"

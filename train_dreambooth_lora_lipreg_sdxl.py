@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ from diffusers_lipreg.dreambooth import (
     text,
     validation,
 )
+from diffusers_lipreg.dreambooth.interruption import Interruption
 from diffusers_lipreg.penalties import card_facts, take_teachers
 
 logger = get_logger(__name__)
@@ -259,23 +260,25 @@ def main(args: argparse.Namespace) -> None:
     dtype = runtime.weight_dtype(accelerator)
     step, epochs = checkpoints.resume(args, accelerator, sampler, checkpoint, updates_per_epoch)
     images: list[Image.Image] = []
+    interruption = Interruption(accelerator)
+    check_finite = partial(runtime.check_finite, args, accelerator, lr_scheduler)
     progress = tqdm(
         desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
     )
-    for epoch in epochs:
+    for epoch in interruption.during(epochs):
         for model in models.trained.values():
             model.train()
         for batch in loader:
             with accelerator.accumulate(*models.trained.values()):
                 loss = denoising_loss(args, models, batch, text_states, dtype)
-                runtime.check_finite(loss, step)
+                check_finite(step, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     for name, penalty in penalties.items():  # the new idea: the gradient of weight * drift
                         penalty.on_pre_optimizer_step(
                             model=models.trained[name], loss_scale=runtime.loss_scale(accelerator)
                         )
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
@@ -283,13 +286,15 @@ def main(args: argparse.Namespace) -> None:
             if accelerator.sync_gradients:
                 step += 1
                 progress.update(1)
-                if step % args.checkpointing_steps == 0:
+                if interruption.agreed() or step % args.checkpointing_steps == 0:
                     checkpoints.save(accelerator, sampler, args.output_dir, step, args.checkpoints_total_limit)
             logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
             for penalty in penalties.values():
                 penalty.on_log(logs=logs)
             progress.set_postfix(**logs)
             accelerator.log(logs, step=step)
+            if interruption.stopping:
+                interruption.leave()
             if step >= args.max_train_steps:
                 break
         if accelerator.is_main_process and args.validation_prompt is not None and epoch % args.validation_epochs == 0:
@@ -308,9 +313,10 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         hub.clear_stale(args.output_dir)
         weights = lora.adapter_weights(bare)
-        lora.save_adapters(StableDiffusionXLPipeline, args.output_dir, weights)
-        if args.output_kohya_format:
-            lora.save_kohya(args.output_dir, weights)
+        with checkpoints.writing(args.output_dir):
+            lora.save_adapters(StableDiffusionXLPipeline, args.output_dir, weights)
+            if args.output_kohya_format:
+                lora.save_kohya(args.output_dir, weights)
         if args.validation_prompt is not None:
             pipeline = load_pipeline(args, models, dtype)
             pipeline.load_lora_weights(args.output_dir, weight_name=lora.WEIGHTS)

@@ -1,6 +1,7 @@
 """What the user gets wrong ends in one line that says so, before any model is loaded; what can go on goes on."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import PARITY, command, flags
 from huggingface_hub import HfApi, close_session, constants
@@ -410,5 +412,24 @@ def test_a_cached_model_trains_offline(hub: LoopbackHub, tmp_path: Path, out: Pa
 
 def test_a_loss_that_is_not_a_number_stops_the_run(run: Run, out: Path) -> None:
     line = run("--learning_rate", "1e30", "--max_train_steps", "5")
-    assert "the loss is nan in the step after update 1" in line
+    assert "the loss is nan in the step after update 1, at a learning rate of 1e+30" in line
+    assert "Start anew, for there is no checkpoint yet, with a lower --learning_rate" in line
     assert not (out / "unet").exists()
+
+
+@pytest.mark.parametrize("gradient", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_a_number_stops_the_run(
+    run: Run, out: Path, monkeypatch: pytest.MonkeyPatch, gradient: float
+) -> None:
+    """In the second update, before the weights change: the checkpoint of the first is named."""
+    backward, calls = Accelerator.backward, []
+
+    def lost(self: Accelerator, loss: torch.Tensor) -> None:
+        calls.append(loss)
+        backward(self, loss * (gradient if len(calls) == 2 else 1))
+
+    monkeypatch.setattr(Accelerator, "backward", lost)
+    line = run("--max_train_steps", "5", "--checkpointing_steps", "1")
+    assert re.search(r"the gradient is (nan|inf) in the step after update 1", line)
+    assert "Start --resume_from_checkpoint checkpoint-1, with a lower --learning_rate" in line
+    assert len(calls) == 2 and not (out / "unet").exists()

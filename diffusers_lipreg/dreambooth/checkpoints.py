@@ -6,13 +6,16 @@ import os
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers.utils.torch_utils import is_compiled_module
+from safetensors import SafetensorError
 from torch import nn
 
 from .arguments import RunError, one_line
@@ -29,7 +32,11 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is named checkpoint-NUMBER: others, such as checkpoint-best, are the user's own."""
-    return re.fullmatch(r"checkpoint-\d+", path.name) is not None and path.is_dir()
+    return is_checkpoint_name(path) and path.is_dir()
+
+
+def is_checkpoint_name(path: str | Path) -> bool:
+    return re.fullmatch(r"checkpoint-\d+", Path(path).name) is not None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -83,17 +90,42 @@ def save(
         for left_over in Path(output_dir).glob(".checkpoint-*.partial"):  # of a run that was killed while saving
             shutil.rmtree(left_over)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    with writing(final):
+        accelerator.save_state(str(partial))
+        if accelerator.is_main_process:
+            torch.save(sampler.state_dict(), partial / SAMPLER_STATE)
+            flush(partial)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    torch.save(sampler.state_dict(), partial / SAMPLER_STATE)
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
     logger.info(f"Saved {final}.")
     if total_limit is not None:
         for old in checkpoints(output_dir)[: -max(1, total_limit)]:
             shutil.rmtree(old)
+
+
+@contextmanager
+def writing(target: str | Path) -> Iterator[None]:
+    """Turns what a full or broken disk raises in the block into one line, and removes the checkpoint in the making."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        folder = Path(target).parent if is_checkpoint_name(target) else Path(target)
+        for partial in folder.glob(".checkpoint-*.partial"):
+            shutil.rmtree(partial)
+        whole = checkpoints(folder)
+        go_on = f"go on with --resume_from_checkpoint {whole[-1].name}" if whole else "start again"
+        raise RunError(f"{target} cannot be written: {one_line(error)}. Make room on the disk, then {go_on}.") from error
+
+
+def flush(folder: Path) -> None:
+    """Has the system write the folder's files to the disk, so that its new name never stands for less than all."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def find(output_dir: str, wanted: str | None) -> Path | None:
@@ -120,8 +152,21 @@ def resume(
     checkpoint: Path | None,
     updates_per_epoch: int,
 ) -> tuple[int, range]:
-    """The number of updates made and the epochs left: of a new run, or of one that is put where it was."""
-    step = 0 if checkpoint is None else load(accelerator, sampler, checkpoint, updates_per_epoch)
+    """The number of updates made and the epochs left: of a new run, or of one that is put where it was.
+
+    Where the latest checkpoint is asked for and cannot be read, the one before it is used.
+    """
+    step = 0
+    while checkpoint is not None:
+        try:
+            step = load(accelerator, sampler, checkpoint, updates_per_epoch)
+            break
+        except RunError as error:
+            before = [path for path in checkpoints(args.output_dir) if step_of(path) < step_of(checkpoint)]
+            if args.resume_from_checkpoint != "latest" or not before:
+                raise
+            logger.warning(f"{error} Going on from {before[-1].name} instead.")
+            checkpoint = before[-1]
     if step >= args.max_train_steps:
         logger.info(f"{checkpoint} has all {args.max_train_steps} updates: nothing is left to train.")
         return step, range(0)
@@ -135,16 +180,15 @@ def load(
 
     A checkpoint of the official script has no state of the sampler: the rest of an epoch is then another shuffle.
     """
-    try:
-        accelerator.load_state(str(checkpoint))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RunError(
-            f"{checkpoint} is not whole, or not of a run with these flags: {one_line(error)}"
-        ) from error
     step = step_of(checkpoint)
     batches = step % updates_per_epoch * accelerator.gradient_accumulation_steps
-    if batches:
-        state = Path(checkpoint, SAMPLER_STATE)
+    state = Path(checkpoint, SAMPLER_STATE)
+    try:
+        accelerator.load_state(str(checkpoint))
         exact = state.exists() and accelerator.num_processes == 1
-        sampler.resume(batches * accelerator.num_processes, torch.load(state, weights_only=True) if exact else {})
+        sampler_state = torch.load(state, weights_only=True) if exact else {}
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
+        raise RunError(f"{checkpoint} is not whole, or not of a run with these flags: {one_line(error)}") from error
+    if batches:
+        sampler.resume(batches * accelerator.num_processes, sampler_state)
     return step

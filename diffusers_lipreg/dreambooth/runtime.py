@@ -19,6 +19,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import KwargsHandler, ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
+from torch.optim.lr_scheduler import LRScheduler
 
 from . import checkpoints, hub
 from .arguments import RunError, one_line
@@ -155,13 +156,24 @@ def tracker_config(args: Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in ("hub_token", "validation_images")}
 
 
-def check_finite(loss: torch.Tensor, step: int) -> None:
-    """Stops a run whose loss is lost, before it reaches the weights."""
-    if not torch.isfinite(loss):
-        raise RunError(
-            f"the loss is {loss.item()} in the step after update {step}. Resume from a checkpoint before, if there is "
-            "one, or start anew, with a lower --learning_rate, or with --mixed_precision bf16 in place of fp16."
-        )
+def check_finite(
+    args: Namespace, accelerator: Accelerator, lr_scheduler: LRScheduler, step: int, **quantities: torch.Tensor
+) -> None:
+    """Stops a run whose loss or gradient is lost, before it reaches the weights.
+
+    Gradients that overflow under fp16's loss scale are not lost: the scaler leaves that update out.
+    """
+    rate = lr_scheduler.get_last_lr()[0]
+    if accelerator.scaler is not None:
+        quantities.pop("gradient", None)
+    for name, value in quantities.items():
+        if not torch.isfinite(value):
+            saved = checkpoints.checkpoints(args.output_dir)
+            again = f"--resume_from_checkpoint {saved[-1].name}" if saved else "anew, for there is no checkpoint yet"
+            raise RunError(
+                f"the {name} is {value.item()} in the step after update {step}, at a learning rate of {rate:g}. "
+                f"Start {again}, with a lower --learning_rate, or with --mixed_precision bf16 in place of fp16."
+            )
 
 
 def loss_scale(accelerator: Accelerator) -> float:
