@@ -57,8 +57,10 @@ class Interruption:
     def agreed(self) -> bool:
         """Whether any process of the run was interrupted; every process has to ask."""
         received = torch.tensor([self.received], device=self.accelerator.device)
-        self.received = int(self.accelerator.gather(received).max())
-        self.stopping = self.received > 0
+        anywhere = int(self.accelerator.gather(received).max())
+        if anywhere and not self.received:  # the signal may still be on its way to this process
+            self.received, self.received_at = anywhere, time.monotonic()
+        self.stopping = anywhere > 0
         return self.stopping
 
     def leave(self) -> NoReturn:

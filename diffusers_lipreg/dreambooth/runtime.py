@@ -161,17 +161,18 @@ def check_finite(
 ) -> None:
     """Stops a run whose loss or gradient is lost, before it reaches the weights.
 
-    Gradients that overflow under fp16's loss scale are not lost: the scaler leaves that update out.
+    Gradients that overflow under fp16's loss scale are not lost: the scaler leaves that update out. DeepSpeed clips
+    by itself and may tell no norm.
     """
     rate = lr_scheduler.get_last_lr()[0]
     if accelerator.scaler is not None:
         quantities.pop("gradient", None)
     for name, value in quantities.items():
-        if not torch.isfinite(value):
+        if value is not None and not torch.as_tensor(value).isfinite():
             saved = checkpoints.checkpoints(args.output_dir)
             again = f"--resume_from_checkpoint {saved[-1].name}" if saved else "anew, for there is no checkpoint yet"
             raise RunError(
-                f"the {name} is {value.item()} in the step after update {step}, at a learning rate of {rate:g}. "
+                f"the {name} is {torch.as_tensor(value).item()} in the step after update {step}, at a learning rate of {rate:g}. "
                 f"Start {again}, with a lower --learning_rate, or with --mixed_precision bf16 in place of fp16."
             )
 
