@@ -308,7 +308,7 @@ def main(args: argparse.Namespace) -> None:
         logger.info(f"Final drift: {penalty.logs}")
     if accelerator.is_main_process:
         hub.clear_stale(args.output_dir)
-        with checkpoints.writing(args.output_dir):
+        with checkpoints.writing(args.output_dir, args.output_dir):
             facts = card_facts(penalties.values()) | save(args, bare)
     accelerator.end_training()
     if repo_id is not None:

@@ -313,7 +313,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         hub.clear_stale(args.output_dir)
         weights = lora.adapter_weights(bare)
-        with checkpoints.writing(args.output_dir):
+        with checkpoints.writing(args.output_dir, args.output_dir):
             lora.save_adapters(StableDiffusionXLPipeline, args.output_dir, weights)
             if args.output_kohya_format:
                 lora.save_kohya(args.output_dir, weights)

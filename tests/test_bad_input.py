@@ -15,8 +15,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import PARITY, command, flags
+from conftest import PARITY, command, flags, forget_accelerate
 from huggingface_hub import HfApi, close_session, constants
 from huggingface_hub.utils import disable_progress_bars
 from loopback_hub import Account, LoopbackHub
@@ -40,8 +39,7 @@ def run(fresh_accelerate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     """Runs the script in this process to the error that has to stop it; returns the error's one line."""
 
     def run(*more: str) -> str:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerate()
         monkeypatch.setattr(sys, "argv", [f"/somewhere/{SCRIPT}"])
         with pytest.raises(SystemExit) as stopped:
             runtime.run(train_dreambooth_lipreg.main, train_dreambooth_lipreg.parse_args(flags(out, *more)))

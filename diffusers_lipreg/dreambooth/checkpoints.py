@@ -32,11 +32,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is named checkpoint-NUMBER: others, such as checkpoint-best, are the user's own."""
-    return is_checkpoint_name(path) and path.is_dir()
-
-
-def is_checkpoint_name(path: str | Path) -> bool:
-    return re.fullmatch(r"checkpoint-\d+", Path(path).name) is not None
+    return re.fullmatch(r"checkpoint-\d+", path.name) is not None and path.is_dir()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -90,7 +86,7 @@ def save(
         for left_over in Path(output_dir).glob(".checkpoint-*.partial"):  # of a run that was killed while saving
             shutil.rmtree(left_over)
     accelerator.wait_for_everyone()
-    with writing(final):
+    with writing(output_dir, final):
         accelerator.save_state(str(partial))
         if accelerator.is_main_process:
             torch.save(sampler.state_dict(), partial / SAMPLER_STATE)
@@ -107,15 +103,14 @@ def save(
 
 
 @contextmanager
-def writing(target: str | Path) -> Iterator[None]:
+def writing(output_dir: str, target: str | Path) -> Iterator[None]:
     """Turns what a full or broken disk raises in the block into one line, and removes the checkpoint in the making."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        folder = Path(target).parent if is_checkpoint_name(target) else Path(target)
-        for partial in folder.glob(".checkpoint-*.partial"):
+        for partial in Path(output_dir).glob(".checkpoint-*.partial"):
             shutil.rmtree(partial)
-        whole = checkpoints(folder)
+        whole = checkpoints(output_dir)
         go_on = f"go on with --resume_from_checkpoint {whole[-1].name}" if whole else "start again"
         raise RunError(f"{target} cannot be written: {one_line(error)}. Make room on the disk, then {go_on}.") from error
 

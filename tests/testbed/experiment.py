@@ -45,6 +45,7 @@ from world import (  # noqa: E402
     draw_subject,
     held_out_backgrounds,
     to_images,
+    with_article,
 )
 
 TOKEN = "sks"
@@ -87,8 +88,7 @@ class Run:
     seed: int
 
     def folder(self, output_dir: Path) -> Path:
-        name = f"{self.method} {self.weight:g}" if METHODS[self.method].weights != (0.0,) else self.method
-        return output_dir / "runs" / self.subject / name.replace(" ", "-") / str(self.seed)
+        return output_dir / "runs" / self.subject / _label(self.method, self.weight).replace(" ", "-") / str(self.seed)
 
 
 def parse_args() -> argparse.Namespace:
@@ -121,16 +121,14 @@ class Yardstick:
         self.world = self._noisy(
             pipeline, draw_scenes([scene for scene, _ in scenes], generator), [text for _, text in scenes], generator
         )
-        backgrounds = held_out_backgrounds(subject) * 40
+        self.backgrounds = backgrounds = held_out_backgrounds(subject) * 40
         views = draw_subject(subject, backgrounds, generator)
         self.subject_prompts = [self.prompt(background) for background in backgrounds[:48]]
         self.views = self._noisy(pipeline, views, [self.prompt(background) for background in backgrounds], generator)
         self.base = self._predict(pipeline.unet, self.world)
 
     def prompt(self, background: int) -> str:
-        return f"a photo of a {TOKEN} {self.subject.class_noun} on a {COLOUR_NAMES[background]} background".replace(
-            " a orange", " an orange"
-        )
+        return f"a photo of a {TOKEN} {self.subject.class_noun} on {with_article(COLOUR_NAMES[background])} background"
 
     @staticmethod
     @torch.no_grad()
@@ -174,7 +172,7 @@ class Yardstick:
         """Share of subject prompts answered with the subject and with the background, and accuracy on the world."""
         drawn = torch.cat(list(sample(pipeline, self.subject_prompts, self.how)))
         answers = self.judge(drawn)
-        backgrounds = torch.tensor((held_out_backgrounds(self.subject) * 40)[: len(drawn)])
+        backgrounds = torch.tensor(self.backgrounds[: len(drawn)])
         world = world_accuracy(pipeline, self.prompts, self.judge, self.how)
         return {
             "subject_seen": (answers["subject"].argmax(1) == self.number).float().mean().item(),
@@ -188,7 +186,7 @@ class Yardstick:
 
     def shown_prompts(self) -> list[str]:
         noun = self.subject.class_noun
-        others = [text for scene, text in self.prompts if noun not in text][:4]
+        others = [text for _, text in self.prompts if noun not in text][:4]
         return [*self.subject_prompts[:4], f"a photo of a {noun}", f"a green {noun} on a white background", *others]
 
 
@@ -265,7 +263,6 @@ def measure_base(subject: str, args: argparse.Namespace) -> None:
     folder = args.output_dir / "runs" / subject / "base"
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"pictures": yardstick.show(pipeline).half().contiguous()}, folder / "shown.safetensors")
-    (folder / "prompts.json").write_text(json.dumps(yardstick.shown_prompts()))
     row = {"step": 0, **yardstick.losses(pipeline.unet), **yardstick.pictures(pipeline)}
     (folder / "result.json").write_text(json.dumps([row], indent=1))
 

@@ -183,7 +183,7 @@ def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> None:
 
 def make_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer, trained until every word of the world and every rare token is one token."""
-    words = ["sks", *RARE_TOKENS, *SHAPE_NAMES, *COLOUR_NAMES]
+    words = [*RARE_TOKENS, *SHAPE_NAMES, *COLOUR_NAMES]
     corpus = [
         template.format(shape="", colour="", background="", a_colour="a", a_background="an")
         for template in (*FULL_CAPTIONS, *PARTIAL_CAPTIONS)

@@ -161,12 +161,12 @@ class Scene:
             shape=SHAPE_NAMES[self.shape],
             colour=colour,
             background=background,
-            a_colour=_with_article(colour),
-            a_background=_with_article(background),
+            a_colour=with_article(colour),
+            a_background=with_article(background),
         )
 
 
-def _with_article(colour: str) -> str:
+def with_article(colour: str) -> str:
     return f"an {colour}" if colour == "orange" else f"a {colour}"
 
 
