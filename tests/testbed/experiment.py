@@ -48,8 +48,10 @@ from world import (  # noqa: E402
     with_article,
 )
 
-TOKEN = "sks"
+TOKEN = "qvx"  # the pipeline has never read it; `sks` and its like it has learned to pass over
 SEED_OF_VIEWS = 10_000  # no training photo is drawn with it
+SUBJECT_PICTURES = 72
+LEVELS = (0.5, 0.8)  # shares of pictures with the subject, at which methods are compared
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,25 @@ class Method:
     name: str
     flags: tuple[str, ...] = ()
     weights: tuple[float, ...] = (0.0,)
+    rate: float = 5e-4
     lora: bool = False
 
     def arguments(self, weight: float) -> list[str]:
-        rate = ["--rank", "8", "--learning_rate", "1e-3"] if self.lora else ["--learning_rate", "1e-4"]
-        return [*rate, *self.flags, "--lipreg_weight", str(weight)]
+        rank = ["--rank", "16"] if self.lora else []
+        return [*rank, "--learning_rate", str(self.rate), *self.flags, "--lipreg_weight", str(weight)]
 
 
 METHODS = {
     method.name: method
     for method in (
         Method("plain"),
+        Method("plain, lower rate", rate=2.5e-4),
         Method("prior preservation", ("--with_prior_preservation", "--num_class_images", "100", "--sample_batch_size", "20")),
-        Method("sum", ("--lipreg_reduction", "sum"), (0.03, 0.1, 0.3)),
-        Method("tensor_mean", ("--lipreg_reduction", "tensor_mean"), (500.0, 2000.0, 8000.0)),
-        Method("LoRA plain", lora=True),
-        Method("LoRA factors", ("--lipreg_reduction", "factors"), (1e-4, 1e-3), lora=True),
-        Method("LoRA product", ("--lipreg_reduction", "product"), (1e-3, 3e-3), lora=True),
+        Method("sum", ("--lipreg_reduction", "sum"), (1e-4, 3e-4, 1e-3)),
+        Method("tensor_mean", ("--lipreg_reduction", "tensor_mean"), (7.0, 20.0)),
+        Method("LoRA plain", rate=2e-3, lora=True),
+        Method("LoRA factors", ("--lipreg_reduction", "factors"), (1e-4,), rate=2e-3, lora=True),
+        Method("LoRA product", ("--lipreg_reduction", "product"), (1e-5, 3e-5), rate=2e-3, lora=True),
     )
 }
 
@@ -97,9 +101,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default=str(HERE / "pipeline"), help="The pretrained pipeline.")
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=3, help="How many seeds each run is repeated with.")
-    parser.add_argument("--steps", type=int, default=200, help="Updates of each run, at batch 4.")
-    parser.add_argument("--checkpoints", type=int, default=5, help="Points along each run that are measured.")
+    parser.add_argument("--seeds", type=int, default=2, help="How many seeds each run is repeated with.")
+    parser.add_argument("--steps", type=int, default=400, help="Updates of each run, with all five photos in each.")
+    parser.add_argument("--checkpoints", type=int, default=4, help="Points along each run that are measured.")
     parser.add_argument("--prompts", type=int, default=500, help="World prompts whose pictures are judged.")
     parser.add_argument("--sampling_steps", type=int, default=10)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Runs at a time, one thread each.")
@@ -123,7 +127,7 @@ class Yardstick:
         )
         self.backgrounds = backgrounds = held_out_backgrounds(subject) * 40
         views = draw_subject(subject, backgrounds, generator)
-        self.subject_prompts = [self.prompt(background) for background in backgrounds[:48]]
+        self.subject_prompts = [self.prompt(background) for background in backgrounds[:SUBJECT_PICTURES]]
         self.views = self._noisy(pipeline, views, [self.prompt(background) for background in backgrounds], generator)
         self.base = self._predict(pipeline.unet, self.world)
 
@@ -168,17 +172,21 @@ class Yardstick:
         }
 
     @torch.no_grad()
-    def pictures(self, pipeline: StableDiffusionPipeline) -> dict[str, float]:
-        """Share of subject prompts answered with the subject and with the background, and accuracy on the world."""
+    def subject_pictures(self, pipeline: StableDiffusionPipeline) -> dict[str, float]:
+        """Share of subject prompts answered with the subject, and with the background they ask for."""
         drawn = torch.cat(list(sample(pipeline, self.subject_prompts, self.how)))
         answers = self.judge(drawn)
         backgrounds = torch.tensor(self.backgrounds[: len(drawn)])
-        world = world_accuracy(pipeline, self.prompts, self.judge, self.how)
         return {
             "subject_seen": (answers["subject"].argmax(1) == self.number).float().mean().item(),
             "subject_background": (answers["background"].argmax(1) == backgrounds).float().mean().item(),
-            **{f"world_{question}": share for question, share in world.items()},
         }
+
+    @torch.no_grad()
+    def world_pictures(self, pipeline: StableDiffusionPipeline) -> dict[str, float]:
+        """Share of world prompts answered rightly."""
+        right = world_accuracy(pipeline, self.prompts, self.judge, self.how)
+        return {f"world_{question}": share for question, share in right.items()}
 
     def show(self, pipeline: StableDiffusionPipeline) -> Tensor:
         """Four pictures of subject prompts and six of others, for the grid."""
@@ -210,10 +218,12 @@ def train(run: Run, args: argparse.Namespace, folder: Path) -> float:
         "--class_data_dir": folder / "class_images",
         "--output_dir": folder / "model",
         "--resolution": 64,
-        "--train_batch_size": 4,
+        "--train_batch_size": 5,
         "--max_train_steps": args.steps,
         "--checkpointing_steps": args.steps // args.checkpoints,
+        "--lr_scheduler": "cosine",
         "--lr_warmup_steps": 0,
+        "--snr_gamma": 5,  # as the pipeline was pretrained
         "--seed": run.seed,
     }
     method = METHODS[run.method]
@@ -244,12 +254,11 @@ def work(run: Run, args: argparse.Namespace) -> None:
     yardstick = Yardstick(pipeline, SUBJECTS[run.subject], args.prompts, Sampling(args.sampling_steps))
     lora = METHODS[run.method].lora
     rows = []
-    for step in range(args.steps // args.checkpoints, args.steps, args.steps // args.checkpoints):
-        _load(pipeline, folder / "model" / f"checkpoint-{step}", lora)
-        rows.append({"step": step, **yardstick.losses(pipeline.unet)})
-    _load(pipeline, folder / "model", lora)
-    final = {**yardstick.losses(pipeline.unet), **yardstick.pictures(pipeline)}
-    rows.append({"step": args.steps, "seconds": seconds, **final})
+    for checkpoint in sorted((folder / "model").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
+        _load(pipeline, checkpoint, lora)
+        step = int(checkpoint.name.split("-")[1])
+        rows.append({"step": step, **yardstick.losses(pipeline.unet), **yardstick.subject_pictures(pipeline)})
+    rows[-1] |= {"seconds": seconds, **yardstick.world_pictures(pipeline)}  # the last checkpoint is the result
     save_file({"pictures": yardstick.show(pipeline).half().contiguous()}, folder / "shown.safetensors")
     shutil.rmtree(folder / "model")
     shutil.rmtree(folder / "class_images", ignore_errors=True)
@@ -263,7 +272,8 @@ def measure_base(subject: str, args: argparse.Namespace) -> None:
     folder = args.output_dir / "runs" / subject / "base"
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"pictures": yardstick.show(pipeline).half().contiguous()}, folder / "shown.safetensors")
-    row = {"step": 0, **yardstick.losses(pipeline.unet), **yardstick.pictures(pipeline)}
+    pictures = {**yardstick.subject_pictures(pipeline), **yardstick.world_pictures(pipeline)}
+    row = {"step": 0, **yardstick.losses(pipeline.unet), **pictures}
     (folder / "result.json").write_text(json.dumps([row], indent=1))
 
 
@@ -351,37 +361,37 @@ def _cell(column: str, values: list[float]) -> str:
     return f"{mean:.4f} ± {spread:.4f}"
 
 
-def level(rows: list[dict], subject: str, seed: int) -> float:
-    """The subject loss to match: nine tenths of the way from the base to the best that plain fine-tuning reached."""
-    base = next(row for row in rows if row["subject"] == subject and row["method"] == "base")["subject_loss"]
-    plain = min(r["subject_loss"] for r in rows if (r["subject"], r["method"], r["seed"]) == (subject, "plain", seed))
-    return base - 0.9 * (base - plain)
+def points(rows: list[dict], subject: str, method: str) -> list[tuple[float, float]]:
+    """How often the subject is seen and the epsilon gap, at every weight and step of a method: means over seeds.
 
-
-def least_gap(rows: list[dict], subject: str, method: str, seed: int, loss: float) -> float | None:
-    """The smallest epsilon gap at which a method was measured to have the subject this well, at any weight and step."""
-    reached = [
-        row["epsilon_gap"]
-        for row in rows
-        if (row["subject"], row["method"], row["seed"]) == (subject, method, seed) and row["subject_loss"] <= loss
+    Seeds are averaged before anything is chosen, so that no method is helped by the luck of one run.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if (row["subject"], row["method"]) == (subject, method):
+            groups.setdefault((row["weight"], row["step"]), []).append(row)
+    return [
+        (statistics.mean(r["subject_seen"] for r in group), statistics.mean(r["epsilon_gap"] for r in group))
+        for group in groups.values()
     ]
-    return min(reached, default=None)
 
 
-def matched_table(rows: list[dict], args: argparse.Namespace) -> str:
-    """Epsilon gap of each method at matched subject loss, as a multiple of plain fine-tuning's; means over seeds."""
+def least_gap(rows: list[dict], subject: str, method: str, level: float) -> float | None:
+    """The smallest epsilon gap at which a method shows the subject in this share of pictures; None if it never does."""
+    return min((gap for seen, gap in points(rows, subject, method) if seen >= level), default=None)
+
+
+def matched_table(rows: list[dict], args: argparse.Namespace, level: float) -> str:
+    """Epsilon gap of each method once the subject is seen this often, and how many times smaller than plain's it is."""
     lines = ["| method | " + " | ".join(args.subjects) + " |", "|---" * (len(args.subjects) + 1) + "|"]
     for method in args.methods:
         cells = []
         for subject in args.subjects:
-            levels = {seed: level(rows, subject, seed) for seed in range(args.seeds)}
-            pairs = [
-                (least_gap(rows, subject, method, seed, loss), least_gap(rows, subject, "plain", seed, loss))
-                for seed, loss in levels.items()
-            ]
-            ratios = [ours / plain for ours, plain in pairs if ours is not None]
-            reached = "" if len(ratios) == len(pairs) else f" ({len(ratios)} of {len(pairs)} seeds)"
-            cells.append(f"{statistics.mean(ratios):.2f}{reached}" if ratios else "not reached")
+            gap, plain = least_gap(rows, subject, method, level), least_gap(rows, subject, "plain", level)
+            if gap is None:
+                cells.append("not reached")
+            else:
+                cells.append(f"{gap:.3f}" + (f" ({plain / gap:.1f} x less)" if plain and method != "plain" else ""))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -395,30 +405,24 @@ def write_csv(rows: list[dict], path: Path) -> None:
 
 
 def draw_curves(rows: list[dict], args: argparse.Namespace, path: Path) -> None:
-    """What each method has forgotten by the time it knows the subject so well; a panel for each subject, seed 0."""
+    """The least that each method has forgotten by the time it shows the subject so often; a panel for each subject."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     columns = len(args.subjects)
-    figure, axes = pyplot.subplots(1, columns, figsize=(3.6 * columns, 3.8), squeeze=False, sharey=True)
+    figure, axes = pyplot.subplots(1, columns, figsize=(3.4 * columns, 3.8), squeeze=False, sharey=True)
     for axis, subject in zip(axes[0], args.subjects, strict=True):
         for number, method in enumerate(args.methods):
-            for weight in METHODS[method].weights:
-                chosen = (subject, method, weight, 0)
-                points = [r for r in rows if (r["subject"], r["method"], r["weight"], r["seed"]) == chosen]
-                axis.plot(
-                    [r["subject_loss"] for r in points],
-                    [r["epsilon_gap"] for r in points],
-                    color=f"C{number}",
-                    linestyle="--" if METHODS[method].lora else "-",
-                    marker=".",
-                    linewidth=1,
-                    label=method if weight == METHODS[method].weights[0] else None,
-                )
-        axis.set(title=subject, yscale="log", xlabel="denoising loss on unseen views (learned →)")
-        axis.invert_xaxis()
+            best: list[tuple[float, float]] = []
+            for seen, gap in sorted(points(rows, subject, method), reverse=True):
+                if not best or gap < best[-1][1]:
+                    best.append((seen, gap))
+            style = {"color": f"C{number}", "linestyle": "--" if METHODS[method].lora else "-", "marker": "."}
+            axis.plot([100 * seen for seen, _ in best], [gap for _, gap in best], linewidth=1, label=method, **style)
+        axis.set(title=subject, xlabel="subject seen in % of its pictures")
+        axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("epsilon gap on the world (forgotten ↑)")
     axes[0][-1].legend(fontsize=7)
     figure.tight_layout()
@@ -452,15 +456,15 @@ def draw_grid(args: argparse.Namespace, path: Path) -> None:
 
 def tell(rows: list[dict], args: argparse.Namespace) -> str:
     parts = [
-        f"{args.steps} updates at batch 4, {args.seeds} seeds, {args.prompts} world prompts, "
+        f"{args.steps} updates with all five photos in each, {args.seeds} seeds, {args.prompts} world prompts, "
         f"{args.sampling_steps} sampling steps; mean ± standard deviation over subjects and seeds.",
         final_table(rows, args.steps),
     ]
-    if "plain" in args.methods:
+    for level in LEVELS if "plain" in args.methods else ():
         parts += [
-            "Epsilon gap at matched subject loss (nine tenths of plain's best gain on unseen views), "
-            "as a multiple of plain fine-tuning's; mean over seeds.",
-            matched_table(rows, args),
+            f"Epsilon gap where the subject is first seen in {level:.0%} of its pictures: the least over weights and "
+            f"{args.checkpoints} checkpoints of the mean over seeds.",
+            matched_table(rows, args, level),
         ]
     return "\n\n".join(parts)
 

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -182,24 +182,24 @@ def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> None:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer, trained until every word of the world and every rare token is one token."""
-    words = [*RARE_TOKENS, *SHAPE_NAMES, *COLOUR_NAMES]
-    corpus = [
-        template.format(shape="", colour="", background="", a_colour="a", a_background="an")
-        for template in (*FULL_CAPTIONS, *PARTIAL_CAPTIONS)
-    ] + words
-    corpus = [word for text in corpus for word in text.replace(",", " ").split()]
-    byte_pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    byte_pairs.pre_tokenizer = pre_tokenizers.Whitespace()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    byte_pairs.train_from_iterator(
-        sorted(set(corpus)),
-        trainers.BpeTrainer(
-            vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", min_frequency=1, show_progress=False
-        ),
+    """CLIP's byte-pair tokenizer, with merges that make every word of the world and every rare token one token.
+
+    They are made here, not trained: training breaks ties differently from run to run, and then a resumed stage, or
+    another process, would read the captions with another vocabulary.
+    """
+    templates = " ".join((*FULL_CAPTIONS, *PARTIAL_CAPTIONS)).format(
+        shape="", colour="", background="", a_colour="a", a_background="an"
     )
-    merges = [tuple(pair) for pair in json.loads(byte_pairs.to_str())["model"]["merges"]]
-    symbols = sorted(alphabet)
+    words = sorted({*templates.replace(",", " ").split(), *RARE_TOKENS, *SHAPE_NAMES, *COLOUR_NAMES})
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        for pair in merges:
+            parts = merged(parts, pair)
+        while len(parts) > 1:  # what the words before have not merged is merged from the left
+            merges.append((parts[0], parts[1]))
+            parts = merged(parts, merges[-1])
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
@@ -208,6 +208,17 @@ def make_tokenizer() -> CLIPTokenizer:
         if len(tokenizer(word).input_ids) != 3:
             raise RuntimeError(f"the tokenizer splits {word!r} into {tokenizer.tokenize(word)}")
     return tokenizer
+
+
+def merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """The parts with every occurrence of the pair joined."""
+    joined: list[str] = []
+    for part in parts:
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
