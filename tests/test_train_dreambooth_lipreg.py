@@ -221,19 +221,6 @@ def test_extracted_adapters_are_the_best_of_their_rank(train, tmp_path, caplog):
     assert any(name.startswith("text_encoder.text_model.encoder.layers.0.mlp.fc1") for name in weights)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [("--rank", "0"), ("--lora_alpha", "4"), ("--use_dora",), ("--rank", "2", "--extract_lora_rank", "2"),
-     ("--rank", "2", "--lipreg_reduction", "sum", "--lipreg_weight", "1"),
-     ("--lipreg_reduction", "product", "--lipreg_weight", "1"), ("--rank", "2", "--lipreg_teacher_device", "cpu")],
-)  # fmt: skip
-def test_flags_of_adapters_that_do_not_fit(more, train, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "out", *more)
-    assert stopped.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
 # --- as a user runs it --------------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
+import accelerate.utils
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils.constants import RNG_STATE_NAME
 from diffusers.utils.torch_utils import is_compiled_module
 from safetensors import SafetensorError
 from torch import nn
@@ -73,7 +75,7 @@ def save_models(models: Mapping[str, nn.Module], folder: str) -> None:
 def load_models(models: Mapping[str, nn.Module], folder: str) -> None:
     """Puts what `save_models` wrote into the bare models."""
     for name, model in models.items():
-        model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
+        model.load_state_dict(type(model).from_pretrained(folder, subfolder=name, use_safetensors=True).state_dict())
 
 
 def save(
@@ -178,7 +180,10 @@ def load(
     step = step_of(checkpoint)
     batches = step % updates_per_epoch * accelerator.gradient_accumulation_steps
     state = Path(checkpoint, SAMPLER_STATE)
+    random_state = Path(checkpoint, f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
     try:
+        if random_state.exists():
+            accelerate.utils.load(random_state)  # load_state passes over one that it cannot read
         accelerator.load_state(str(checkpoint))
         exact = state.exists() and accelerator.num_processes == 1
         sampler_state = torch.load(state, weights_only=True) if exact else {}

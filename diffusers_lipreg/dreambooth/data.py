@@ -25,9 +25,20 @@ logger = get_logger(__name__)
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def open_image(path: Path) -> Image.Image:
-    """The image as RGB, turned the way its EXIF data says."""
-    return exif_transpose(Image.open(path)).convert("RGB")
+def as_photo(image: Image.Image) -> Image.Image:
+    """The image as RGB, turned the way its EXIF data says; a strip, which would be huge when resized, is a ValueError."""
+    if max(image.size) > 100 * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels, one side more than 100 times the other")
+    image = exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel: convert would cut them off at 255, which leaves white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The file as `as_photo` has it; raises one of `UNREADABLE`."""
+    with Image.open(path) as image:
+        return as_photo(image)
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -36,7 +47,11 @@ def list_images(folder: str | Path) -> list[Path]:
     Every image is decoded once: a broken one is left out here, with a warning, and not met in mid-run.
     """
     images = []
-    for path in sorted(Path(folder).iterdir()):
+    try:
+        paths = sorted(Path(folder).iterdir())
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be read ({error.strerror}).") from error
+    for path in paths:
         if path.name.startswith(".") or not path.is_file():
             continue
         try:
@@ -220,7 +235,7 @@ def _from_dataset(args: Namespace) -> list[tuple[Image.Image, str]]:
     for index in range(len(rows)):
         try:
             row = rows[index]
-            image = exif_transpose(row[args.image_column]).convert("RGB")
+            image = as_photo(row[args.image_column])
         except UNREADABLE as error:
             logger.warning(f"Skipped row {index} of {args.dataset_name}: {type(error).__name__}: {error}.")
             continue
