@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
     text_states, validation_prompt = encode_prompts(args, models, accelerator.device)
     transform = data.PhotoTransform(args.resolution, args.center_crop)
     dataset = data.DreamBoothDataset(instance_images, class_images, transform)
-    sampler, loader = data.make_loader(args, dataset, data.collate)
+    loader = data.make_loader(args, dataset, data.collate)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     parameters = [p for model in bare.values() for p in model.parameters() if p.requires_grad]
@@ -257,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
         dtype=runtime.DTYPES[args.lipreg_teacher_dtype],
         device=args.lipreg_teacher_device,
     )
-    step, epochs = checkpoints.resume(args, accelerator, sampler, checkpoint, updates_per_epoch)
+    step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
     accelerator.init_trackers("dreambooth", config=runtime.tracker_config(args))
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)
@@ -288,7 +288,7 @@ def main(args: argparse.Namespace) -> None:
                 step += 1
                 progress.update(1)
                 if interruption.agreed() or step % args.checkpointing_steps == 0:
-                    checkpoints.save(accelerator, sampler, args.output_dir, step, args.checkpoints_total_limit)
+                    checkpoints.save(accelerator, loader, args.output_dir, step, args.checkpoints_total_limit)
                 if args.validation_prompt is not None and step % args.validation_steps == 0:
                     if accelerator.is_main_process:
                         images = validate(args, accelerator, models, validation_prompt, step)

@@ -237,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
     )
     dataset = data.PreparedPhotos(photos, args.repeats, class_images, transform)
     del photos  # the crops are kept, the originals may be large
-    sampler, loader = data.make_loader(args, dataset, data.collate_prepared)
+    loader = data.make_loader(args, dataset, data.collate_prepared)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in bare.items()}
@@ -255,7 +255,7 @@ def main(args: argparse.Namespace) -> None:
         args.lipreg_reduction,
     )
     dtype = runtime.weight_dtype(accelerator)
-    step, epochs = checkpoints.resume(args, accelerator, sampler, checkpoint, updates_per_epoch)
+    step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
     accelerator.init_trackers(
         "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=runtime.tracker_config(args)
@@ -288,7 +288,7 @@ def main(args: argparse.Namespace) -> None:
                 step += 1
                 progress.update(1)
                 if interruption.agreed() or step % args.checkpointing_steps == 0:
-                    checkpoints.save(accelerator, sampler, args.output_dir, step, args.checkpoints_total_limit)
+                    checkpoints.save(accelerator, loader, args.output_dir, step, args.checkpoints_total_limit)
             logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
             for penalty in penalties.values():
                 penalty.on_log(logs=logs)

@@ -57,15 +57,6 @@ def test_adapters_and_their_optimizer_stay_in_float32(precision, train_sdxl, tmp
     assert {state["exp_avg"].dtype for state in moments} == {torch.float32}
 
 
-@pytest.mark.parametrize("more", [(), ("--train_text_encoder",), ("--use_dora",)], ids=["", "te", "dora"])
-def test_a_resumed_run_equals_an_uninterrupted_one(more, train_sdxl, tmp_path):
-    steps = ("--checkpointing_steps", "3", "--lipreg_weight", "1e-2", "--lipreg_reduction", "product", *more)
-    whole = train_sdxl(tmp_path / "whole", "--max_train_steps", "6", *steps)
-    out = train_sdxl(tmp_path / "parts", "--max_train_steps", "3", *steps)
-    train_sdxl(out, "--max_train_steps", "6", "--resume_from_checkpoint", "latest", *steps)
-    assert_equal_weights(whole / LORA, out / LORA)
-
-
 def test_the_checkpoint_limit_keeps_the_newest(train_sdxl, tmp_path):
     out = train_sdxl(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
     assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
