@@ -75,17 +75,16 @@ class Models:
     """The pipeline's parts that training needs; what is trained is so whole, or with `--rank` by adapters."""
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator) -> None:
-        source = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-        weights = {**source, "variant": args.variant}
-        text_encoder_class = text.text_encoder_class(args.pretrained_model_name_or_path, args.revision)
+        model, revision = args.pretrained_model_name_or_path, args.revision
+        load = partial(runtime.load_part, model=model, revision=revision, variant=args.variant)
         if args.tokenizer_name:
-            self.tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
+            self.tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=revision)
         else:
-            self.tokenizer = text.load_tokenizer(args.pretrained_model_name_or_path, args.revision)
-        self.noise_scheduler = DDPMScheduler.from_pretrained(**source, subfolder="scheduler")
-        self.text_encoder = text_encoder_class.from_pretrained(**weights, subfolder="text_encoder")
-        self.vae = AutoencoderKL.from_pretrained(**weights, subfolder="vae") if has_vae(args) else None
-        self.unet = UNet2DConditionModel.from_pretrained(**weights, subfolder="unet")
+            self.tokenizer = text.load_tokenizer(model, revision)
+        self.noise_scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", revision=revision)
+        self.text_encoder = load(text.text_encoder_class(model, revision), subfolder="text_encoder")
+        self.vae = load(AutoencoderKL, subfolder="vae") if has_vae(args) else None
+        self.unet = load(UNet2DConditionModel, subfolder="unet")
         self.unet_channels = self.unet.config.in_channels
         self.trained_names = ["unet", "text_encoder"] if args.train_text_encoder else ["unet"]
         if args.enable_xformers_memory_efficient_attention:
@@ -230,11 +229,12 @@ def main(args: argparse.Namespace) -> None:
     with runtime.loading(args):
         class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
         models = Models(args, accelerator)
+    runtime.check_models(args, models.noise_scheduler, models.vae)
     bare = models.trained
     text_states, validation_prompt = encode_prompts(args, models, accelerator.device)
     transform = data.PhotoTransform(args.resolution, args.center_crop)
     dataset = data.DreamBoothDataset(instance_images, class_images, transform)
-    sampler, loader = data.make_loader(args, dataset, data.collate)
+    loader = data.make_loader(args, dataset, data.collate)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     parameters = [p for model in bare.values() for p in model.parameters() if p.requires_grad]
@@ -249,7 +249,6 @@ def main(args: argparse.Namespace) -> None:
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
     models.place_frozen(accelerator)
-    accelerator.init_trackers("dreambooth", config=runtime.tracker_config(args))
 
     penalties = take_teachers(  # of the pretrained model: before a checkpoint is loaded
         models.trained,
@@ -258,7 +257,8 @@ def main(args: argparse.Namespace) -> None:
         dtype=runtime.DTYPES[args.lipreg_teacher_dtype],
         device=args.lipreg_teacher_device,
     )
-    step, epochs = checkpoints.resume(args, accelerator, sampler, checkpoint, updates_per_epoch)
+    step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
+    accelerator.init_trackers("dreambooth", config=runtime.tracker_config(args))
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)
     check_finite = partial(runtime.check_finite, args, accelerator, lr_scheduler)
@@ -288,7 +288,7 @@ def main(args: argparse.Namespace) -> None:
                 step += 1
                 progress.update(1)
                 if interruption.agreed() or step % args.checkpointing_steps == 0:
-                    checkpoints.save(accelerator, sampler, args.output_dir, step, args.checkpoints_total_limit)
+                    checkpoints.save(accelerator, loader, args.output_dir, step, args.checkpoints_total_limit)
                 if args.validation_prompt is not None and step % args.validation_steps == 0:
                     if accelerator.is_main_process:
                         images = validate(args, accelerator, models, validation_prompt, step)

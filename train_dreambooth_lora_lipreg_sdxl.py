@@ -74,7 +74,8 @@ class Models:
     """SDXL's parts, frozen, with adapters on those that are trained."""
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator) -> None:
-        model, revision, variant = args.pretrained_model_name_or_path, args.revision, args.variant
+        model, revision = args.pretrained_model_name_or_path, args.revision
+        load = partial(runtime.load_part, revision=revision, variant=args.variant)
         dtype = runtime.weight_dtype(accelerator)
         self.tokenizers = [text.load_tokenizer(model, revision, name) for name in ("tokenizer", "tokenizer_2")]
         self.noise_scheduler = noise_scheduler_class(args).from_pretrained(
@@ -83,15 +84,15 @@ class Models:
         self.edm = not isinstance(self.noise_scheduler, DDPMScheduler)
         for name in ("text_encoder", "text_encoder_2"):
             encoder_class = text.text_encoder_class(model, revision, name)
-            encoder = encoder_class.from_pretrained(model, subfolder=name, revision=revision, variant=variant)
+            encoder = load(encoder_class, model, subfolder=name)
             setattr(self, name, encoder.requires_grad_(False).to(accelerator.device, dtype=dtype))
         if args.pretrained_vae_model_name_or_path is None:
-            self.vae = AutoencoderKL.from_pretrained(model, subfolder="vae", revision=revision, variant=variant)
+            self.vae = load(AutoencoderKL, model, subfolder="vae")
         else:
-            self.vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path)
+            self.vae = runtime.load_part(AutoencoderKL, args.pretrained_vae_model_name_or_path)
         # Always in float32, for the VAE of SDXL overflows in float16.
         self.vae.requires_grad_(False).to(accelerator.device, dtype=torch.float32)
-        self.unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", revision=revision, variant=variant)
+        self.unet = load(UNet2DConditionModel, model, subfolder="unet")
         self.unet.requires_grad_(False).to(accelerator.device, dtype=dtype)
         if args.enable_xformers_memory_efficient_attention:
             self.unet.enable_xformers_memory_efficient_attention()
@@ -228,6 +229,7 @@ def main(args: argparse.Namespace) -> None:
     with runtime.loading(args):
         class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
         models = Models(args, accelerator)
+    runtime.check_models(args, models.noise_scheduler, models.vae)
     bare = models.trained
     text_states = encode_prompts(args, models)
     transform = data.PhotoTransform(
@@ -235,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
     )
     dataset = data.PreparedPhotos(photos, args.repeats, class_images, transform)
     del photos  # the crops are kept, the originals may be large
-    sampler, loader = data.make_loader(args, dataset, data.collate_prepared)
+    loader = data.make_loader(args, dataset, data.collate_prepared)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in bare.items()}
@@ -246,11 +248,6 @@ def main(args: argparse.Namespace) -> None:
     optimizer, loader, lr_scheduler = runtime.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
-    playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
-    accelerator.init_trackers(
-        "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=runtime.tracker_config(args)
-    )
-
     text_weight = args.lipreg_text_encoder_weight
     penalties = take_teachers(  # of the adapters as they start: before a checkpoint is loaded
         models.trained,
@@ -258,7 +255,11 @@ def main(args: argparse.Namespace) -> None:
         args.lipreg_reduction,
     )
     dtype = runtime.weight_dtype(accelerator)
-    step, epochs = checkpoints.resume(args, accelerator, sampler, checkpoint, updates_per_epoch)
+    step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
+    playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
+    accelerator.init_trackers(
+        "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=runtime.tracker_config(args)
+    )
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)
     check_finite = partial(runtime.check_finite, args, accelerator, lr_scheduler)
@@ -287,7 +288,7 @@ def main(args: argparse.Namespace) -> None:
                 step += 1
                 progress.update(1)
                 if interruption.agreed() or step % args.checkpointing_steps == 0:
-                    checkpoints.save(accelerator, sampler, args.output_dir, step, args.checkpoints_total_limit)
+                    checkpoints.save(accelerator, loader, args.output_dir, step, args.checkpoints_total_limit)
             logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
             for penalty in penalties.values():
                 penalty.on_log(logs=logs)

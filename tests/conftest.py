@@ -7,12 +7,16 @@ os.environ.update(OMP_NUM_THREADS="1", ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CP
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from huggingface_hub import close_session, constants
+from huggingface_hub.utils import disable_progress_bars
+from loopback_hub import Account, LoopbackHub
 from safetensors.torch import load_file
 
 import train_dreambooth_lipreg
@@ -20,6 +24,7 @@ import train_dreambooth_lora_lipreg_sdxl
 
 ROOT = Path(__file__).parent.parent
 PARITY = Path(__file__).parent / "parity"
+ACCOUNTS = {"hf_alice": Account("alice"), "hf_reader": Account("alice", role="read"), "hf_bob": Account("bob")}
 
 
 def flags(output_dir: Path | str, *more: str, pipeline: str = "pipeline") -> list[str]:
@@ -89,6 +94,27 @@ def train_sdxl(fresh_accelerate):
         return output_dir
 
     return run
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A running Hub, and a client in this process that is ready for it."""
+    for name in list(os.environ):  # the caller's own settings, which subprocesses would inherit
+        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")):
+            monkeypatch.delenv(name)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()  # the next one reads the proxies anew
+    disable_progress_bars()
+    with LoopbackHub(ACCOUNTS) as hub:
+        # The client asks some things outside HfApi(endpoint=...); the two constants have to agree.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
+    close_session()
 
 
 @pytest.fixture

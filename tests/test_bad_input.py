@@ -1,6 +1,8 @@
-"""What the user gets wrong ends in one line that says so, before any model is loaded; what can go on goes on."""
+"""What the user gets wrong ends in one line that says so, with nothing written; what can go on goes on."""
 
+import json
 import os
+import pickle
 import re
 import shlex
 import subprocess
@@ -11,22 +13,299 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import PARITY, command, flags, forget_accelerate
 from huggingface_hub import HfApi, close_session, constants
-from huggingface_hub.utils import disable_progress_bars
-from loopback_hub import Account, LoopbackHub
+from loopback_hub import LoopbackHub
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import train_dreambooth_lipreg
-from diffusers_lipreg.dreambooth import prior, runtime
+import train_dreambooth_lora_lipreg_sdxl
+from diffusers_lipreg.dreambooth import data, prior, runtime
+from diffusers_lipreg.dreambooth.arguments import RunError
 
+SCRIPTS = {"sd": train_dreambooth_lipreg, "sdxl": train_dreambooth_lora_lipreg_sdxl}
+PIPELINES = {"sd": "pipeline", "sdxl": "pipeline_sdxl"}
 SCRIPT = "train_dreambooth_lipreg.py"
-CLASS_IMAGES = ["--with_prior_preservation", "--class_prompt", "a photo of dog", "--class_data_dir"]
-VALIDATION = ["--validation_prompt", "a dog", "--validation_steps", "1"]
+UNET = "unet/diffusion_pytorch_model.safetensors"
+PHOTO = PARITY / "instance" / "00.png"
 Run = Callable[..., str]
+
+
+def arguments(script: str, out: Path, more: list[str]) -> list[str]:
+    """A short run of the script; a data set takes the place of the folder of photos."""
+    words = flags(out, pipeline=PIPELINES[script])
+    if "--dataset_name" in more:
+        at = words.index("--instance_data_dir")
+        del words[at : at + 2]
+    return words + more
+
+
+class Things:
+    """What a case needs, made in a folder when the case asks for it by name, for the script that it is about."""
+
+    def __init__(self, folder: Path, script: str) -> None:
+        self.folder, self.script = folder, script
+
+    def __getitem__(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            getattr(self, name)(path)
+        return path
+
+    def captions(self, path: Path) -> None:
+        copytree(PARITY / "captions", path)
+
+    def photos(self, path: Path) -> None:
+        copytree(PARITY / "instance", path)
+
+    def class_images(self, path: Path) -> None:
+        copytree(PARITY / "class_images", path)
+
+    # folders of photos
+
+    def missing(self, path: Path) -> None:
+        pass
+
+    def empty(self, path: Path) -> None:
+        path.mkdir()
+
+    def zero_bytes(self, path: Path) -> None:
+        write(path / "photo.png", b"")
+
+    def truncated(self, path: Path) -> None:
+        write(path / "photo.png", PHOTO.read_bytes()[:3000])
+
+    def text(self, path: Path) -> None:
+        write(path / "photo.jpg", b"not a photo")
+
+    def folder_named_jpg(self, path: Path) -> None:
+        copytree(PARITY / "instance", path / "photo.jpg")
+
+    def loop(self, path: Path) -> None:
+        path.mkdir()
+        Path(path, "photo.png").symlink_to("photo.png")
+
+    def strip(self, path: Path) -> None:
+        path.mkdir()
+        Image.new("RGB", (20_000, 10)).save(path / "photo.png")
+
+    def garbled_captions(self, path: Path) -> None:
+        write(Path(copytree(PARITY / "instance", path), "metadata.jsonl"), b'{"file_name": ')
+
+    def nameless_captions(self, path: Path) -> None:
+        write(Path(copytree(PARITY / "instance", path), "metadata.jsonl"), b'{"text": "a dog"}')
+
+    # pipelines
+
+    def no_index(self, path: Path) -> None:
+        self.pipeline(path, "model_index.json")
+
+    def no_unet(self, path: Path) -> None:
+        self.pipeline(path, "unet")
+
+    def no_text_encoder(self, path: Path) -> None:
+        self.pipeline(path, "text_encoder")
+
+    def no_scheduler(self, path: Path) -> None:
+        self.pipeline(path, "scheduler")
+
+    def no_tokenizer(self, path: Path) -> None:
+        self.pipeline(path, "tokenizer")
+
+    def damaged_index(self, path: Path) -> None:
+        write(self.pipeline(path) / "model_index.json", b'{"_class_name": "Stable')
+
+    def unknown_class(self, path: Path) -> None:
+        index = self.pipeline(path) / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": ["transformers", "NoTokenizer"]}))
+
+    def damaged_config(self, path: Path) -> None:
+        write(self.pipeline(path) / "unet" / "config.json", b"{")
+
+    def other_shapes(self, path: Path) -> None:
+        weights = load_file(self.pipeline(path) / UNET)
+        weights["conv_in.weight"] = weights["conv_in.weight"][:, :2].contiguous()
+        save_file(weights, path / UNET)
+
+    def other_shapes_of_text(self, path: Path) -> None:
+        file = self.pipeline(path) / "text_encoder" / "model.safetensors"
+        save_file({name: tensor[:2].contiguous() for name, tensor in load_file(file).items()}, file)
+
+    def weight_missing(self, path: Path) -> None:
+        weights = load_file(self.pipeline(path) / UNET)
+        del weights["conv_in.weight"]
+        save_file(weights, path / UNET)
+
+    def cut_weights(self, path: Path) -> None:
+        write(self.pipeline(path) / UNET, (PARITY / "pipeline" / UNET).read_bytes()[:1000])
+
+    def cut_weights_of_text(self, path: Path) -> None:
+        write(self.pipeline(path) / "text_encoder" / "model.safetensors", b"cut off")
+
+    def pickled(self, path: Path) -> None:
+        file = self.pipeline(path) / UNET
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+
+    def pickled_vae(self, path: Path) -> None:
+        file = self.pipeline(path) / "vae" / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+
+    def predicts_samples(self, path: Path) -> None:
+        config = self.pipeline(path) / "scheduler" / "scheduler_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
+
+    def pipeline(self, path: Path, without: str = "") -> Path:
+        return Path(copytree(PARITY / PIPELINES[self.script], path, ignore=ignore_patterns(without)))
+
+    # output folders
+
+    def a_file(self, path: Path) -> None:
+        path.write_text("precious")
+
+    def without_checkpoints(self, path: Path) -> None:
+        (path / "checkpoint-best").mkdir(parents=True)
+
+    def with_others(self, path: Path) -> None:
+        (path / "checkpoint-4").mkdir(parents=True)
+
+    def foreign(self, path: Path) -> None:
+        write(path / "checkpoint-4" / "pytorch_model.bin", b"of another program")
+
+
+def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+class Mistake(NamedTuple):
+    """Flags that end a run, with {things} in them; what the line says; and how early it is said."""
+
+    code: int
+    flags: str
+    says: str
+    scripts: str = "sd sdxl"
+    loads: bool = False  # whether a model has to be loaded to see it
+
+
+PRIOR = "--with_prior_preservation --class_prompt dog --class_data_dir"
+VALIDATION = "--validation_prompt dog"
+NO_IMAGE = "there is no image in it that can be read"
+MODEL = "--pretrained_model_name_or_path"
+RESUME = "--max_train_steps 9 --resume_from_checkpoint"
+MISTAKES = [
+    # photos
+    Mistake(1, "--instance_data_dir {missing}", "--instance_data_dir {missing}: there is no such folder"),
+    Mistake(1, "--instance_data_dir {a_file}", "--instance_data_dir {a_file}: there is no such folder"),
+    Mistake(1, "--instance_data_dir {empty}", NO_IMAGE),
+    Mistake(1, "--instance_data_dir {zero_bytes}", NO_IMAGE),
+    Mistake(1, "--instance_data_dir {truncated}", NO_IMAGE),
+    Mistake(1, "--instance_data_dir {text}", NO_IMAGE),
+    Mistake(1, "--instance_data_dir {folder_named_jpg}", NO_IMAGE),
+    Mistake(1, "--instance_data_dir {loop}", NO_IMAGE),
+    Mistake(1, "--instance_data_dir {strip}", NO_IMAGE),
+    Mistake(1, "--instance_data_dir 'photos\n\x1b[2J犬'", "--instance_data_dir photos\\n\\x1b[2J犬: there is no such"),
+    Mistake(1, "--instance_data_dir {photos} --caption_column text", "metadata.jsonl", "sdxl"),
+    Mistake(1, "--instance_data_dir {captions} --caption_column caption", "there are file_name, text", "sdxl"),
+    Mistake(1, "--instance_data_dir {garbled_captions} --caption_column text", "a JSON object with a file_name", "sdxl"),
+    Mistake(1, "--instance_data_dir {nameless_captions} --caption_column text", "a JSON object with a file_name", "sdxl"),
+    Mistake(1, "--dataset_name {captions} --caption_column caption", "there are image, text", "sdxl"),
+    Mistake(1, "--dataset_name {captions} --image_column photo", "there are image, text", "sdxl"),
+    Mistake(1, "--dataset_name {captions} --image_column text", "it holds no images", "sdxl"),
+    Mistake(1, "--dataset_name {empty}", "--dataset_name {empty}: cannot be loaded", "sdxl"),
+    # prompts
+    Mistake(2, "--instance_prompt 'a \udcff dog'", "--instance_prompt is not valid UTF-8: a \\udcff dog"),
+    # numbers and flags; those with choices, and what excludes what: tests/dreambooth/test_arguments.py has the whole list
+    *(
+        Mistake(2, f"--{name} {number}", f"--{name} must be at least 1, got {number}")
+        for name in ("resolution", "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "rank")
+        for number in (0, -4)
+    ),
+    Mistake(2, "--learning_rate 0", "--learning_rate must be above 0"),
+    Mistake(2, "--learning_rate=-1e-4", "--learning_rate must be a finite number, 0 or more, got -0.0001"),
+    Mistake(2, "--learning_rate nan", "--learning_rate must be a finite number, 0 or more, got nan"),
+    Mistake(2, "--lipreg_weight -1", "--lipreg_weight must be a finite number, 0 or more, got -1.0"),
+    Mistake(2, "--lipreg_weight inf", "--lipreg_weight must be a finite number, 0 or more, got inf"),
+    Mistake(2, "--lipreg_reduction mean", "--lipreg_reduction: invalid choice: 'mean'"),
+    Mistake(2, "--lipreg_reduction product", "--lipreg_reduction product needs a --lipreg_weight", "sdxl"),
+    Mistake(2, "--lipreg_reduction product --lipreg_weight 1", "product is not for full fine-tuning", "sd"),
+    Mistake(2, "--rank 2 --lipreg_reduction sum --lipreg_weight 1", "sum is not for --rank", "sd"),
+    Mistake(2, "--rank 2 --lipreg_teacher_device cpu", "adapters need no teacher", "sd"),
+    Mistake(2, "--rank 2 --extract_lora_rank 2", "--extract_lora_rank is for full fine-tuning", "sd"),
+    Mistake(2, "--lora_alpha 4", "--lora_alpha is about adapters: it needs --rank", "sd"),
+    Mistake(2, "--use_dora", "--use_dora is about adapters: it needs --rank", "sd"),
+    Mistake(2, "--repeats 0", "--repeats must be at least 1, got 0", "sdxl"),
+    Mistake(2, "--dataset_name x --instance_data_dir y", "only one of --dataset_name and --instance_data_dir", "sdxl"),
+    Mistake(2, "--do_edm_style_training --snr_gamma 5", "exclude each other", "sdxl"),
+    Mistake(2, "--train_text_encoder --pre_compute_text_embeddings", "exclude each other", "sd"),
+    Mistake(2, "--with_prior_preservation --class_prompt dog", "needs --class_data_dir"),
+    Mistake(2, f"{PRIOR} {{class_images}} --num_class_images 0", "--num_class_images must be at least 1, got 0"),
+    Mistake(2, f"{VALIDATION} --num_validation_images 0", "--num_validation_images must be at least 1, got 0"),
+    Mistake(2, "--adam_beta1 1", "--adam_beta1 must be below 1, got 1.0"),
+    Mistake(2, "--dataloader_num_workers -1", "--dataloader_num_workers must be 0 or more, got -1"),
+    Mistake(2, "--seed -1", "--seed must be from 0 to 4294967295, got -1"),
+    Mistake(2, "--seed 4294967296", "--seed must be from 0 to 4294967295, got 4294967296"),
+    Mistake(1, "--lipreg_teacher_device attic", "--lipreg_teacher_device attic: "),
+    Mistake(1, f"--validation_images {{missing}} {VALIDATION}", "--validation_images {missing}: ", "sd"),
+    Mistake(1, "--resolution 4", "--resolution 4: the VAE makes one latent of 8 x 8 pixels", loads=True),
+    # paths
+    Mistake(2, "--output_dir ''", "--output_dir is empty"),
+    Mistake(2, "--instance_data_dir ''", "--instance_data_dir is empty"),
+    Mistake(2, "--output_dir 'a\udcff'", "--output_dir is not valid UTF-8: a\\udcff"),
+    Mistake(1, "--output_dir {a_file}", "--output_dir {a_file}: cannot be written to (Not a directory)"),
+    Mistake(1, "--output_dir {a_file}/deeper/still", "--output_dir {a_file}/deeper/still: cannot be written to"),
+    Mistake(1, f"--output_dir {'x' * 300}", "cannot be written to (File name too long)"),
+    Mistake(1, "--logging_dir /dev/null", "--logging_dir"),
+    Mistake(1, f"{PRIOR} {{a_file}}", "--class_data_dir {a_file}: cannot be written to (Not a directory)"),
+    Mistake(1, f"{PRIOR} /dev/null/dogs", "--class_data_dir /dev/null/dogs: cannot be written to"),
+    # models
+    Mistake(1, f"{MODEL} {{missing}}", f"{MODEL} {{missing}}: no such folder"),
+    Mistake(1, f"{MODEL} {{no_index}}", "the folder holds no model_index.json"),
+    Mistake(1, f"{MODEL} {{damaged_index}}", "model_index.json' is not a valid JSON file"),
+    Mistake(1, f"{MODEL} {{unknown_class}}", "its tokenizer is a NoTokenizer, which the installed transformers does not"),
+    Mistake(1, f"{MODEL} {PARITY / 'pipeline_sdxl'}", "use train_dreambooth_lora_lipreg_sdxl.py", "sd"),
+    Mistake(1, f"{MODEL} {PARITY / 'pipeline'}", "use train_dreambooth_lipreg.py", "sdxl"),
+    *(
+        Mistake(1, f"{MODEL} {{no_{part}}}", f"its model_index.json names {part}, which the folder does not hold")
+        for part in ("unet", "text_encoder", "scheduler", "tokenizer")
+    ),
+    Mistake(1, f"{MODEL} {{pickled}}", "unet has no safetensors, but diffusion_pytorch_model.bin, a pickle"),
+    Mistake(1, f"{MODEL} {{pickled_vae}}", "vae has no safetensors, but diffusion_pytorch_model.bin, a pickle"),
+    Mistake(1, f"{MODEL} {{damaged_config}}", "config.json' is not a valid JSON file", loads=True),
+    Mistake(1, f"{MODEL} {{other_shapes}}", "{other_shapes}: Cannot load because conv_in.weight expected", loads=True),
+    Mistake(1, f"{MODEL} {{other_shapes_of_text}}", f"{MODEL} {{other_shapes_of_text}}: ", loads=True),
+    Mistake(1, f"{MODEL} {{weight_missing}}", "unet lacks 1 weights, conv_in.weight first", loads=True),
+    Mistake(1, f"{MODEL} {{cut_weights}}", f"{MODEL} {{cut_weights}}: Unable to load weights", loads=True),
+    Mistake(1, f"{MODEL} {{cut_weights_of_text}}", f"{MODEL} {{cut_weights_of_text}}: ", loads=True),
+    Mistake(1, f"{MODEL} {{predicts_samples}}", "The scheduler predicts sample; supported: epsilon", loads=True),
+    Mistake(1, "--variant fp16", "--variant fp16", loads=True),
+    Mistake(1, "--tokenizer_name {missing}", "--tokenizer_name {missing}", "sd", loads=True),
+    Mistake(1, "--tokenizer_max_length 500", "--tokenizer_max_length 500: the text encoder takes", "sd", loads=True),
+    Mistake(1, "--pretrained_vae_model_name_or_path {empty}", "_vae_model_name_or_path {empty}", "sdxl", loads=True),
+    # checkpoints
+    Mistake(1, f"--output_dir {{with_others}} {RESUME} checkpoint-5", "there is no such checkpoint; {with_others} has ch"),
+    Mistake(1, f"--output_dir {{without_checkpoints}} {RESUME} checkpoint-best", "{without_checkpoints} has none"),
+    Mistake(1, f"--output_dir {{foreign}} {RESUME} latest", "checkpoint-4 is not whole, or not of a run", loads=True),
+    # what is not installed
+    *(
+        Mistake(1, flag, f"{flag} needs {package}: pip install {package}", scripts)
+        for package, flag, scripts in (
+            ("bitsandbytes", "--use_8bit_adam", "sd sdxl"),
+            ("xformers", "--enable_xformers_memory_efficient_attention", "sd sdxl"),
+            ("prodigyopt", "--optimizer prodigy", "sdxl"),
+        )
+        if find_spec(package) is None
+    ),
+]
+CASES = [(script, mistake) for mistake in MISTAKES for script in mistake.scripts.split()]
 
 
 @pytest.fixture
@@ -35,62 +314,84 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(fresh_accelerate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: Path) -> Run:
-    """Runs the script in this process to the error that has to stop it; returns the error's one line."""
+def stopped(fresh_accelerate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a script in this process to the mistake that has to stop it: exit code and line, for it is one."""
 
-    def run(*more: str) -> str:
+    def stopped(script: str, words: list[str]) -> tuple[int, str]:
         forget_accelerate()
-        monkeypatch.setattr(sys, "argv", [f"/somewhere/{SCRIPT}"])
-        with pytest.raises(SystemExit) as stopped:
-            runtime.run(train_dreambooth_lipreg.main, train_dreambooth_lipreg.parse_args(flags(out, *more)))
-        code = stopped.value.code
+        monkeypatch.setattr(sys, "argv", [f"/somewhere/{SCRIPTS[script].__name__}.py"])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runtime.run(SCRIPTS[script].main, SCRIPTS[script].parse_args(words))
+        code = end.value.code
         # Python prints an exit code that is a text, and exits with 1; argparse prints by itself and exits with 2.
-        lines = code if isinstance(code, str) else capsys.readouterr().err
-        assert code not in (0, None)
-        (line,) = lines.splitlines()
-        assert line.startswith(f"{SCRIPT}: error: ")
-        return line
+        (line,) = (code if isinstance(code, str) else capsys.readouterr().err).splitlines()
+        assert line.startswith(f"{SCRIPTS[script].__name__}.py: error: ")
+        return (1, line) if isinstance(code, str) else (code, line)
 
-    return run
+    return stopped
 
 
 @pytest.fixture
-def refuse(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """As `run`, and no model may be loaded before."""
-
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise AssertionError("a model was loaded first")
 
-    monkeypatch.setattr(train_dreambooth_lipreg, "Models", load)
+    for script in SCRIPTS.values():
+        monkeypatch.setattr(script, "Models", load)
     monkeypatch.setattr(prior, "sample_class_images", load)
+
+
+@pytest.fixture
+def run(stopped, out: Path) -> Run:
+    """The line with which the SD script stops."""
+    return lambda *more: stopped("sd", arguments("sd", out, list(more)))[1]
+
+
+@pytest.fixture
+def refuse(run: Run, nothing_loads: None) -> Run:
+    """As `run`, and no model may be loaded before."""
     return run
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """All that is in a folder."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("script", "mistake"), CASES, ids=[f"{s} {m.flags[:60]!a}" for s, m in CASES])
+def test_a_mistake_ends_in_one_line(request, stopped, tmp_path: Path, script: str, mistake: Mistake) -> None:
+    if not mistake.loads:
+        request.getfixturevalue("nothing_loads")
+    things = Things(tmp_path, script)
+    more = [word.format_map(things) for word in shlex.split(mistake.flags)]
+    says = mistake.says.format_map(things)
+    before = tree(tmp_path)
+    code, line = stopped(script, arguments(script, tmp_path / "out", more))
+    assert code == mistake.code
+    assert says in line
+    assert line.isprintable()
+    assert tree(tmp_path) == before
+
+
+def test_there_are_enough_cases() -> None:
+    assert len({mistake.flags for mistake in MISTAKES}) >= 40
+    assert len(CASES) >= 120
+
+
+def test_debug_shows_where(run: Run, out: Path, tmp_path: Path) -> None:
+    more = ["--instance_data_dir", str(tmp_path / "photos")]
+    run(*more)
+    with pytest.raises(RunError, match="there is no such folder"):
+        run(*more, "--debug")
+
+
+# As the user sees it
 
 
 def error_lines(done: subprocess.CompletedProcess) -> list[str]:
     assert "Traceback" not in done.stderr
     return [line for line in done.stderr.splitlines() if "error: " in line]
-
-
-# Photos
-
-
-def photo_folder(folder: Path, kind: str) -> Path:
-    """A folder of photos with something wrong."""
-    if kind != "missing":
-        folder.mkdir()
-    if kind == "broken":
-        Path(folder, "empty.png").write_bytes(b"")
-        Path(folder, "text.jpg").write_text("not a photo")
-        Path(folder, "cut.png").write_bytes(Path(PARITY, "instance", "00.png").read_bytes()[:3000])
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["missing", "empty", "broken"])
-def test_no_photos(refuse: Run, tmp_path: Path, out: Path, kind: str) -> None:
-    photos = photo_folder(tmp_path / "photos", kind)
-    line = refuse("--instance_data_dir", str(photos))
-    assert f"--instance_data_dir {photos}: there is no " in line
-    assert not out.exists()
 
 
 def test_a_missing_photo_folder_as_the_user_sees_it(tmp_path: Path, out: Path) -> None:
@@ -102,132 +403,56 @@ def test_a_missing_photo_folder_as_the_user_sees_it(tmp_path: Path, out: Path) -
     assert not out.exists()
 
 
-def test_a_broken_photo_among_good_ones_is_named_and_passed_over(tmp_path: Path, out: Path) -> None:
-    photos = Path(copytree(PARITY / "instance", tmp_path / "photos"))
-    Path(photos, "00-broken.png").write_bytes(b"\x89PNG and no more")
-    done = command(out, "--instance_data_dir", str(photos), "--max_train_steps", "5")
-    assert done.returncode == 0, done.stderr
-    (warning,) = [line for line in done.stderr.splitlines() if "00-broken.png" in line]
-    assert "WARNING" in warning
-    assert str(photos / "00-broken.png") in warning
-    assert error_lines(done) == []
-    assert Path(out, "unet", "diffusion_pytorch_model.safetensors").is_file()
+# What is odd but good
 
 
-# Flags that do not fit: tests/dreambooth/test_arguments.py has the whole list
+def odd_photos(folder: Path) -> Path:
+    """Every kind of photo there is, and five that cannot be used."""
+    things = Things(folder, "sd")
+    for broken in ("zero_bytes", "truncated", "strip"):
+        next(things[broken].iterdir()).rename(folder / f"{broken}.png")
+    things["folder_named_jpg"].joinpath("photo.jpg").rename(folder / "folder.jpg")
+    next(things["loop"].iterdir()).rename(folder / "loop.png")
+    for mode in ("L", "RGBA", "P", "CMYK", "I;16"):
+        Image.new(mode, (80, 64)).save(folder / f"{mode}.tif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 64)).save(folder / "turned.jpg", exif=exif)
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    frames = [Image.new("P", (80, 64), colour) for colour in (0, 1)]
+    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        ("--lipreg_weight -1", "--lipreg_weight must be a finite number, 0 or more, got -1.0"),
-        ("--lipreg_weight nan", "--lipreg_weight must be a finite number, 0 or more, got nan"),
-        ("--lipreg_reduction mean", "--lipreg_reduction: invalid choice: 'mean'"),
-        ("--with_prior_preservation --class_prompt dog", "needs --class_data_dir"),
-        ("--train_text_encoder --pre_compute_text_embeddings", "exclude each other"),
-    ],
-)
-def test_flags_that_do_not_fit(refuse: Run, out: Path, more: str, named: str) -> None:
-    assert named in refuse(*more.split())
-    assert not out.exists()
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_odd_photos_prompts_and_paths_go_on(script: str, request, tmp_path: Path, caplog) -> None:
+    """Five photos are passed over, three of them with a warning, and a prompt that is too long is warned of."""
+    train = request.getfixturevalue({"sd": "train", "sdxl": "train_sdxl"}[script])
+    (tmp_path / "Bilder von 犬").mkdir()
+    photos = odd_photos(tmp_path / "Bilder von 犬")
+    out = tmp_path / "ein neuer Ordner" / "犬 \n 2"
+    train(out, "--instance_data_dir", str(photos), "--instance_prompt", f"👩‍🚀 犬 \u202e {script} " * 100)
+    for name in ("zero_bytes.png", "truncated.png", "strip.png"):
+        assert f"Skipped {photos / name}: not an image that can be read" in caplog.text
+    assert "20000 x 10 pixels, one side more than 100 times the other" in caplog.text
+    assert re.search(r"The text encoder reads \d+ tokens; this prompt has \d+ and is cut", caplog.text)
+    assert len(data.list_images(photos)) == 8
+    assert list(out.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        (["--seed", "-1"], "--seed"),
-        (["--seed", "4294967296"], "--seed"),
-        (["--adam_beta1", "1"], "--adam_beta1"),
-        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers"),
-        (["--num_validation_images", "0", *VALIDATION], "--num_validation_images"),
-        (["--validation_images", "/no/such.png", *VALIDATION], "--validation_images"),
-        (["--logging_dir", "/dev/null"], "--logging_dir"),
-        (["--lipreg_teacher_device", "attic"], "--lipreg_teacher_device"),
-        pytest.param(
-            ["--lipreg_teacher_device", "cuda"],
-            "--lipreg_teacher_device",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
-        pytest.param(
-            ["--use_8bit_adam"],
-            "bitsandbytes",
-            marks=pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="it is installed"),
-        ),
-        pytest.param(
-            ["--enable_xformers_memory_efficient_attention"],
-            "xformers",
-            marks=pytest.mark.skipif(find_spec("xformers") is not None, reason="it is installed"),
-        ),
-        ([*CLASS_IMAGES, "/dev/null"], "--class_data_dir"),
-        ([*CLASS_IMAGES, "/dev/null/dogs"], "--class_data_dir"),
-        ([*CLASS_IMAGES, str(PARITY / "class_images"), "--num_class_images", "-1"], "--num_class_images must be"),
-        ([*CLASS_IMAGES, str(PARITY / "class_images"), "--num_class_images", "0"], "--num_class_images must be"),
-    ],
-)
-def test_mistakes_are_found_at_the_start(refuse: Run, more: list[str], named: str) -> None:
-    assert named in refuse(*more)
+def test_sixteen_bits_a_pixel_are_not_cut_off(tmp_path: Path) -> None:
+    grey = np.linspace(0, 2**16 - 1, 64).astype(np.uint16)
+    Image.fromarray(np.tile(grey, (64, 1))).save(tmp_path / "photo.png")
+    opened = np.asarray(data.open_image(tmp_path / "photo.png"))
+    assert (opened == (grey[None, :, None] >> 8)).all()
 
 
-# The model
+def test_an_empty_prompt_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="--instance_prompt is empty"):
+        train_dreambooth_lipreg.parse_args(flags("out", "--instance_prompt", ""))
 
 
-def test_a_model_folder_that_is_not_there(refuse: Run, tmp_path: Path, out: Path) -> None:
-    model = tmp_path / "no" / "model"
-    assert f"--pretrained_model_name_or_path {model}: no such folder" in refuse(
-        "--pretrained_model_name_or_path", str(model)
-    )
-    assert not out.exists()
-
-
-def test_a_folder_that_is_no_pipeline(refuse: Run, tmp_path: Path, out: Path) -> None:
-    model = copytree(PARITY / "pipeline", tmp_path / "model", ignore=ignore_patterns("model_index.json"))
-    line = refuse("--pretrained_model_name_or_path", str(model))
-    assert f"--pretrained_model_name_or_path {model}: the folder holds no model_index.json" in line
-    assert not out.exists()
-
-
-def test_a_damaged_index(refuse: Run, tmp_path: Path) -> None:
-    model = Path(copytree(PARITY / "pipeline", tmp_path / "model"))
-    Path(model, "model_index.json").write_text('{"_class_name": "Stable')
-    assert "model_index.json' is not a valid JSON file" in refuse("--pretrained_model_name_or_path", str(model))
-
-
-def test_a_pipeline_for_the_other_script(refuse: Run) -> None:
-    line = refuse("--pretrained_model_name_or_path", str(PARITY / "pipeline_sdxl"))
-    assert "use train_dreambooth_lora_lipreg_sdxl.py" in line
-
-
-@pytest.mark.parametrize("more", [("--rank", "3"), ("--train_text_encoder",)])
-def test_a_checkpoint_of_other_flags(run: Run, train: Callable[..., Path], out: Path, more: tuple[str, ...]) -> None:
-    train(out, "--rank", "2", "--checkpointing_steps", "2")
-    line = run("--rank", "2", *more, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
-    assert "checkpoint-2 is not whole, or not of a run with these flags" in line
-
-
-@pytest.mark.parametrize("part", ["scheduler", "text_encoder", "tokenizer", "unet"])
-def test_a_pipeline_that_lacks_a_part(run: Run, tmp_path: Path, part: str) -> None:
-    model = copytree(PARITY / "pipeline", tmp_path / "model", ignore=ignore_patterns(part))
-    line = run("--pretrained_model_name_or_path", str(model))
-    assert str(model) in line
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"), [("--variant", "fp16"), ("--tokenizer_name", "/no/such"), ("--tokenizer_max_length", "500")]
-)
-def test_what_the_pipeline_does_not_have_is_named(run: Run, flag: str, value: str) -> None:
-    assert f"{flag} {value}" in run(flag, value)
-
-
-# The output folder
-
-
-@pytest.mark.parametrize("below", ["", "deeper/still"])
-def test_an_output_folder_that_is_a_file_or_below_one(refuse: Run, tmp_path: Path, below: str) -> None:
-    occupied = tmp_path / "occupied"
-    occupied.write_text("precious")
-    line = refuse("--output_dir", str(occupied / below))
-    assert f"--output_dir {occupied / below}: cannot be written to" in line
-    assert occupied.read_text() == "precious"
+# What may not be read or written, and what may not be run
 
 
 @contextmanager
@@ -245,52 +470,65 @@ def nobodys_rights() -> Iterator[None]:
 
 @pytest.mark.parametrize("folder", ["locked", "locked/new"])
 def test_an_output_folder_that_may_not_be_written_to(folder: str) -> None:
-    with TemporaryDirectory() as parent:  # pytest's own folders are root's alone
+    with TemporaryDirectory() as parent:  # not below tmp_path, which others cannot reach
         os.chmod(parent, 0o755)
         Path(parent, "locked").mkdir(mode=0o555)
-        with nobodys_rights(), pytest.raises(runtime.RunError) as refused:
-            runtime.check_folder(str(Path(parent, folder)), "--output_dir")
-    assert f"--output_dir {Path(parent, folder)}: cannot be written to (Permission denied)" in str(refused.value)
+        output = Path(parent, folder)
+        with nobodys_rights(), pytest.raises(RunError) as refused:
+            runtime.check_folder(str(output), "--output_dir")
+        assert str(refused.value) == f"--output_dir {output}: cannot be written to (Permission denied)."
+        assert list(Path(parent, "locked").iterdir()) == []
 
 
-def test_a_checkpoint_that_is_not_there(refuse: Run, out: Path) -> None:
-    (out / "checkpoint-4").mkdir(parents=True)
-    line = refuse("--resume_from_checkpoint", "checkpoint-5")
-    assert "--resume_from_checkpoint checkpoint-5: there is no such checkpoint" in line
-    assert "checkpoint-4" in line
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_photos_that_may_not_be_read(caplog: pytest.LogCaptureFixture) -> None:
+    Accelerator(cpu=True)  # which logs need
+    with TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        photo = Path(copytree(PARITY / "instance", Path(parent, "photos")), "00.png")
+        photo.chmod(0)
+        with nobodys_rights():
+            assert len(data.find_instance_images(photo.parent)) == 3
+        assert f"Skipped {photo}: not an image that can be read (PermissionError" in caplog.text
+        photo.parent.chmod(0)
+        with nobodys_rights(), pytest.raises(RunError, match=r"cannot be read \(Permission denied\)"):
+            data.find_instance_images(photo.parent)
+
+
+class Malicious:
+    """Pickled, it makes a file wherever it is loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "sampler_state.pt"])
+def test_a_checkpoint_runs_no_code(run: Run, train: Callable[..., Path], out: Path, tmp_path: Path, file: str) -> None:
+    train(out, "--rank", "1", "--checkpointing_steps", "1", "--max_train_steps", "1")
+    (out / "checkpoint-1" / file).write_bytes(pickle.dumps(Malicious(tmp_path / "malicious")))
+    line = run("--rank", "1", "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    assert "checkpoint-1 is not whole, or not of a run with these flags" in line
+    torch.save(Malicious(tmp_path / "malicious"), out / "checkpoint-1" / file)
+    run("--rank", "1", "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    assert not (tmp_path / "malicious").exists()
+
+
+@pytest.mark.parametrize("more", [("--rank", "3"), ("--train_text_encoder",)])
+def test_a_checkpoint_of_other_flags(run: Run, train: Callable[..., Path], out: Path, more: tuple[str, ...]) -> None:
+    train(out, "--rank", "2", "--checkpointing_steps", "2")
+    before = tree(out)
+    line = run("--rank", "2", *more, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert "checkpoint-2 is not whole, or not of a run with these flags" in line
+    assert tree(out) == before
 
 
 # The Hub
 
-TOKEN, READER = "hf_alice_secret", "hf_reader_secret"
+TOKEN, READER = "hf_alice", "hf_reader"
 PUSH = ["--push_to_hub", "--hub_model_id", "alice/dog", "--hub_token"]
-
-
-@pytest.fixture
-def no_hub_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes the caller's own settings out of the environment, so that subprocesses do not inherit them."""
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")):
-            monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, no_hub_variables: None) -> Iterator[LoopbackHub]:
-    """A running Hub, which the client in this process talks to."""
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    close_session()
-    disable_progress_bars()
-    with LoopbackHub({TOKEN: Account("alice"), READER: Account("alice", role="read")}) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield hub
-    close_session()
-
-
 @pytest.mark.parametrize("offline", [False, True])
 def test_a_model_that_the_hub_does_not_have(
     refuse: Run, out: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, offline: bool
@@ -306,7 +544,7 @@ def test_a_model_that_the_hub_does_not_have(
 @pytest.mark.parametrize(
     ("token", "fail", "reason"),
     [
-        ("hf_unknown_secret", {}, "401"),
+        ("hf_unknown", {}, "401"),
         (READER, {}, "403"),
         (TOKEN, {"create": 401}, "401"),
         (TOKEN, {"create": 403}, "403"),

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -12,8 +12,6 @@ from huggingface_hub import (
     _CACHED_NO_EXIST,
     HfApi,
     ModelCard,
-    close_session,
-    constants,
     snapshot_download,
     try_to_load_from_cache,
 )
@@ -24,10 +22,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, get_session
-from loopback_hub import Account, LoopbackHub, Request
+from huggingface_hub.utils import get_session
+from loopback_hub import LoopbackHub, Request
 
-ACCOUNTS = {"hf_alice": Account("alice"), "hf_reader": Account("alice", role="read"), "hf_bob": Account("bob")}
 REPO = "alice/dog"
 FILES = {
     "README.md": b"---\nlicense: mit\n---\n# A dog\n",
@@ -36,23 +33,6 @@ FILES = {
     "unet/empty.bin": b"",
     "images/grüner hund 0.png": b"\x89PNG",
 }
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A running Hub, and a client in this process that is ready for it."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    close_session()  # the next one reads the proxies anew
-    disable_progress_bars()
-    with LoopbackHub(ACCOUNTS) as hub:
-        # The client asks some things outside HfApi(endpoint=...); the two constants have to agree.
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield hub
 
 
 @pytest.fixture
@@ -158,7 +138,7 @@ def test_a_folder_listing_names_files_and_folders(alice: HfApi, tmp_path: Path) 
 
 
 def test_tokens_have_names_and_roles(hub: LoopbackHub) -> None:
-    for token, account in ACCOUNTS.items():
+    for token, account in hub.accounts.items():
         user = client(hub, token).whoami()
         assert (user["name"], user["auth"]["accessToken"]["role"]) == account
     with pytest.raises(HfHubHTTPError, match="Invalid user token"):

@@ -84,17 +84,6 @@ def test_mixed_precision_trains_and_keeps_the_frozen_parts_exact(train, tmp_path
 # --- resuming ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4], ids=["mid-epoch", "one batch before the epoch's end", "epoch's end"])
-@pytest.mark.parametrize("more", [(), ("--train_text_encoder", "--gradient_accumulation_steps", "2")], ids=["", "te"])
-def test_a_resumed_run_equals_an_uninterrupted_one(stop, more, train, tmp_path):
-    """Four photos, two of which are not square, so that crops draw from the stream that noise draws from, too."""
-    steps = ("--checkpointing_steps", str(stop), *more)
-    whole = train(tmp_path / "whole", "--max_train_steps", "7", *steps)
-    out = train(tmp_path / "parts", "--max_train_steps", str(stop), *steps)
-    train(out, "--max_train_steps", "7", "--resume_from_checkpoint", "latest", *steps)
-    assert_equal_weights(whole / UNET, out / UNET)
-
-
 def test_a_resumed_run_measures_drift_from_the_pretrained_model(train, tmp_path, logs):
     out = train(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "4")
     drift_at_4 = distance(out / "checkpoint-4")
@@ -103,23 +92,6 @@ def test_a_resumed_run_measures_drift_from_the_pretrained_model(train, tmp_path,
     base = sum(tensor.double().square().sum().item() for tensor in load_file(PARITY / "pipeline" / UNET).values()) ** 0.5
     assert [step for step, _ in logs] == [5, 6, 7, 8]
     assert logs[0][1]["drift_relative"] == pytest.approx(drift_at_4 / base, rel=1e-5)
-
-
-def test_a_checkpoint_of_the_official_script_resumes(train, tmp_path, logs):
-    out = train(tmp_path, "--max_train_steps", "3", "--checkpointing_steps", "3")
-    (out / "checkpoint-3" / "sampler_state.pt").unlink()
-    logs.clear()
-    train(out, "--max_train_steps", "6", "--resume_from_checkpoint", "checkpoint-3")
-    assert [step for step, _ in logs] == [4, 5, 6]
-
-
-def test_resuming_a_finished_run_changes_nothing(train, tmp_path, logs):
-    out = train(tmp_path, "--max_train_steps", "3", "--checkpointing_steps", "3")
-    finished = load_file(out / UNET)
-    logs.clear()
-    train(out, "--max_train_steps", "3", "--resume_from_checkpoint", "latest")
-    assert logs == []
-    assert all(torch.equal(tensor, finished[name]) for name, tensor in load_file(out / UNET).items())
 
 
 def test_the_checkpoint_limit_keeps_the_newest(train, tmp_path):
@@ -195,14 +167,6 @@ def test_the_plain_adapter_command_is_the_papers(train, tmp_path, logs):
     assert factors["loss_drift"] == pytest.approx(1e-7 * factors["drift"])
 
 
-def test_adapters_resume(train, tmp_path):
-    steps = ("--rank", "2", "--use_dora", "--train_text_encoder", "--checkpointing_steps", "3")
-    whole = train(tmp_path / "whole", "--max_train_steps", "6", *steps)
-    out = train(tmp_path / "parts", "--max_train_steps", "3", *steps)
-    train(out, "--max_train_steps", "6", "--resume_from_checkpoint", "latest", *steps)
-    assert_equal_weights(whole / LORA, out / LORA)
-
-
 def test_extracted_adapters_are_the_best_of_their_rank(train, tmp_path, caplog):
     out = train(tmp_path, "--extract_lora_rank", "2", "--train_text_encoder", "--learning_rate", "1e-2")
     weights, kept = load_file(out / LORA), 0.0
@@ -219,19 +183,6 @@ def test_extracted_adapters_are_the_best_of_their_rank(train, tmp_path, caplog):
     assert kept / distance(out) ** 2 > 0.01
     assert any("ff.net.2" in name for name in weights) and any("attn2.to_v" in name for name in weights)
     assert any(name.startswith("text_encoder.text_model.encoder.layers.0.mlp.fc1") for name in weights)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [("--rank", "0"), ("--lora_alpha", "4"), ("--use_dora",), ("--rank", "2", "--extract_lora_rank", "2"),
-     ("--rank", "2", "--lipreg_reduction", "sum", "--lipreg_weight", "1"),
-     ("--lipreg_reduction", "product", "--lipreg_weight", "1"), ("--rank", "2", "--lipreg_teacher_device", "cpu")],
-)  # fmt: skip
-def test_flags_of_adapters_that_do_not_fit(more, train, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "out", *more)
-    assert stopped.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 # --- as a user runs it --------------------------------------------------------------------------------------------

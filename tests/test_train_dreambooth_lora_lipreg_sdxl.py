@@ -57,15 +57,6 @@ def test_adapters_and_their_optimizer_stay_in_float32(precision, train_sdxl, tmp
     assert {state["exp_avg"].dtype for state in moments} == {torch.float32}
 
 
-@pytest.mark.parametrize("more", [(), ("--train_text_encoder",), ("--use_dora",)], ids=["", "te", "dora"])
-def test_a_resumed_run_equals_an_uninterrupted_one(more, train_sdxl, tmp_path):
-    steps = ("--checkpointing_steps", "3", "--lipreg_weight", "1e-2", "--lipreg_reduction", "product", *more)
-    whole = train_sdxl(tmp_path / "whole", "--max_train_steps", "6", *steps)
-    out = train_sdxl(tmp_path / "parts", "--max_train_steps", "3", *steps)
-    train_sdxl(out, "--max_train_steps", "6", "--resume_from_checkpoint", "latest", *steps)
-    assert_equal_weights(whole / LORA, out / LORA)
-
-
 def test_the_checkpoint_limit_keeps_the_newest(train_sdxl, tmp_path):
     out = train_sdxl(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
     assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
@@ -102,44 +93,6 @@ def test_an_edm_scheduler_and_min_snr_exclude_each_other(train_sdxl, tmp_path):
     shutil.copytree(PARITY / "pipeline_sdxl_edm", model, dirs_exist_ok=True)
     with pytest.raises(Exception, match="--snr_gamma has no meaning"):
         train_sdxl(tmp_path / "out", "--pretrained_model_name_or_path", str(model), "--snr_gamma", "5")
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--dataset_name", "{captions}", "--caption_column", "caption"), "there are image, text"),
-        (("--dataset_name", "{captions}", "--image_column", "photo"), "there are image, text"),
-        (("--instance_data_dir", "{captions}", "--caption_column", "caption"), "there are file_name, text"),
-        (("--instance_data_dir", "{photos}", "--caption_column", "text"), "metadata.jsonl"),
-        (("--dataset_name", "{empty}"), "--dataset_name"),
-        (("--dataset_name", "{captions}", "--image_column", "text"), "it holds no images"),
-        (("--instance_data_dir", "{garbled}", "--caption_column", "text"), "expected a JSON object with a file_name"),
-        (("--instance_data_dir", "{nameless}", "--caption_column", "text"), "expected a JSON object with a file_name"),
-        (("--pretrained_model_name_or_path", str(PARITY / "pipeline")), "use train_dreambooth_lipreg.py"),
-        (("--pretrained_vae_model_name_or_path", "{empty}"), "--pretrained_vae_model_name_or_path"),
-        (("--instance_data_dir", "{empty}"), "there is no image in it"),
-    ],
-)
-def test_bad_photos_and_captions(more, message, train_sdxl, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    (tmp_path / "empty").mkdir()
-    for name, metadata in (("garbled", '{"file_name": '), ("nameless", '{"text": "a dog"}')):
-        shutil.copytree(PARITY / "instance", tmp_path / name)
-        (tmp_path / name / "metadata.jsonl").write_text(metadata)
-    folders = {"garbled": tmp_path / "garbled", "nameless": tmp_path / "nameless", "captions": PARITY / "captions", "photos": PARITY / "instance", "empty": tmp_path / "empty"}
-    with pytest.raises(Exception, match=message) as refused:
-        train_sdxl(tmp_path / "out", *(word.format(**folders) for word in more))
-    assert type(refused.value).__name__ == "RunError"
-
-
-@pytest.mark.parametrize("more", [("--rank", "0"), ("--repeats", "0"), ("--lipreg_reduction", "product"),
-                                  ("--dataset_name", "x", "--instance_data_dir", "y"),
-                                  ("--do_edm_style_training", "--snr_gamma", "5")])  # fmt: skip
-def test_flags_that_do_not_fit(more, train_sdxl, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train_sdxl(tmp_path / "out", *more)
-    assert stopped.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

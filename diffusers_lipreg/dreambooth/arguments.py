@@ -23,11 +23,16 @@ def one_line(error: Exception) -> str:
     return text.strip()[:300] or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Text with line breaks and other control characters, as a path may hold them, written out."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Answers a mistake with one line; the usage of 66 flags would bury it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (--help lists all flags)\n")
 
 
 def add_shared_arguments(
@@ -118,6 +123,7 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
     flag("--dataloader_num_workers", type=int, default=0, help="Processes that load photos; 0: the main one.")
     flag("--local_rank", type=int, default=-1, help="Set by launchers; LOCAL_RANK in the environment wins.")
     flag("--enable_xformers_memory_efficient_attention", action="store_true", help="Attention of xformers.")
+    flag("--debug", action="store_true", help="Show where in the code a run was stopped.")
 
 
 def _add_adapters(parser: argparse.ArgumentParser, rank: int | None) -> None:
@@ -209,10 +215,24 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     """Parses and checks; a mistake ends in one line and exit code 2."""
     args = parser.parse_args(arguments)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    check_texts(parser, args)
     check_numbers(parser, args)
     check_shared(parser, args)
     check_lipreg(parser, args)
     return args
+
+
+def check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses texts that no file or log can hold, and those that an unset variable of the shell leaves."""
+    for name, text in vars(args).items():
+        if not isinstance(text, str):
+            continue
+        if text == "" and not name.endswith("prompt"):
+            parser.error(f"--{name} is empty")
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            parser.error(f"--{name} is not valid UTF-8: {text}")
+    if not args.instance_prompt.strip():
+        warnings.warn("--instance_prompt is empty: no prompt will call for the subject", stacklevel=2)
 
 
 def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -238,6 +258,8 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"--{name} must be below 1, got {vars(args)[name]}")
     if args.seed is not None and not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
+    if args.learning_rate == 0:
+        parser.error("--learning_rate must be above 0: nothing would be trained")
     for name, number in vars(args).items():
         if isinstance(number, float) and not (math.isfinite(number) and number >= 0):
             parser.error(f"--{name} must be a finite number, 0 or more, got {number}")

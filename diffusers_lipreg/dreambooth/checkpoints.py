@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
+import accelerate.utils
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils.constants import RNG_STATE_NAME
 from diffusers.utils.torch_utils import is_compiled_module
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .arguments import RunError, one_line
-from .data import ResumableBatchSampler
 
 logger = get_logger(__name__)
 SAMPLER_STATE = "sampler_state.pt"
@@ -73,11 +76,11 @@ def save_models(models: Mapping[str, nn.Module], folder: str) -> None:
 def load_models(models: Mapping[str, nn.Module], folder: str) -> None:
     """Puts what `save_models` wrote into the bare models."""
     for name, model in models.items():
-        model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
+        model.load_state_dict(type(model).from_pretrained(folder, subfolder=name, use_safetensors=True).state_dict())
 
 
 def save(
-    accelerator: Accelerator, sampler: ResumableBatchSampler, output_dir: str, step: int, total_limit: int | None
+    accelerator: Accelerator, loader: DataLoader, output_dir: str, step: int, total_limit: int | None
 ) -> None:
     """Writes checkpoint-`step`, hidden until it is whole, then removes the oldest beyond the limit (at least 1)."""
     final = Path(output_dir, f"checkpoint-{step}")
@@ -88,8 +91,9 @@ def save(
     accelerator.wait_for_everyone()
     with writing(output_dir, final):
         accelerator.save_state(str(partial))
+        states = accelerate.utils.gather_object([loader.dataset.state_dict()])
         if accelerator.is_main_process:
-            torch.save(sampler.state_dict(), partial / SAMPLER_STATE)
+            torch.save(states, partial / SAMPLER_STATE)
             flush(partial)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
@@ -143,7 +147,8 @@ def find(output_dir: str, wanted: str | None) -> Path | None:
 def resume(
     args: Namespace,
     accelerator: Accelerator,
-    sampler: ResumableBatchSampler,
+    loader: DataLoader,
+    lr_scheduler: AcceleratedScheduler,
     checkpoint: Path | None,
     updates_per_epoch: int,
 ) -> tuple[int, range]:
@@ -154,7 +159,7 @@ def resume(
     step = 0
     while checkpoint is not None:
         try:
-            step = load(accelerator, sampler, checkpoint, updates_per_epoch)
+            step = load(accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
             break
         except RunError as error:
             before = [path for path in checkpoints(args.output_dir) if step_of(path) < step_of(checkpoint)]
@@ -169,21 +174,35 @@ def resume(
 
 
 def load(
-    accelerator: Accelerator, sampler: ResumableBatchSampler, checkpoint: Path, updates_per_epoch: int
+    accelerator: Accelerator,
+    loader: DataLoader,
+    lr_scheduler: AcceleratedScheduler,
+    checkpoint: Path,
+    updates_per_epoch: int,
 ) -> int:
     """Puts the run where it was, also inside an epoch; returns the number of updates made.
 
-    A checkpoint of the official script has no state of the sampler: the rest of an epoch is then another shuffle.
+    A checkpoint of the official script, or of another number of processes, has no states of the data set that fit:
+    the rest of an epoch is then another shuffle.
     """
     step = step_of(checkpoint)
     batches = step % updates_per_epoch * accelerator.gradient_accumulation_steps
+    processes = accelerator.num_processes
     state = Path(checkpoint, SAMPLER_STATE)
+    random_state = Path(checkpoint, f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
     try:
+        if random_state.exists():
+            accelerate.utils.load(random_state)  # load_state passes over one that it cannot read
         accelerator.load_state(str(checkpoint))
-        exact = state.exists() and accelerator.num_processes == 1
-        sampler_state = torch.load(state, weights_only=True) if exact else {}
+        states = torch.load(state, weights_only=True) if state.exists() else [{}] * processes
     except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
         raise RunError(f"{checkpoint} is not whole, or not of a run with these flags: {one_line(error)}") from error
+    if len(states) != processes:
+        logger.warning(f"{checkpoint} is of {len(states)} processes, not {processes}: the photos are shuffled anew.")
+        schedule = lr_scheduler.scheduler  # it is stepped once for each process
+        schedule.last_epoch = schedule.last_epoch * processes // len(states) - 1
+        schedule.step()
     if batches:
-        sampler.resume(batches * accelerator.num_processes, sampler_state)
+        exact = len(states) == processes
+        loader.dataset.resume(loader, batches, states[accelerator.process_index] if exact else {})
     return step

@@ -7,6 +7,7 @@ import random
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from datasets import load_dataset
 from PIL import Image
 from PIL.ImageOps import exif_transpose
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, get_worker_info
 
 from .arguments import RunError, one_line
 
@@ -25,9 +26,20 @@ logger = get_logger(__name__)
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def open_image(path: Path) -> Image.Image:
-    """The image as RGB, turned the way its EXIF data says."""
-    return exif_transpose(Image.open(path)).convert("RGB")
+def as_photo(image: Image.Image) -> Image.Image:
+    """The image as RGB, turned the way its EXIF data says; a strip, which would be huge when resized, is a ValueError."""
+    if max(image.size) > 100 * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels, one side more than 100 times the other")
+    image = exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel: convert would cut them off at 255, which leaves white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The file as `as_photo` has it; raises one of `UNREADABLE`."""
+    with Image.open(path) as image:
+        return as_photo(image)
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -36,7 +48,11 @@ def list_images(folder: str | Path) -> list[Path]:
     Every image is decoded once: a broken one is left out here, with a warning, and not met in mid-run.
     """
     images = []
-    for path in sorted(Path(folder).iterdir()):
+    try:
+        paths = sorted(Path(folder).iterdir())
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be read ({error.strerror}).") from error
+    for path in paths:
         if path.name.startswith(".") or not path.is_file():
             continue
         try:
@@ -220,7 +236,7 @@ def _from_dataset(args: Namespace) -> list[tuple[Image.Image, str]]:
     for index in range(len(rows)):
         try:
             row = rows[index]
-            image = exif_transpose(row[args.image_column]).convert("RGB")
+            image = as_photo(row[args.image_column])
         except UNREADABLE as error:
             logger.warning(f"Skipped row {index} of {args.dataset_name}: {type(error).__name__}: {error}.")
             continue
@@ -235,57 +251,92 @@ def _check_column(column: str, columns: Sequence[str], flag: str) -> None:
         raise RunError(f"{flag} {column}: there is no such column; there are {', '.join(columns)}.")
 
 
-class ResumableBatchSampler(BatchSampler):
-    """Shuffled batches whose order and random crops can be taken up again in the middle of an epoch.
+class ResumableDataset(Dataset):
+    """A data set whose shuffled order and random crops can be taken up again in the middle of an epoch.
 
-    The order of an epoch and the crops come from torch's default generator, which the steps between draw from, too.
-    So three of its states are needed to go on as if nothing had happened: at the start of the epoch, before the batch
-    that comes next was loaded (accelerate reads one batch ahead), and now. The last is in accelerate's checkpoint, the
-    others are `state_dict()`. Exact with photos loaded in the main process; with workers the order is, crops are not.
+    Both come from torch's default generator, which the steps between draw from, too. So three of its states are needed
+    to go on as if nothing had happened: at the start of the epoch, before the batch that comes next was loaded
+    (accelerate reads one batch ahead), and now. The last is in accelerate's checkpoint, the others are `state_dict()`,
+    with that of the generator that several processes share for their order. What was seen is loaded once more and
+    dropped, for that is what brings back the random states that workers have of their own.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int) -> None:
-        super().__init__(RandomSampler(dataset), batch_size, drop_last=False)
-        self.skip = 0
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.sampler = _Order(self)
+        self.loader: Any = None
+        self.skip = self.first = self.batch = 0
         self.resume_from: dict[str, Tensor] = {}
+        self.saved: dict[str, Tensor] = {}
         self.state: dict[str, Tensor] = {}
 
-    def resume(self, batches: int, state: dict[str, Tensor]) -> None:
-        """Makes the next epoch begin behind its first `batches` batches; call it when the random state is restored.
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
 
-        `state` is what `state_dict` gave, or empty (a checkpoint of the official script): then the order is a new one.
+    def resume(self, loader: DataLoader, batches: int, state: dict[str, Tensor]) -> None:
+        """Makes the next epoch of the prepared loader begin behind its first `batches` batches (of this process).
+
+        Call it when the random state is restored. `state` is what `state_dict` gave, or empty (a checkpoint of the
+        official script): then the order is a new one.
         """
-        self.skip = batches
+        self.loader, self.skip = loader, batches
         self.resume_from = {**state, "now": torch.get_rng_state()} if state else {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The states to hand to `resume`, as they are after a step and before the next batch is asked for."""
         return dict(self.state)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        skip, saved = self.skip, self.resume_from
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's loader before it draws anything for an epoch."""
+        self.first, self.saved, self.batch = self.skip, self.resume_from, 0
         self.skip, self.resume_from = 0, {}
-        if saved:
-            torch.set_rng_state(saved["epoch_start"])
+        if self.loader is not None:
+            self.loader.skip_batches = self.first
+        if self.saved:
+            torch.set_rng_state(self.saved["epoch_start"])
+            if self.sampler.generator is not None:
+                self.sampler.generator.set_state(self.saved["order"])
         self.state = {"epoch_start": torch.get_rng_state()}
-        for index, batch in enumerate(super().__iter__()):
-            if index < skip:
-                continue
-            if saved and index == skip:
-                torch.set_rng_state(saved["before_batch"])
-            elif saved and index == skip + 1:
-                torch.set_rng_state(saved.pop("now"))
-            self.state["before_batch"] = torch.get_rng_state()
-            yield batch
-        if "now" in saved:  # one batch was left: nothing after it has set the state back
-            torch.set_rng_state(saved["now"])
+        if self.sampler.generator is not None:
+            self.state["order"] = self.sampler.generator.get_state()
+
+    def order_is_drawn(self) -> None:
+        """Called by the sampler: with workers, this process draws nothing more for the epoch."""
+        if self.saved:
+            torch.set_rng_state(self.saved["now"])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """The items of a batch."""
+        resumed = self.saved and self.batch == self.first and get_worker_info() is None
+        if resumed:
+            torch.set_rng_state(self.saved["before_batch"])
+        self.batch += 1
+        self.state["before_batch"] = torch.get_rng_state()
+        items = [self.dataset[index] for index in indices]
+        if resumed:
+            torch.set_rng_state(self.saved["now"])
+        return items
+
+
+class _Order(RandomSampler):
+    """A shuffle that says when it is drawn."""
+
+    def __iter__(self) -> Iterator[int]:
+        for number, index in enumerate(super().__iter__()):
+            if number == 0:
+                self.data_source.order_is_drawn()
+            yield index
 
 
 def make_loader(
     args: Namespace, dataset: Dataset, collate_fn: Callable[[Sequence[dict]], dict]
-) -> tuple[ResumableBatchSampler, DataLoader]:
-    """The loader of a run, and the sampler in it, which checkpoints need."""
-    sampler = ResumableBatchSampler(dataset, args.train_batch_size)
-    return sampler, DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=args.dataloader_num_workers
+) -> DataLoader[ResumableDataset]:
+    """The loader of a run, whose data set knows the place in the epoch, which checkpoints need."""
+    resumable = ResumableDataset(dataset)
+    return DataLoader(
+        resumable,
+        batch_size=args.train_batch_size,
+        sampler=resumable.sampler,
+        collate_fn=collate_fn,
+        num_workers=args.dataloader_num_workers,
     )

@@ -20,13 +20,18 @@ from .arguments import RunError
 logger = get_logger(__name__)
 
 
+def check_prediction_type(scheduler) -> None:
+    """Refuses a model that predicts what no loss here knows."""
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise RunError(f"The scheduler predicts {scheduler.config.prediction_type}; supported: epsilon, v_prediction.")
+
+
 def diffusion_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the UNet is to predict: the noise, or the velocity of a v-prediction model."""
-    if scheduler.config.prediction_type == "epsilon":
-        return noise
+    check_prediction_type(scheduler)
     if scheduler.config.prediction_type == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
-    raise RunError(f"The scheduler predicts {scheduler.config.prediction_type}; supported: epsilon, v_prediction.")
+    return noise
 
 
 def min_snr_weights(scheduler, timesteps: Tensor, gamma: float) -> Tensor:
@@ -76,11 +81,10 @@ def edm_denoised(scheduler, prediction: Tensor, noisy: Tensor, sigmas: Tensor) -
     """The clean latents that the UNet's output stands for."""
     if isinstance(scheduler, EDMEulerScheduler):
         return scheduler.precondition_outputs(noisy, prediction, sigmas)
-    if scheduler.config.prediction_type == "epsilon":
-        return prediction * (-sigmas) + noisy
+    check_prediction_type(scheduler)
     if scheduler.config.prediction_type == "v_prediction":
         return prediction * (-sigmas / (sigmas**2 + 1) ** 0.5) + (noisy / (sigmas**2 + 1))
-    raise RunError(f"The scheduler predicts {scheduler.config.prediction_type}; supported: epsilon, v_prediction.")
+    return prediction * (-sigmas) + noisy
 
 
 def create_lora_optimizer(args: Namespace, adapters: Mapping[str, list[nn.Parameter]]) -> torch.optim.Optimizer:

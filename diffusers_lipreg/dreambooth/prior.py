@@ -33,8 +33,7 @@ def ensure_class_images(args: Namespace, accelerator: Accelerator) -> list[Path]
     with the official script.
     """
     folder = Path(args.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    images = list_images(folder)
+    images = list_images(folder) if folder.is_dir() else []
     accelerator.wait_for_everyone()  # all have counted before the first writes
     if len(images) < args.num_class_images:
         sample_class_images(args, accelerator, folder, len(images))
@@ -53,7 +52,9 @@ def sample_class_images(args: Namespace, accelerator: Accelerator, folder: Path,
         safety_checker=None,
         revision=args.revision,
         variant=args.variant,
+        use_safetensors=True,
     ).to(accelerator.device)
+    folder.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     # Not accelerator.prepare: that would sample the last images twice, to give each process as many.
     numbers = prepare_data_loader(

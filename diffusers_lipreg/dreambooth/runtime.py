@@ -18,11 +18,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import KwargsHandler, ProjectConfiguration, set_seed
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EDMEulerScheduler
+from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LRScheduler
 
-from . import checkpoints, hub
-from .arguments import RunError, one_line
+from . import checkpoints, hub, optimization
+from .arguments import RunError, one_line, printable
 from .data import UNREADABLE, open_image
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
@@ -33,7 +34,9 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
     try:
         main(args)
     except RunError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        if args.debug:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}")
 
 
 def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
@@ -67,12 +70,20 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
 
 
 def check_folder(folder: str, flag: str) -> None:
-    """Makes a folder and refuses one that cannot be written to."""
+    """Refuses a folder that cannot be written to, or not be made; leaves no trace."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
+        TemporaryFile(dir=_nearest(Path(folder))).close()
     except OSError as error:
         raise RunError(f"{flag} {folder}: cannot be written to ({error.strerror}).") from error
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the first above it that is there."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return _nearest(path.parent)
+    return path
 
 
 def check_surroundings(args: Namespace) -> None:
@@ -119,6 +130,27 @@ def check_pipeline(model: str, revision: str | None, sdxl: bool) -> None:
     parts = [name for name, value in index.items() if isinstance(value, (list, tuple)) and value[0] is not None]
     if Path(model).is_dir() and (missing := [name for name in parts if not Path(model, name).is_dir()]):
         raise RunError(f"{flag}: its model_index.json names {', '.join(missing)}, which the folder does not hold.")
+    for name in parts:
+        library, class_name = index[name]
+        if library in ("diffusers", "transformers") and not hasattr(sys.modules[library], class_name):
+            raise RunError(f"{flag}: its {name} is a {class_name}, which the installed {library} does not have.")
+        if Path(model).is_dir():
+            _check_weights(Path(model, name), flag)
+
+
+def _check_weights(part: Path, flag: str) -> None:
+    """Refuses a part whose weights are pickles: reading them may run code, and could fail as late as when saving."""
+    pickled = [path.name for path in part.iterdir() if path.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+    if pickled and not list(part.glob("*.safetensors")):
+        raise RunError(f"{flag}: {part.name} has no safetensors, but {pickled[0]}, a pickle, which can run code: convert it.")
+
+
+def load_part(part_class: Any, model: str, **options: Any) -> Any:
+    """A part of a pipeline, by its `from_pretrained`, with all of its weights and from safetensors alone."""
+    part, found = part_class.from_pretrained(model, use_safetensors=True, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{options.get('subfolder', '')} lacks {len(missing)} weights, {missing[0]} first.")
+    return part
 
 
 @contextmanager
@@ -126,14 +158,23 @@ def loading(args: Namespace) -> Iterator[None]:
     """Turns what `from_pretrained` raises in the block into one line that names the flags that led there."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         models = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name")
         given = [f"--{name} {vars(args)[name]}" for name in (*models, "revision", "variant") if vars(args).get(name)]
         raise RunError(f"{' '.join(given)}: {one_line(error)}") from error
 
 
+def check_models(args: Namespace, noise_scheduler: Any, vae: Any) -> None:
+    """Refuses models that cannot be trained with these flags."""
+    if not isinstance(noise_scheduler, EDMEulerScheduler):
+        optimization.check_prediction_type(noise_scheduler)
+    side = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    if args.resolution < side:
+        raise RunError(f"--resolution {args.resolution}: the VAE makes one latent of {side} x {side} pixels.")
+
+
 def open_output(args: Namespace, accelerator: Accelerator) -> tuple[Path | None, str | None]:
-    """The output folder, made if need be: its checkpoint to resume from, and the repository to push it to, if any."""
+    """The output folder's checkpoint to resume from, and the repository to push to, if any."""
     check_folder(args.output_dir, "--output_dir")
     check_folder(str(Path(args.output_dir, args.logging_dir)), "--logging_dir")
     if args.with_prior_preservation:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 import transformers
+from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import RunError
 
+logger = get_logger(__name__)
 TextStates = Callable[[int], Tensor]
 
 
@@ -41,11 +43,14 @@ def load_tokenizer(model: str, revision: str | None, subfolder: str = "tokenizer
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int | None) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask of one prompt, both (1, max_length), padded or cut to the length."""
+    length = len(tokenizer(prompt, verbose=False).input_ids)
+    if length > (limit := max_length or tokenizer.model_max_length):
+        logger.warning_once(f"The text encoder reads {limit} tokens; this prompt has {length} and is cut: {prompt!r}.")
     tokens = tokenizer(
         prompt,
         truncation=True,
         padding="max_length",
-        max_length=max_length or tokenizer.model_max_length,
+        max_length=limit,
         return_tensors="pt",
     )
     return tokens.input_ids, tokens.attention_mask

@@ -17,11 +17,12 @@ OFFICIAL: dict[str, list[dict[str, Any]]] = {
     name: json.loads(Path(__file__).parent.with_name(f"flags_{name}.json").read_text()) for name in SCRIPTS
 }
 OWN = {
-    "sd": {"--rank", "--lora_alpha", "--lora_dropout", "--use_dora", "--extract_lora_rank"},
-    "sdxl": set(),
+    "sd": {"--rank", "--lora_alpha", "--lora_dropout", "--use_dora", "--extract_lora_rank", "--debug"},
+    "sdxl": {"--debug"},
 }
-# To the official parser these are --use_8bit_adam and --enable_xformers...; --use_dora and --extract_lora_rank end that.
-TAKEN = {"--u", "--us", "--use", "--use_", "--e"}
+# To the official parser these are --use_8bit_adam, --enable_xformers... and --dataloader_num_workers: we have --use_dora,
+# --extract_lora_rank and --debug, too.
+TAKEN = {"--u", "--us", "--use", "--use_", "--e", "--d"}
 LIPREG = {
     "--lipreg_weight",
     "--lipreg_reduction",

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from conftest import PARITY
 from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -15,7 +16,7 @@ from transformers import CLIPTextModel
 
 from diffusers_lipreg.dreambooth import checkpoints
 from diffusers_lipreg.dreambooth.arguments import RunError
-from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, ResumableBatchSampler, collate
+from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, ResumableDataset, collate
 
 BATCHES = 5
 
@@ -26,9 +27,10 @@ def accelerator(fresh_accelerate) -> Accelerator:
 
 
 @pytest.fixture
-def sampler(tmp_path: Path) -> ResumableBatchSampler:
+def loader(tmp_path: Path) -> DataLoader[ResumableDataset]:
     """Of five photos, one a batch."""
-    return ResumableBatchSampler(dataset(tmp_path), batch_size=1)
+    resumable = ResumableDataset(dataset(tmp_path))
+    return DataLoader(resumable, sampler=resumable.sampler, collate_fn=collate)
 
 
 def dataset(folder: Path) -> DreamBoothDataset:
@@ -123,18 +125,18 @@ def test_a_file_is_no_checkpoint(output: Path) -> None:
     ],
 )
 def test_the_limit_keeps_the_newest_and_what_is_not_a_checkpoint(
-    output: Path, accelerator: Accelerator, sampler: ResumableBatchSampler, limit: int | None, kept: set[str]
+    output: Path, accelerator: Accelerator, loader: DataLoader[ResumableDataset], limit: int | None, kept: set[str]
 ) -> None:
-    checkpoints.save(accelerator, sampler, str(output), 101, limit)
+    checkpoints.save(accelerator, loader, str(output), 101, limit)
     assert names(output) == kept | {"checkpoint-best", "unet", "checkpoint-500.zip"}
 
 
 def test_saving_a_step_again_replaces_it(
-    output: Path, accelerator: Accelerator, sampler: ResumableBatchSampler
+    output: Path, accelerator: Accelerator, loader: DataLoader[ResumableDataset]
 ) -> None:
     Path(output, "checkpoint-20", "old").write_bytes(b"")
     before = names(output)
-    checkpoints.save(accelerator, sampler, str(output), 20, None)
+    checkpoints.save(accelerator, loader, str(output), 20, None)
     assert names(output) == before
     assert "old" not in names(output / "checkpoint-20")
 
@@ -143,7 +145,7 @@ def test_saving_a_step_again_replaces_it(
 
 
 def test_a_checkpoint_that_was_cut_off_is_never_found(
-    output: Path, accelerator: Accelerator, sampler: ResumableBatchSampler, monkeypatch: pytest.MonkeyPatch
+    output: Path, accelerator: Accelerator, loader: DataLoader[ResumableDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = names(output)
 
@@ -155,7 +157,7 @@ def test_a_checkpoint_that_was_cut_off_is_never_found(
     with monkeypatch.context() as patch:
         patch.setattr(accelerator, "save_state", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(accelerator, sampler, str(output), 200, total_limit=1)
+            checkpoints.save(accelerator, loader, str(output), 200, total_limit=1)
     (left,) = names(output) - before
     assert before < names(output)  # the old ones are removed when the new one is whole, not before
     assert checkpoints.find(str(output), "latest") == output / "checkpoint-100"
@@ -163,7 +165,7 @@ def test_a_checkpoint_that_was_cut_off_is_never_found(
         with pytest.raises(RunError):
             checkpoints.find(str(output), wanted)
 
-    checkpoints.save(accelerator, sampler, str(output), 200, None)
+    checkpoints.save(accelerator, loader, str(output), 200, None)
     assert names(output) == before | {"checkpoint-200"}
     assert checkpoints.find(str(output), "latest") == output / "checkpoint-200"
     assert Path(output, "checkpoint-200", "random_states_0.pkl").exists()
@@ -221,23 +223,25 @@ def train(accelerator: Accelerator, loader: DataLoader, save=None) -> list[tuple
 def test_a_checkpoint_brings_back_the_place_in_the_epoch(
     tmp_path: Path, accelerator: Accelerator, updates: int, batches: int, official: bool
 ) -> None:
-    def resumable() -> tuple[ResumableBatchSampler, DataLoader]:
-        photos = dataset(tmp_path)
-        sampler = ResumableBatchSampler(photos, batch_size=1)
-        return sampler, accelerator.prepare(DataLoader(photos, batch_sampler=sampler, collate_fn=collate))
+    def resumable() -> DataLoader[ResumableDataset]:
+        photos = ResumableDataset(dataset(tmp_path))
+        return accelerator.prepare(DataLoader(photos, sampler=photos.sampler, collate_fn=collate))
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    _, schedule = accelerator.prepare(optimizer, get_scheduler("constant", optimizer))
 
     torch.manual_seed(0)
-    sampler, loader = resumable()
-    whole = train(accelerator, loader, lambda step: checkpoints.save(accelerator, sampler, tmp_path, step, None))
+    loader = resumable()
+    whole = train(accelerator, loader, lambda step: checkpoints.save(accelerator, loader, tmp_path, step, None))
     whole += train(accelerator, loader)
     final_state = torch.get_rng_state()
 
     checkpoint = tmp_path / f"checkpoint-{updates}"
-    if official:  # which knows nothing of our sampler
+    if official:  # which knows nothing of our data set
         Path(checkpoint, checkpoints.SAMPLER_STATE).unlink()
     torch.manual_seed(1234)
-    sampler, loader = resumable()
-    assert checkpoints.load(accelerator, sampler, checkpoint, updates_per_epoch=3) == updates
+    loader = resumable()
+    assert checkpoints.load(accelerator, loader, schedule, checkpoint, updates_per_epoch=3) == updates
     rest = [] if updates == 3 else train(accelerator, loader)
     assert len(rest) == BATCHES - batches
     rest += train(accelerator, loader)

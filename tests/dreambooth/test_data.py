@@ -15,7 +15,7 @@ from diffusers_lipreg.dreambooth.arguments import RunError
 from diffusers_lipreg.dreambooth.data import (
     DreamBoothDataset,
     PhotoTransform,
-    ResumableBatchSampler,
+    ResumableDataset,
     collate,
     find_instance_images,
     list_images,
@@ -343,12 +343,13 @@ def photos(tmp_path: Path) -> list[Path]:
 
 
 def resumable(
-    accelerator: Accelerator, photos: list[Path], **options: int
-) -> tuple[ResumableBatchSampler, DataLoader]:
-    """Sampler and loader as the script makes them."""
-    dataset = DreamBoothDataset(photos, [], PhotoTransform(16, center_crop=False))
-    sampler = ResumableBatchSampler(dataset, batch_size=2)
-    return sampler, accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options))
+    accelerator: Accelerator, photos: list[Path], size: int = 16, **options: int
+) -> DataLoader[ResumableDataset]:
+    """The loader as the script makes it."""
+    dataset = DreamBoothDataset(photos, [], PhotoTransform(size, center_crop=False))
+    resumable = ResumableDataset(dataset)
+    loader = DataLoader(resumable, batch_size=2, sampler=resumable.sampler, collate_fn=collate, **options)
+    return accelerator.prepare(loader)
 
 
 def train(loader: DataLoader, epochs: int) -> list[tuple[Tensor, Tensor]]:
@@ -369,9 +370,9 @@ def test_order_crops_and_draws_are_those_of_torchs_shuffle(
     runs = []
     for options in (
         {"batch_size": 2, "shuffle": True},
-        {"batch_sampler": ResumableBatchSampler(dataset, batch_size=2)},
+        {"batch_size": 2, "dataset": (again := ResumableDataset(dataset)), "sampler": again.sampler},
     ):
-        loader = DataLoader(dataset, collate_fn=collate, **options)
+        loader = DataLoader(**{"dataset": dataset, "collate_fn": collate, **options})
         assert len(loader) == BATCHES
         torch.manual_seed(0)
         seen = train(accelerator.prepare(loader) if read_ahead else loader, epochs=2)
@@ -385,71 +386,73 @@ class Uninterrupted:
     """Two epochs in one go, and after each step what a checkpoint would hold."""
 
     def __init__(self, accelerator: Accelerator, photos: list[Path], **options: int) -> None:
-        sampler, loader = resumable(accelerator, photos, **options)
+        loader = resumable(accelerator, photos, **options)
         torch.manual_seed(0)
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.saved = []
         for _ in range(2):
             for batch in loader:
                 self.seen.append((batch["pixel_values"], torch.randn(3)))
-                self.saved.append((sampler.state_dict(), torch.get_rng_state()))
+                self.saved.append((loader.dataset.state_dict(), torch.get_rng_state()))
         self.final_state = torch.get_rng_state()
 
 
-def resume(sampler: ResumableBatchSampler, step: int, saved: tuple[dict[str, Tensor], Tensor]) -> None:
+def resume(loader: DataLoader[ResumableDataset], step: int, saved: tuple[dict[str, Tensor], Tensor]) -> None:
     """What loading a checkpoint does, in a process that has drawn other numbers."""
     torch.manual_seed(1234)
     state, now = saved
     torch.set_rng_state(now)
     if step % BATCHES:
-        sampler.resume(step % BATCHES, state)
+        loader.dataset.resume(loader, step % BATCHES, state)
     # What is drawn from here to the first batch, such as the loader's seed of its workers, leaves no trace.
 
 
 @pytest.mark.parametrize("step", range(1, 2 * BATCHES + 1))
 def test_a_resumed_run_is_the_uninterrupted_one(accelerator: Accelerator, photos: list[Path], step: int) -> None:
     whole = Uninterrupted(accelerator, photos)
-    sampler, loader = resumable(accelerator, photos)
-    resume(sampler, step, whole.saved[step - 1])
+    loader = resumable(accelerator, photos)
+    resume(loader, step, whole.saved[step - 1])
     assert_same_run(train(loader, epochs=2 - step // BATCHES), whole.seen[step:])
     assert torch.equal(torch.get_rng_state(), whole.final_state)
 
 
 def test_a_run_may_be_interrupted_twice_in_an_epoch(accelerator: Accelerator, photos: list[Path]) -> None:
     whole = Uninterrupted(accelerator, photos)
-    sampler, loader = resumable(accelerator, photos)
-    resume(sampler, 1, whole.saved[0])
+    loader = resumable(accelerator, photos)
+    resume(loader, 1, whole.saved[0])
     steps = iter(loader)
     for step in (1, 2):
         seen = next(steps)["pixel_values"], torch.randn(3)
         assert_same_run([seen], [whole.seen[step]])
-    saved = sampler.state_dict(), torch.get_rng_state()
+    saved = loader.dataset.state_dict(), torch.get_rng_state()
 
-    sampler, loader = resumable(accelerator, photos)
-    resume(sampler, 3, saved)
+    loader = resumable(accelerator, photos)
+    resume(loader, 3, saved)
     assert_same_run(train(loader, epochs=2), whole.seen[3:])
     assert torch.equal(torch.get_rng_state(), whole.final_state)
 
 
 def test_a_state_is_not_changed_by_the_batches_after_it(accelerator: Accelerator, photos: list[Path]) -> None:
-    sampler, loader = resumable(accelerator, photos)
+    loader = resumable(accelerator, photos)
     steps = iter(loader)
     next(steps)
-    state = sampler.state_dict()
+    state = loader.dataset.state_dict()
     kept = {name: tensor.clone() for name, tensor in state.items()}
     for _ in steps:
         torch.randn(3)
-    assert sampler.state_dict().keys() == kept.keys()
-    assert not all(torch.equal(tensor, kept[name]) for name, tensor in sampler.state_dict().items())
+    assert loader.dataset.state_dict().keys() == kept.keys()
+    assert not all(torch.equal(tensor, kept[name]) for name, tensor in loader.dataset.state_dict().items())
     torch.testing.assert_close(state, kept, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("step", [1, 2, BATCHES + 1])
-def test_with_workers_order_and_steps_are_taken_up(accelerator: Accelerator, tmp_path: Path, step: int) -> None:
-    squares = plain(tmp_path, 10, 20, 30, 40, 50, 60, 70)  # of which every crop is the same
-    whole = Uninterrupted(accelerator, squares, num_workers=1)
-    sampler, loader = resumable(accelerator, squares, num_workers=1)
-    resume(sampler, step, whole.saved[step - 1])
+def test_with_workers_a_resumed_run_is_the_uninterrupted_one(
+    accelerator: Accelerator, photos: list[Path], step: int
+) -> None:
+    """Their crops, too, which come from random states of their own."""
+    whole = Uninterrupted(accelerator, photos, num_workers=2)
+    loader = resumable(accelerator, photos, num_workers=2)
+    resume(loader, step, whole.saved[step - 1])
     assert_same_run(train(loader, epochs=2 - step // BATCHES), whole.seen[step:])
     assert torch.equal(torch.get_rng_state(), whole.final_state)
 
@@ -459,10 +462,8 @@ def test_an_official_checkpoint_has_the_rest_of_the_epoch_shuffled_anew(
     accelerator: Accelerator, tmp_path: Path, step: int
 ) -> None:
     greys = [10, 20, 30, 40, 50, 60, 70]
-    dataset = DreamBoothDataset(plain(tmp_path, *greys), [], PhotoTransform(8, center_crop=False))
-    sampler = ResumableBatchSampler(dataset, batch_size=2)
-    loader = accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate))
-    sampler.resume(step, {})
+    loader = resumable(accelerator, plain(tmp_path, *greys), size=8)
+    loader.dataset.resume(loader, step, {})
     torch.manual_seed(0)
     rest, whole = ([grey(image) for batch in loader for image in batch["pixel_values"]] for _ in range(2))
     assert len(rest) == len(greys) - 2 * step

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import PARITY
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +104,11 @@ def test_a_trained_encoder_gets_gradients_from_every_row(
 
 
 @pytest.mark.parametrize(("max_length", "length"), [(None, 77), (4, 4), (9, 9)])
-def test_prompts_are_padded_or_cut(tokenizer: PreTrainedTokenizerBase, max_length: int | None, length: int) -> None:
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_prompts_are_padded_or_cut(
+    tokenizer: PreTrainedTokenizerBase, max_length: int | None, length: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    Accelerator(cpu=True)  # which logs need
     ids, mask = tokenize(tokenizer, CLASS, max_length)
     alone = tokenizer(CLASS).input_ids
     assert 4 < len(alone) < 9
@@ -113,6 +118,7 @@ def test_prompts_are_padded_or_cut(tokenizer: PreTrainedTokenizerBase, max_lengt
     else:
         assert ids[0].tolist() == alone + [tokenizer.pad_token_id] * (length - len(alone))
     assert mask.sum() == min(length, len(alone))
+    assert ("is cut: 'a photo of dog'" in caplog.text) == (length == 4)
 
 
 # Which text encoder
