@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor, distributed, nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
+from diffusers_lipreg.probe import Denoiser, OutputProbe
 
 STEPS, WORLD = 6, 2
 ROUTES = ["in place", "autograd"]
@@ -38,11 +40,23 @@ def train(route: str, rank: int, world: int) -> dict[str, Tensor]:
     return {**model.state_dict(), "drift": penalty.measure(wrapped).value}
 
 
+def probe() -> Tensor:
+    """What a probe of three chains, in batches of two, measures of a model that was moved."""
+    model = nn.Conv2d(2, 2, 3, padding=1)
+    for number, parameter in enumerate(model.parameters()):
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    denoiser = Denoiser(lambda sample, timestep, prompts: model(sample), [model])
+    taken = OutputProbe(denoiser, DDPMScheduler(), (2, 4, 4), prompts=["a", "b", "c"], batch_size=2)
+    model.weight.data += 0.1
+    return taken.measure(denoiser).differences
+
+
 def worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
-    torch.save({route: train(route, rank, WORLD) for route in ROUTES}, folder / f"{rank}.pt")
+    results = {route: train(route, rank, WORLD) for route in ROUTES}
+    torch.save({**results, "probe": probe()}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -64,3 +78,9 @@ def test_ranks_do_not_drift_apart(ranks, route):
 @pytest.mark.parametrize("route", ROUTES)
 def test_two_processes_equal_one_with_the_whole_batch(ranks, route):
     torch.testing.assert_close(ranks[0][route], train(route, rank=0, world=1), rtol=1e-6, atol=1e-6)
+
+
+def test_processes_share_the_probes_and_agree_to_the_last_bit(ranks):
+    first, second = (rank["probe"] for rank in ranks)
+    assert first.min() > 0
+    assert torch.equal(first, second) and torch.equal(first, probe())

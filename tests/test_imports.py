@@ -16,6 +16,7 @@ CORE = {  # beside the standard library; another core module states here what it
     "losses.py": {"torch", "diffusers_lipreg.adapters", *SNAPSHOT},
     "callbacks.py": {"torch", "transformers", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", *SNAPSHOT},
     "penalties.py": {"torch", "diffusers_lipreg.callbacks"},
+    "probe.py": {"torch", "diffusers"},
     "__init__.py": {
         *(f"diffusers_lipreg.{module}" for module in ("adapters", "callbacks", "losses", "snapshot")),
     },
