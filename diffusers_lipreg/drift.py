@@ -18,8 +18,9 @@ from torch import Tensor
 
 REDUCTIONS = ("sum", "tensor_mean")
 
-# Elements handled at a time (or one row, if that is longer): 16 MiB of float32 as scratch, however large a tensor is.
-SLICE_ELEMENTS = 2**22
+# Elements handled at a time (or one row, if that is longer): on a CPU so few that scratch stays in its cache, and memory
+# is read and written no more than it must be; elsewhere so many that starting kernels costs little.
+CPU_ELEMENTS, ELEMENTS = 2**19, 2**24
 
 
 class Drift(NamedTuple):
@@ -34,27 +35,34 @@ def _coefficient(parameter: Tensor, reduction: str) -> float:
     return 1.0 / max(1, parameter.numel()) if reduction == "tensor_mean" else 1.0
 
 
-def _difference(parameter: Tensor, teacher: Tensor) -> Tensor:
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return parameter.to(dtype) - teacher.to(device=parameter.device, dtype=dtype, non_blocking=parameter.device.type != "cpu")
+def _wide(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in float32 at least, on the device of `like`."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return tensor.to(device=like.device, dtype=dtype, non_blocking=like.device.type != "cpu")
 
 
-def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _limit(tensor: Tensor) -> int:
+    return CPU_ELEMENTS if tensor.device.type == "cpu" else ELEMENTS
+
+
+def _slices(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     """Views of equally shaped tensors along their first dimension, whatever their memory format."""
     whole = [torch.atleast_1d(tensor) for tensor in tensors]
-    row_elements = max(1, whole[0][:1].numel())
-    return zip(*(tensor.split(max(1, SLICE_ELEMENTS // row_elements)) for tensor in whole), strict=True)
+    rows = max(1, _limit(tensors[0]) // max(1, whole[0][:1].numel()))
+    return zip(*(tensor.split(rows) for tensor in whole), strict=True)
 
 
-def _squared_distance(parameter: Tensor, teacher: Tensor, gradient: Tensor | None, factor: float) -> Tensor:
-    """||parameter - teacher||^2; on the way adds factor * (parameter - teacher) to `gradient`, if there is one."""
-    terms = []
-    for views in _slices(parameter, teacher, *([] if gradient is None else [gradient])):
-        difference = _difference(*views[:2])
-        if gradient is not None:
-            views[2].add_(difference, alpha=factor)
-        terms.append(difference.square_().sum())
-    return torch.stack(terms).sum()
+def _batches(groups: Iterable[tuple[Tensor, ...]]) -> Iterator[list[tuple[int, tuple[Tensor, ...]]]]:
+    """Slices of equally shaped tensors, each with the number of its group: a large tensor's alone, small ones together."""
+    batch: list[tuple[int, tuple[Tensor, ...]]] = []
+    for number, group in enumerate(groups):
+        for views in _slices(group):
+            elements = sum(first.numel() for _, (first, *_) in batch) + views[0].numel()
+            if batch and (elements > _limit(views[0]) or len(views) != len(batch[0][1])):
+                yield batch
+                batch = []
+            batch.append((number, views))
+    yield batch
 
 
 def _total(terms: list[Tensor]) -> Tensor:
@@ -63,7 +71,7 @@ def _total(terms: list[Tensor]) -> Tensor:
 
 def drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str) -> Tensor:
     """The drift as a scalar to differentiate; `pairs` are parameter and teacher, of equal shape."""
-    return _total([_difference(*pair).square().sum() * _coefficient(pair[0], reduction) for pair in pairs])
+    return _total([(_wide(p, p) - _wide(t, p)).square().sum() * _coefficient(p, reduction) for p, t in pairs])
 
 
 @torch.no_grad()
@@ -80,12 +88,25 @@ def add_drift_gradient_(
         weight: The paper's lambda.
         scale: Factor on the gradient alone: the loss scale, while the gradients it joins are still scaled (fp16).
     """
-    values, squares = [], []
+    groups: list[tuple[Tensor, ...]] = []
+    coefficients = []
     for parameter, teacher in pairs:
-        coefficient = _coefficient(parameter, reduction)
-        gradient = None
+        coefficients.append(_coefficient(parameter, reduction))
         if weight != 0 and parameter.requires_grad:
-            gradient = parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        squares.append(_squared_distance(parameter, teacher, gradient, 2.0 * scale * weight * coefficient))
-        values.append(squares[-1] * coefficient)
-    return Drift(_total(values), _total(squares))
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            groups.append((parameter, teacher, parameter.grad))
+        else:
+            groups.append((parameter, teacher))
+    squares: list[list[Tensor]] = [[] for _ in groups]
+    for batch in _batches(groups):
+        numbers, views = zip(*batch, strict=True)
+        parameters, teachers, *gradients = zip(*views, strict=True)
+        anchors = [_wide(t, p) for t, p in zip(teachers, parameters, strict=True)]
+        differences = torch._foreach_sub([_wide(p, p) for p in parameters], anchors)
+        for number, square in zip(numbers, torch._foreach_mul(differences, differences), strict=True):
+            squares[number].append(square.sum())
+        if gradients:
+            torch._foreach_mul_(differences, [2.0 * scale * weight * coefficients[number] for number in numbers])
+            torch._foreach_add_(gradients[0], differences)
+    distances = [torch.stack(terms).sum() for terms in squares]
+    return Drift(_total([d * c for d, c in zip(distances, coefficients, strict=True)]), _total(distances))

@@ -85,7 +85,7 @@ def test_frozen_parameters_are_only_measured():
 @pytest.mark.parametrize("slice_elements", [1, 5, 2**22])
 def test_slices_change_neither_value_nor_gradient(monkeypatch, reduction, slice_elements):
     """Rows longer than a slice, a last slice that is not full, channels_last, a scalar, a tensor without elements."""
-    monkeypatch.setattr(drift_module, "SLICE_ELEMENTS", slice_elements)
+    monkeypatch.setattr(drift_module, "CPU_ELEMENTS", slice_elements)
     pairs = [random_pair(shape) for shape in [(7, 3), (13,), (2, 20), (3, 2, 2, 3), (), (0, 4)]]
     pairs[3][0].data = pairs[3][0].data.to(memory_format=torch.channels_last)
     met = add_drift_gradient_(pairs, reduction, weight=3.0)
@@ -103,7 +103,7 @@ def test_slices_change_neither_value_nor_gradient(monkeypatch, reduction, slice_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scratch_memory_is_one_slice(monkeypatch, dtype):
     """Of a tensor 16 slices large, one slice in float32 is the largest thing allocated (gradients aside)."""
-    monkeypatch.setattr(drift_module, "SLICE_ELEMENTS", 1000)
+    monkeypatch.setattr(drift_module, "CPU_ELEMENTS", 1000)
     parameter, teacher = random_pair((160, 100), dtype)
     parameter.grad = torch.zeros_like(parameter)
     known = {tensor.untyped_storage().data_ptr() for tensor in (parameter, teacher, parameter.grad)}

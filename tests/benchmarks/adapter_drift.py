@@ -8,7 +8,6 @@ adapters are real.
 """
 
 import argparse
-import platform
 import resource
 import statistics
 import subprocess
@@ -19,34 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
+from published import conditions, make_unet
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from diffusers_lipreg.adapters import AdapterSnapshot
 
-# stabilityai/stable-diffusion-xl-base-1.0, unet/config.json: what differs from the defaults of the class
-SDXL = {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "attention_head_dim": [5, 10, 20],
-    "block_out_channels": [320, 640, 1280],
-    "cross_attention_dim": 2048,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "projection_class_embeddings_input_dim": 2816,
-    "sample_size": 128,
-    "transformer_layers_per_block": [1, 2, 10],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "use_linear_projection": True,
-}
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def sdxl_with_adapters(rank: int) -> tuple[nn.Module, AdapterSnapshot]:
     """The UNet with LoRA on its attention as it is after some training, with gradients, and its snapshot."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(SDXL).requires_grad_(False)
+    unet = make_unet("sdxl").requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(PROJECTIONS)))
     torch.manual_seed(0)
     for layer in adapted(unet):
@@ -138,19 +122,13 @@ def main() -> None:
     listed = ", ".join(f"{count} of {m} x {n}" for (m, n), count in shapes.most_common())
     products = sum(count * m * n for (m, n), count in shapes.items())
     print(f"SDXL UNet, LoRA of rank {args.rank} on {shapes.total()} attention projections: {listed}.")
-    print(f"{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.repeats} turns.\n")
+    print(f"{conditions()}; {args.repeats} turns.\n")
     print("| form | median ms | of the first | extra memory, MiB | value |")
     print("|---|---|---|---|---|")
     for form, value in values.items():
         ratio = median[form] / median[next(iter(FORMS))]
         print(f"| {form} | {median[form]:.0f} | {ratio:.1f} | {memory[form]:.0f} | {value:.6e} |")
     print(f"\nAs one loss, the materialised form keeps every product for backward: {products * 4 / 2**30:.1f} GiB.")
-
-
-def machine() -> str:
-    """The processor's name where Linux tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
