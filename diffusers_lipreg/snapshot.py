@@ -29,6 +29,18 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def exact_dtype(tensor: Tensor) -> torch.dtype:
+    """The smallest of the tensor's own type, float16 and bfloat16 that holds its values without loss."""
+    halves = (torch.float16, torch.bfloat16) if tensor.dtype == torch.float32 else ()
+    return next((half for half in halves if torch.equal(tensor.to(half).to(tensor.dtype), tensor)), tensor.dtype)
+
+
+def _equal(name: str, parameter: Tensor, stored: Tensor | None) -> Tensor:
+    if stored is None or stored.shape != parameter.shape or not torch.equal(stored.to(parameter), parameter):
+        raise ValueError(f"{name}: the stored weights are not those of the module: is it another model?")
+    return stored
+
+
 class TeacherSnapshot:
     """A detached copy of a module's parameters, taken when it is built and matched by name ever after.
 
@@ -39,13 +51,16 @@ class TeacherSnapshot:
         module: The module to copy from; wrapping by DDP or `torch.compile` does not change the names.
         names: The parameters to copy. Default: all that require a gradient; then the module must keep exactly these
             trainable, so that no parameter escapes the penalty unnoticed.
-        dtype: Floating-point type to store. Default: each parameter's own, which loses nothing; a coarser one pulls
-            the model towards a rounded copy of itself.
+        dtype: Floating-point type to store. Default: the smallest that loses nothing, which for a checkpoint that was
+            stored in float16 is that; a coarser one pulls the model towards a rounded copy of itself.
         device: Where to store, for example `"cpu"` to spare GPU memory; such a teacher is brought to the parameter in
             slices. Default: beside each parameter, and a module that moves away afterwards is an error.
+        stored: The pretrained weights by name, held as they are in place of copies; `safetensors.torch.load_file` maps
+            them from the disk, and then the teacher takes no memory.
 
     Raises:
-        ValueError: No parameter to copy, a name that the module does not have, or a dtype that is not floating point.
+        ValueError: No parameter to copy, a name that the module does not have, a dtype that is not floating point, or
+            a stored tensor that is missing or not equal to the parameter.
     """
 
     reductions = REDUCTIONS
@@ -57,6 +72,7 @@ class TeacherSnapshot:
         names: Iterable[str] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        stored: Mapping[str, Tensor] | None = None,
     ) -> None:
         parameters = named_parameters(module)
         self.covers_all_trainable = names is None
@@ -68,7 +84,16 @@ class TeacherSnapshot:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"Expected a floating-point dtype, got {dtype}.")
         self.device = None if device is None else torch.device(device)
-        self._teacher = {n: parameters[n].detach().to(device=self.device, dtype=dtype, copy=True) for n in chosen}
+        self.dtype = dtype
+        if stored is None:
+            self._teacher = {name: self._kept(parameters[name]) for name in chosen}
+        else:
+            self.device = torch.device("cpu") if device is None else self.device
+            self._teacher = {name: _equal(name, parameters[name], stored.get(name)) for name in chosen}
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor.to(device=self.device, dtype=self.dtype or exact_dtype(tensor), copy=True)
 
     @cached_property
     def squared_norm(self) -> float:
@@ -140,5 +165,5 @@ class TeacherSnapshot:
             if expected.get(name) != given.get(name):
                 raise ValueError(f"{name}: expected shape {expected.get(name)}, got {given.get(name)} (None: no such name).")
         for name, teacher in self._teacher.items():
-            teacher.copy_(state_dict[name].detach())
+            self._teacher[name] = self._kept(state_dict[name]).to(teacher.device)
         self.__dict__.pop("squared_norm", None)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -37,10 +38,10 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """The same names in the same order, the same bits."""
+    """The same names in the same order, the same bits once they are float32 (zeros and ones are kept in float16)."""
     assert list(ours) == list(theirs)
     for name, tensor in ours.items():
-        assert torch.equal(tensor.view(torch.int32), theirs[name].view(torch.int32)), name
+        assert torch.equal(tensor.float().view(torch.int32), theirs[name].float().view(torch.int32)), name
 
 
 @torch.no_grad()
@@ -72,6 +73,40 @@ def test_dtype_and_device_are_those_asked_for(model):
     assert torch.equal(rounded["head.weight"], model.head.weight.bfloat16())
     stored = TeacherSnapshot(model, device="meta").state_dict()
     assert {tensor.device.type for tensor in stored.values()} == {"meta"}
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.float16, 1.0), (torch.bfloat16, 1e20)])
+def test_the_teacher_takes_no_more_memory_than_its_values_need(model, dtype, scale):
+    """A model that was stored in a half-precision type is kept in that type, also where it was loaded in float32."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((scale * (parameter + 1 / 3)).to(dtype))
+    start = weights(model)
+    teacher = TeacherSnapshot(model).state_dict()
+    assert {tensor.dtype for tensor in teacher.values()} == {dtype}
+    assert_same(teacher, {name: start[name] for name in TRAINABLE})
+
+
+def test_stored_weights_are_held_as_they_are(model, tmp_path):
+    """A checkpoint in float16, mapped from its file: no copy, and the same drift as that of a copy."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+    save_file({name: tensor.half() for name, tensor in weights(model).items()}, tmp_path / "model.safetensors")
+    stored = load_file(tmp_path / "model.safetensors")
+    mapped, copied = TeacherSnapshot(model, stored=stored), TeacherSnapshot(model)
+    assert all(tensor is stored[name] for name, tensor in mapped.state_dict().items())
+    move_(model)
+    assert torch.equal(mapped.drift(model, "sum"), copied.drift(model, "sum"))
+
+
+@pytest.mark.parametrize("change", [None, torch.zeros(3), torch.full((2,), 0.5)])
+def test_stored_weights_of_another_model_are_an_error(model, change):
+    stored = {**weights(model), "head.bias": change}
+    if change is None:
+        del stored["head.bias"]
+    with pytest.raises(ValueError, match="head.bias: the stored weights are not those of the module"):
+        TeacherSnapshot(model, stored=stored)
 
 
 @pytest.mark.parametrize("unknown", ["head.weigth", "norm.running_mean", "head"])
