@@ -553,8 +553,9 @@ def test_a_model_that_the_hub_does_not_have(
     ],
 )
 def test_a_hub_that_refuses_at_the_start(
-    refuse: Run, hub: LoopbackHub, token: str, fail: dict[str, int], reason: str
+    refuse: Run, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, token: str, fail: dict[str, int], reason: str
 ) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.fail = fail
     line = refuse(*PUSH, token)
     assert f"--push_to_hub: cannot write to alice/dog on {hub.url}" in line
@@ -570,7 +571,8 @@ def test_a_reader_finds_out_at_the_start_though_the_repository_is_there(refuse: 
     assert "403" in line
 
 
-def test_a_hub_that_is_not_there(refuse: Run, hub: LoopbackHub) -> None:
+def test_a_hub_that_is_not_there(refuse: Run, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.stop()
     line = refuse(*PUSH, TOKEN)
     assert f"--push_to_hub: cannot write to alice/dog on {hub.url}" in line

@@ -276,8 +276,9 @@ class ResumableDataset(Dataset):
     def resume(self, loader: DataLoader, batches: int, state: dict[str, Tensor]) -> None:
         """Makes the next epoch of the prepared loader begin behind its first `batches` batches (of this process).
 
-        With 0 batches it is the epoch after the one that `state` was taken in. Call it when the random state is restored. `state` is what `state_dict` gave, or empty (a checkpoint of the
-        official script): then the order is a new one.
+        With 0 batches it is the epoch after the one that `state` was taken in. Call it when the random state is
+        restored. `state` is what `state_dict` gave, or empty (a checkpoint of the official script): then the order is
+        a new one.
         """
         self.loader, self.skip = loader, batches
         if state and batches:
