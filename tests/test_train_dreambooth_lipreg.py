@@ -203,7 +203,8 @@ def test_trained_pushed_and_loaded_elsewhere(tmp_path):
         files = hub.files("alice/sks-dog")
         assert {"model_index.json", UNET, TEXT_ENCODER, "README.md", "image_0.png"} <= files.keys()
         assert not [name for name in files if "checkpoint" in name or name.startswith(("logs", "."))]
-        written = [path for path in (tmp_path / "sks-dog").rglob("*") if path.is_file()]
+        written = [path for path in tmp_path.rglob("*") if path.is_file()]  # checkpoints, logs, the client's folders
+        assert {"README.md", "optimizer.bin", "hparams.yml"} <= {path.name for path in written}
         assert not [path for path in written if b"hf_secret_of_alice" in path.read_bytes()]
         assert not [name for name, content in files.items() if b"hf_secret_of_alice" in content]
         assert "hf_secret_of_alice" not in ran.stdout + ran.stderr
