@@ -239,6 +239,7 @@ def main(args: argparse.Namespace) -> None:
     optimization.scale_learning_rate(args, accelerator.num_processes)
     parameters = [p for model in bare.values() for p in model.parameters() if p.requires_grad]
     optimizer = optimization.create_adamw(args, parameters)
+    runtime.check_disk(args, parameters)
     lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
     if args.rank is None:
         save_models, load_models = partial(checkpoints.save_models, bare), partial(checkpoints.load_models, bare)

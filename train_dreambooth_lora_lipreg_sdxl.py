@@ -243,6 +243,7 @@ def main(args: argparse.Namespace) -> None:
     trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in bare.items()}
     optimizer = optimization.create_lora_optimizer(args, trainable)
     parameters = [p for adapters in trainable.values() for p in adapters]
+    runtime.check_disk(args, parameters)
     lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
     checkpoints.write_models_with(accelerator, *lora.checkpoint_functions(StableDiffusionXLPipeline, bare))
     optimizer, loader, lr_scheduler = runtime.prepare(

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = {".bin", ".ckpt", ".gz", ".model", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensors", ".zip"}
+CUT = -1
 BAD_TOKEN = "Invalid credentials in Authorization header"  # the text by which the client knows it from a missing repo
 
 
@@ -111,9 +113,11 @@ class LoopbackHub:
         repos: The repositories by id, `owner/name`.
         lfs_objects: What came through LFS, by sha256; shared by all repositories.
         requests: Every request so far, oldest first, refused ones included.
-        fail: Endpoints to refuse from now on: status by the name of the endpoint's function below, `{"create": 403}`,
-            `{"commit": 500}`, likewise `preupload`, `lfs_batch`, `lfs_put` and the rest. After a 401 or 403 the client
-            gives up at once, after a 500 only at `create`, `info` and `commit`: it asks the others again for 23 s.
+        fail: Endpoints to refuse: status by the name of the endpoint's function below, `{"create": 403}`,
+            `{"commit": 500}`, likewise `preupload`, `lfs_batch`, `lfs_put` and the rest; a list is of the requests to
+            come, `{"commit": [500, 500]}`. After a 401 or 403 the client gives up at once, after a 500 only at
+            `create`, `info` and `commit`: it asks the others again for 23 s. A 429 says to come back in 7 s. `CUT` in
+            place of a status breaks the connection, `lfs_put` in the middle of what it is sent.
     """
 
     def __init__(self, accounts: dict[str, Account]):
@@ -121,7 +125,7 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.lfs_objects: dict[str, bytes] = {}
         self.requests: list[Request] = []
-        self.fail: dict[str, int] = {}
+        self.fail: dict[str, int | list[int]] = {}
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -175,8 +179,12 @@ class LoopbackHub:
             try:
                 for route_method, pattern, endpoint in ROUTES:
                     if method == route_method and (match := pattern.fullmatch(request.path)):
-                        if status := self.fail.get(endpoint.__name__):
-                            raise HubError(status, BAD_TOKEN if status == 401 else "Refused on purpose by the test")
+                        status = self.fail.get(endpoint.__name__)
+                        if isinstance(status, list):
+                            status = status.pop(0) if status else None
+                        if status:
+                            message = BAD_TOKEN if status == 401 else "Refused on purpose by the test"
+                            raise HubError(status, message, headers={"Retry-After": "7"} if status == 429 else None)
                         groups = {name: value and unquote(value) for name, value in match.groupdict().items()}
                         return endpoint(self, request, **groups)
                 raise HubError(404, f"The loopback Hub has no {request.method} {request.path}")
@@ -350,10 +358,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))  # also of a request that will be refused
+        length = int(self.headers.get("Content-Length", 0))
+        cut = self.command == "PUT" and self.hub.fail.get("lfs_put") in (CUT, [CUT])
+        body = self.rfile.read(length // 2 if cut else length)  # also of a request that will be refused
         authorization = self.headers.get("Authorization")
         token = None if authorization is None else authorization.removeprefix("Bearer ")
         reply = self.hub.answer(Request(self.command, url.path, parse_qs(url.query), token, body))
+        if reply.status == CUT:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         self.send_response(reply.status)
         # A connection that a client keeps alive would outlive stop().
         for name, value in {**reply.headers, "Content-Length": str(len(reply.body)), "Connection": "close"}.items():

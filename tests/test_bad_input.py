@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -221,7 +222,8 @@ MISTAKES = [
     Mistake(1, "--dataset_name {captions} --image_column photo", "there are image, text", "sdxl"),
     Mistake(1, "--dataset_name {captions} --image_column text", "it holds no images", "sdxl"),
     Mistake(1, "--dataset_name {empty}", "--dataset_name {empty}: cannot be loaded", "sdxl"),
-    # prompts
+    # prompts, and other texts
+    Mistake(2, "--hub_token 'hf_secret\n'", "--hub_token holds a character that no token has"),
     Mistake(2, "--instance_prompt 'a \udcff dog'", "--instance_prompt is not valid UTF-8: a \\udcff dog"),
     # numbers and flags; those with choices, and what excludes what: tests/dreambooth/test_arguments.py has the whole list
     *(
@@ -371,7 +373,24 @@ def test_a_mistake_ends_in_one_line(request, stopped, tmp_path: Path, script: st
     assert code == mistake.code
     assert says in line
     assert line.isprintable()
+    assert "hf_secret" not in line
     assert tree(tmp_path) == before
+
+
+def test_a_disk_that_is_too_small(run: Run, train, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each weight and its two moments take four bytes; without a checkpoint on the way, the weights are enough."""
+    needed = 12 * sum(tensor.numel() for tensor in load_file(PARITY / "pipeline" / UNET).values())
+    usage = shutil.disk_usage(out.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    line = run("--checkpointing_steps", "2")
+    assert f"a checkpoint takes {needed:,} bytes, there are {needed - 1:,} free" in line
+    assert not out.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // 3))
+    train(out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    train(out, "--checkpointing_steps", "2")
+    written = sum(file.stat().st_size for file in (out / "checkpoint-2").rglob("*"))
+    assert written == pytest.approx(needed, rel=0.1)
 
 
 def test_there_are_enough_cases() -> None:
@@ -430,14 +449,21 @@ def test_odd_photos_prompts_and_paths_go_on(script: str, request, tmp_path: Path
     train = request.getfixturevalue({"sd": "train", "sdxl": "train_sdxl"}[script])
     (tmp_path / "Bilder von 犬").mkdir()
     photos = odd_photos(tmp_path / "Bilder von 犬")
+    names = ("../outside.png", "/outside.png", "dot.png")
+    rows = [{"file_name": name, "text": "../../outside"} for name in names]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    captions = ("--caption_column", "text") if script == "sdxl" else ()
+    before = tree(tmp_path)
     out = tmp_path / "ein neuer Ordner" / "犬 \n 2"
-    train(out, "--instance_data_dir", str(photos), "--instance_prompt", f"👩‍🚀 犬 \u202e {script} " * 100)
+    train(out, "--instance_data_dir", str(photos), *captions, "--instance_prompt", f"👩‍🚀 犬 \u202e {script} " * 100)
     for name in ("zero_bytes.png", "truncated.png", "strip.png"):
         assert f"Skipped {photos / name}: not an image that can be read" in caplog.text
     assert "20000 x 10 pixels, one side more than 100 times the other" in caplog.text
     assert re.search(r"The text encoder reads \d+ tokens; this prompt has \d+ and is cut", caplog.text)
     assert len(data.list_images(photos)) == 8
     assert list(out.rglob("*.safetensors"))
+    written = tree(tmp_path).keys() - before.keys()
+    assert all(Path(path).is_relative_to(out) or path == str(out.parent) for path in written)
 
 
 def test_sixteen_bits_a_pixel_are_not_cut_off(tmp_path: Path) -> None:
@@ -553,8 +579,9 @@ def test_a_model_that_the_hub_does_not_have(
     ],
 )
 def test_a_hub_that_refuses_at_the_start(
-    refuse: Run, hub: LoopbackHub, token: str, fail: dict[str, int], reason: str
+    refuse: Run, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, token: str, fail: dict[str, int], reason: str
 ) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.fail = fail
     line = refuse(*PUSH, token)
     assert f"--push_to_hub: cannot write to alice/dog on {hub.url}" in line
@@ -570,7 +597,8 @@ def test_a_reader_finds_out_at_the_start_though_the_repository_is_there(refuse: 
     assert "403" in line
 
 
-def test_a_hub_that_is_not_there(refuse: Run, hub: LoopbackHub) -> None:
+def test_a_hub_that_is_not_there(refuse: Run, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.stop()
     line = refuse(*PUSH, TOKEN)
     assert f"--push_to_hub: cannot write to alice/dog on {hub.url}" in line

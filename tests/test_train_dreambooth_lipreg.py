@@ -1,7 +1,6 @@
 """The SD1.5 script from end to end: the official script's weights, the penalty, resuming, the Hub."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -204,7 +203,8 @@ def test_trained_pushed_and_loaded_elsewhere(tmp_path):
         files = hub.files("alice/sks-dog")
         assert {"model_index.json", UNET, TEXT_ENCODER, "README.md", "image_0.png"} <= files.keys()
         assert not [name for name in files if "checkpoint" in name or name.startswith(("logs", "."))]
-        written = [path for path in (tmp_path / "sks-dog").rglob("*") if path.is_file()]
+        written = [path for path in tmp_path.rglob("*") if path.is_file()]  # checkpoints, logs, the client's folders
+        assert {"README.md", "optimizer.bin", "hparams.yml"} <= {path.name for path in written}
         assert not [path for path in written if b"hf_secret_of_alice" in path.read_bytes()]
         assert not [name for name, content in files.items() if b"hf_secret_of_alice" in content]
         assert "hf_secret_of_alice" not in ran.stdout + ran.stderr
@@ -234,23 +234,6 @@ def test_adapters_pushed_and_loaded_elsewhere(more, tmp_path):
         loaded = sample(PARITY / "pipeline", "alice/sks-dog", env=hub.environment(tmp_path / "empty"))
     assert loaded == sample(PARITY / "pipeline", out)
     assert loaded != sample(PARITY / "pipeline")
-
-
-def test_two_processes_end_with_one_model(tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    ran = subprocess.run(
-        [*launch, str(ROOT / "train_dreambooth_lipreg.py"), *flags(tmp_path, "--max_train_steps", "3"),
-         *("--checkpointing_steps", "2", "--train_text_encoder", "--gradient_accumulation_steps", "2"),
-         *("--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a dog"),
-         *("--num_class_images", "3", "--sample_batch_size", "1")],
-        env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert sorted(path.name.split("-")[0] for path in (tmp_path / "class").iterdir()) == ["0", "1", "2"]
-    assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
-    StableDiffusionPipeline.from_pretrained(tmp_path)
-    assert distance(tmp_path) > 0
 
 
 def test_help_needs_no_model():

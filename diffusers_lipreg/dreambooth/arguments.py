@@ -224,6 +224,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 def check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses texts that no file or log can hold, and those that an unset variable of the shell leaves."""
+    if args.hub_token and not re.fullmatch(r"[!-~]+", args.hub_token):
+        parser.error("--hub_token holds a character that no token has")  # the client's message would quote it
     for name, text in vars(args).items():
         if not isinstance(text, str):
             continue

@@ -202,7 +202,6 @@ def load(
         schedule = lr_scheduler.scheduler  # it is stepped once for each process
         schedule.last_epoch = schedule.last_epoch * processes // len(states) - 1
         schedule.step()
-    if batches:
-        exact = len(states) == processes
-        loader.dataset.resume(loader, batches, states[accelerator.process_index] if exact else {})
+    exact = len(states) == processes
+    loader.dataset.resume(loader, batches, states[accelerator.process_index] if exact else {})
     return step

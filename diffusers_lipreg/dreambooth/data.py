@@ -276,15 +276,21 @@ class ResumableDataset(Dataset):
     def resume(self, loader: DataLoader, batches: int, state: dict[str, Tensor]) -> None:
         """Makes the next epoch of the prepared loader begin behind its first `batches` batches (of this process).
 
-        Call it when the random state is restored. `state` is what `state_dict` gave, or empty (a checkpoint of the
-        official script): then the order is a new one.
+        With 0 batches it is the epoch after the one that `state` was taken in. Call it when the random state is
+        restored. `state` is what `state_dict` gave, or empty (a checkpoint of the official script): then the order is
+        a new one.
         """
         self.loader, self.skip = loader, batches
-        self.resume_from = {**state, "now": torch.get_rng_state()} if state else {}
+        if state and batches:
+            self.resume_from = {**state, "now": torch.get_rng_state()}
+        elif state and self.sampler.generator is not None:
+            self.sampler.generator.set_state(state["next_order"])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The states to hand to `resume`, as they are after a step and before the next batch is asked for."""
-        return dict(self.state)
+        if self.sampler.generator is None:
+            return dict(self.state)
+        return {**self.state, "next_order": self.sampler.generator.get_state()}
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate's loader before it draws anything for an epoch."""

@@ -4,20 +4,55 @@ from __future__ import annotations
 
 import re
 import shlex
+import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from accelerate.logging import get_logger
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HTTPError  # what huggingface_hub's own errors and those of its client derive from
+from huggingface_hub.errors import (  # the second is what all of the client's errors derive from
+    HfHubHTTPError,
+    HTTPError,
+)
 from PIL import Image
 
 from .arguments import RunError, one_line
 
+logger = get_logger(__name__)
+T = TypeVar("T")
 ADAPTERS = "pytorch_lora_weights*.safetensors"
 # A failed transfer of a large file comes as RuntimeError, a bad name as ValueError, no network as the other two.
 HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
+WAITS = (2.0, 10.0)  # seconds before the second and the third attempt, where the Hub names none
+LONGEST_WAIT = 60.0
+
+
+def patiently(request: Callable[[], T]) -> T:
+    """Makes a request up to three times, where waiting may help."""
+    for wait in WAITS:
+        try:
+            return request()
+        except HUB_ERRORS as error:
+            seconds = _seconds_to_wait(error, wait)
+            if seconds is None:
+                raise
+            logger.warning(f"The Hub does not answer as it should ({one_line(error)}): trying again in {seconds:g} s.")
+            time.sleep(seconds)
+    return request()
+
+
+def _seconds_to_wait(error: BaseException, wait: float) -> float | None:
+    """`wait`, or what the Hub says, if it is busy (409, 429), fails (5xx) or the connection broke; else `None`."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # which file it was about
+        error = error.__cause__
+    if not isinstance(error, HfHubHTTPError):
+        return wait if isinstance(error, (HTTPError, ConnectionError)) else None
+    if error.response.status_code not in (409, 429) and error.response.status_code < 500:
+        return None
+    named = error.response.headers.get("Retry-After", "")
+    return min(float(named), LONGEST_WAIT) if named.isdecimal() else wait
 
 
 def create_repository(args: Namespace) -> str:
@@ -25,9 +60,9 @@ def create_repository(args: Namespace) -> str:
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     api = HfApi(token=args.hub_token)
     try:
-        repo_id = api.create_repo(name, exist_ok=True).repo_id
+        repo_id = patiently(lambda: api.create_repo(name, exist_ok=True).repo_id)
         # Where the repository can be read, create_repo passes over a token that may not write.
-        api.auth_check(repo_id, write=True)
+        patiently(lambda: api.auth_check(repo_id, write=True))
     except HUB_ERRORS as error:
         raise RunError(
             f"--push_to_hub: cannot write to {name} on {api.endpoint} ({one_line(error)}). Check --hub_token or "
@@ -48,12 +83,14 @@ def upload(args: Namespace, repo_id: str) -> None:
     """Uploads the result; if that fails it stays on disk, and the message says how to upload it by hand."""
     ignored = ignored_files(args)
     try:
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=repo_id,
-            folder_path=args.output_dir,
-            commit_message="End of training",
-            ignore_patterns=list(ignored),  # one of its own: the client adds to it
-            delete_patterns=["image_[0-9]*.png", ADAPTERS],  # what an earlier push left and this result does not have
+        patiently(
+            lambda: HfApi(token=args.hub_token).upload_folder(  # it sends no large file twice
+                repo_id=repo_id,
+                folder_path=args.output_dir,
+                commit_message="End of training",
+                ignore_patterns=list(ignored),  # one of its own: the client adds to it
+                delete_patterns=["image_[0-9]*.png", ADAPTERS],  # what an earlier push left and this result has not
+            )
         )
     except HUB_ERRORS as error:
         excluded = [word for pattern in ignored for word in ("--exclude", pattern)]

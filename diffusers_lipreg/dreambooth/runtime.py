@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -171,6 +172,17 @@ def check_models(args: Namespace, noise_scheduler: Any, vae: Any) -> None:
     side = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     if args.resolution < side:
         raise RunError(f"--resolution {args.resolution}: the VAE makes one latent of {side} x {side} pixels.")
+
+
+def check_disk(args: Namespace, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Refuses to train where the weights, or one checkpoint of them and Adam's two moments of each, do not fit."""
+    elements = sum(parameter.numel() for parameter in parameters)
+    size = elements * 4
+    if args.checkpointing_steps <= args.max_train_steps:
+        size += elements * (2 if args.use_8bit_adam else 8)
+    free = shutil.disk_usage(_nearest(Path(args.output_dir))).free
+    if size > free:
+        raise RunError(f"--output_dir {args.output_dir}: a checkpoint takes {size:,} bytes, there are {free:,} free.")
 
 
 def open_output(args: Namespace, accelerator: Accelerator) -> tuple[Path | None, str | None]:

@@ -1,5 +1,6 @@
 """The model card and what goes to the Hub: enough to use the result, nothing that is nobody's business."""
 
+import time
 import warnings
 from argparse import Namespace
 from pathlib import Path
@@ -7,12 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from conftest import flags
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
+from loopback_hub import CUT, LoopbackHub
 from PIL import Image
 
-from diffusers_lipreg.dreambooth.hub import ignored_files, model_card, save_card
+from diffusers_lipreg.dreambooth.arguments import RunError
+from diffusers_lipreg.dreambooth.hub import create_repository, ignored_files, model_card, save_card, upload
 from diffusers_lipreg.dreambooth.runtime import tracker_config
 from train_dreambooth_lipreg import parse_args
 
@@ -219,3 +223,83 @@ def test_only_the_result_is_uploaded(tmp_path: Path, logging_dir: str, folder: s
 def test_logs_elsewhere_do_not_hide_results(tmp_path: Path) -> None:
     args = arguments("--output_dir", str(tmp_path / "out"), "--logging_dir", str(tmp_path / "logs"))
     assert uploaded(args, RESULT + STATE) == RESULT
+
+
+# A Hub that fails
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PATIENCE = [2.0, 10.0]
+
+
+@pytest.fixture
+def waits(fresh_accelerate, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that a test would have waited; the client's own waits are in it, too."""
+    Accelerator(cpu=True)  # which logs need
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Namespace:
+    """The arguments of a run, whose output folder holds a result."""
+    out = tmp_path / "sks-dog"
+    (out / "unet").mkdir(parents=True)
+    (out / WEIGHTS).write_bytes(bytes(range(256)) * 4096)
+    (out / "README.md").write_text("A dog.")
+    return arguments("--output_dir", str(out), "--push_to_hub", "--hub_token", "hf_alice")
+
+
+@pytest.mark.parametrize(
+    ("fail", "waited"),
+    [
+        ({"create": [500, 500]}, PATIENCE),
+        ({"auth_check": [503]}, PATIENCE[:1]),
+        ({"commit": [409]}, PATIENCE[:1]),
+        ({"commit": [429, 429]}, [7.0, 7.0]),
+        ({"commit": [500, 500]}, PATIENCE),
+        ({"commit": [CUT]}, PATIENCE[:1]),
+        ({"commit": [500], "create": [CUT]}, [2.0, 2.0]),
+    ],
+)
+def test_what_passes_is_waited_for(hub: LoopbackHub, result: Namespace, waits: list[float], fail, waited) -> None:
+    hub.fail = fail
+    upload(result, create_repository(result))
+    assert hub.files("alice/sks-dog").keys() == {WEIGHTS, "README.md"}
+    assert waits == waited
+
+
+@pytest.mark.parametrize("endpoint", ["preupload", "lfs_batch", "lfs_put"])
+@pytest.mark.parametrize("status", [500, CUT])
+def test_an_upload_that_breaks_off_goes_on(
+    hub: LoopbackHub, result: Namespace, waits: list[float], endpoint: str, status: int
+) -> None:
+    """The client asks again by itself here; what it needs is that it is not in the way."""
+    hub.fail = {endpoint: [status]}
+    upload(result, create_repository(result))
+    assert hub.files("alice/sks-dog")[WEIGHTS] == Path(result.output_dir, WEIGHTS).read_bytes()
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize(
+    ("fail", "attempts"),
+    [({"commit": 401}, 1), ({"commit": 403}, 1), ({"commit": 404}, 1), ({"commit": 409}, 3), ({"commit": 429}, 3),
+     ({"commit": 500}, 3), ({"commit": CUT}, 3), ({"lfs_put": CUT}, 3), ({"lfs_put": 403}, 1)],
+)  # fmt: skip
+def test_what_does_not_pass_ends_with_the_command_that_pushes(
+    hub: LoopbackHub, result: Namespace, waits: list[float], fail, attempts: int
+) -> None:
+    repo_id = create_repository(result)
+    before = {path: path.read_bytes() for path in Path(result.output_dir).rglob("*") if path.is_file()}
+    hub.fail = fail
+    with pytest.raises(RunError, match=f"the upload to alice/sks-dog failed .* hf upload alice/sks-dog {result.output_dir}"):
+        upload(result, repo_id)
+    assert len([wait for wait in waits if wait in (*PATIENCE, 7.0)]) >= attempts - 1
+    if "commit" in fail:
+        assert len([request for request in hub.requests if "/commit/" in request.path]) == attempts
+    assert {path: path.read_bytes() for path in before} == before
+    assert sum(waits) < 90
+
+    hub.fail = {}
+    HfApi(endpoint=hub.url, token="hf_alice").upload_folder(repo_id=repo_id, folder_path=result.output_dir)
+    assert hub.files(repo_id)[WEIGHTS] == Path(result.output_dir, WEIGHTS).read_bytes()

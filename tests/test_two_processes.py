@@ -1,0 +1,127 @@
+"""The SD script on two processes: one model, one upload, exact resume, one message; and what one process makes of it."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copy, copytree
+from typing import Any
+
+import pytest
+import torch
+from conftest import ACCOUNTS, PARITY, ROOT
+from loopback_hub import LoopbackHub
+from PIL import Image
+from two_processes import FIXED, FULL, Run, fixed_loss
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five photos, of which two are not square; two squares; and a run of one process to go on from."""
+    folder = tmp_path_factory.mktemp("two")
+    copytree(PARITY / "instance", folder / "photos")
+    copy(folder / "photos" / "01.png", folder / "photos" / "04.png")
+    (folder / "squares").mkdir()
+    for name in ("00.png", "01.png"):
+        Image.open(PARITY / "instance" / name).convert("RGB").resize((64, 64)).save(folder / "squares" / name)
+    Run(folder / "one", *FULL, "--instance_data_dir", str(folder / "photos")).save(folder / "one.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LoopbackHub]:
+    with LoopbackHub(ACCOUNTS) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def launched(folder: Path, hub: LoopbackHub) -> subprocess.CompletedProcess:
+    """All that two processes do here, in one launch: the start takes longer than the runs."""
+    environment = hub.environment(folder / "home") | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests" / "two_processes.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
+    assert (folder / "two-after-one-1.pt").exists(), done.stderr
+    return done
+
+
+@pytest.fixture
+def ranks(launched: subprocess.CompletedProcess, folder: Path):
+    """What the two processes ended a run with, by the run's name."""
+    return lambda name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any], **tolerance: float) -> None:
+    for model, weights in one["weights"].items():
+        torch.testing.assert_close(other["weights"][model], weights, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("run", ["whole", "fixed", "two-after-one"])
+def test_the_processes_end_with_one_model(ranks, run: str) -> None:
+    assert_equal(*ranks(run))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_resumed_run_equals_an_uninterrupted_one(ranks, stop: int) -> None:
+    """In mid-epoch, where a photo that both have seen comes again, and at the epoch's end."""
+    for whole, again in zip(ranks("whole"), ranks(f"from-{stop}"), strict=True):
+        assert again["logs"][0][0] in (stop, stop + 1)
+        assert_equal(whole, again)
+
+
+def test_two_processes_equal_one_with_the_whole_batch(ranks, folder: Path) -> None:
+    """But for the order of sums: the mean of two gradients is not rounded as the gradient of two photos' mean."""
+    photos = ("--instance_data_dir", str(folder / "squares"), "--train_batch_size", "2")
+    Run(folder / "fixed alone", *FIXED, *photos, loss=fixed_loss).save(folder / "fixed-alone.pt")
+    alone = torch.load(folder / "fixed-alone.pt", weights_only=False)
+    two = ranks("fixed")[0]
+    assert_equal(alone, two, rtol=1e-5, atol=1e-6)
+    start = torch.nn.utils.parameters_to_vector(two["weights"]["unet"].values())
+    end = torch.nn.utils.parameters_to_vector(ranks("whole")[0]["weights"]["unet"].values())
+    assert not torch.allclose(start, end, rtol=1e-5, atol=1e-6)
+    assert [values["drift"] for _, values in two["logs"]] == pytest.approx(
+        [values["drift"] for _, values in alone["logs"]], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("processes", ["two after one", "one after two"])
+def test_another_number_of_processes_goes_on(ranks, folder: Path, caplog, processes: str) -> None:
+    """With the updates, the optimizer and the schedule of the run; the photos are shuffled anew."""
+    whole = dict(torch.load(folder / "one.pt", weights_only=False)["logs"])
+    if processes == "two after one":
+        logs = ranks("two-after-one")[0]["logs"]
+    else:
+        ranks("whole")
+        more = ("--resume_from_checkpoint", str(folder / "two" / "checkpoint-4"))
+        logs = Run(folder / "one again", *FULL, "--instance_data_dir", str(folder / "photos"), *more).logs
+        assert "checkpoint-4 is of 2 processes, not 1: the photos are shuffled anew." in caplog.text
+    assert [step for step, _ in logs] == ([4, 5, 6] if processes == "two after one" else [5, 6])
+    assert [values["lr"] for _, values in logs] == pytest.approx([whole[step]["lr"] for step, _ in logs])
+
+
+def test_class_images_are_shared_out(ranks, folder: Path) -> None:
+    ranks("whole")
+    assert sorted(path.name.split("-")[0] for path in (folder / "class").iterdir()) == ["0", "1", "2", "3", "4"]
+
+
+def test_one_process_pushes(ranks, hub: LoopbackHub) -> None:
+    ranks("whole")
+    asked = [request.path for request in hub.requests]
+    assert len([path for path in asked if path.endswith("/commit/main")]) == 1
+    assert asked.count("/api/repos/create") == 1
+    assert "unet/diffusion_pytorch_model.safetensors" in hub.files("alice/dog")
+
+
+def test_every_process_leaves_its_random_state(ranks, folder: Path) -> None:
+    ranks("whole")
+    names = {path.name for path in (folder / "whole" / "checkpoint-2").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl", "sampler_state.pt"} <= names
+
+
+def test_a_failure_of_one_process_ends_all_with_its_message(launched, folder: Path) -> None:
+    assert launched.returncode == 1
+    (line,) = [line for line in launched.stderr.splitlines() if "error: the loss" in line]
+    assert "train_dreambooth_lipreg.py: error: the loss is nan in the step after update 0" in line
+    assert not (folder / "lost" / "unet").exists()
