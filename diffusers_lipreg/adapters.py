@@ -301,6 +301,16 @@ class AdapterSnapshot:
         """
         return _total([self._value(layers, reduction) for layers in self._groups(module)])
 
+    @torch.no_grad()
+    def drift_by_layer(self, module: nn.Module) -> dict[str, float]:
+        """The `product` drift of each adapted layer, by its name.
+
+        Raises:
+            ValueError: As for `drift`.
+        """
+        layers = [layer for layers in self._groups(module) for layer in layers]
+        return {layer[0].layer: max(0.0, self._value([layer], "product").item()) for layer in layers}
+
     def add_gradient_(
         self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0
     ) -> Drift:

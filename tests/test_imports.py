@@ -1,4 +1,7 @@
-"""Imports go one way: torch <- drift <- snapshot, adapters <- losses <- callbacks; only scripts join the core and `dreambooth`."""
+"""Imports go one way: torch <- drift <- snapshot, adapters <- losses <- callbacks.
+
+Only commands join the core and `dreambooth`: the scripts, and `evaluation`, which nothing else imports.
+"""
 
 import ast
 import sys
@@ -66,6 +69,15 @@ def test_core_imports_torch_and_what_stands_before_it(path):
 def test_dreambooth_never_imports_the_core(path):
     ours = {name for name in imports_of(path) if name.startswith("diffusers_lipreg")}
     assert all(name.startswith("diffusers_lipreg.dreambooth.") for name in ours)
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted({*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")} - set(PACKAGE.glob("evaluation/*.py"))),
+    ids=lambda path: path.name,
+)
+def test_nothing_imports_the_evaluation(path):
+    assert not any(name.startswith("diffusers_lipreg.evaluation") for name in imports_of(path))
 
 
 @pytest.mark.parametrize("path", [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")], ids=lambda path: path.name)

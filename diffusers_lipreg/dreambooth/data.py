@@ -64,13 +64,13 @@ def list_images(folder: str | Path) -> list[Path]:
     return images
 
 
-def find_instance_images(folder: str | Path) -> list[Path]:
-    """As `list_images`, of a folder that has to be there and hold at least one image."""
+def find_instance_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[Path]:
+    """As `list_images`, of a folder that has to be there and hold at least one image; `flag` is where it was named."""
     if not Path(folder).is_dir():
-        raise RunError(f"--instance_data_dir {folder}: there is no such folder.")
+        raise RunError(f"{flag} {folder}: there is no such folder.")
     images = list_images(folder)
     if not images:
-        raise RunError(f"--instance_data_dir {folder}: there is no image in it that can be read.")
+        raise RunError(f"{flag} {folder}: there is no image in it that can be read.")
     return images
 
 
