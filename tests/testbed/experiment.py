@@ -51,7 +51,7 @@ from world import (  # noqa: E402
 TOKEN = "qvx"  # the pipeline has never read it; `sks` and its like it has learned to pass over
 SEED_OF_VIEWS = 10_000  # no training photo is drawn with it
 SUBJECT_PICTURES = 72
-LEVELS = (0.5, 0.8)  # shares of pictures with the subject, at which methods are compared
+SEEN = 0.5  # the share of pictures with the subject at which methods are compared
 
 
 @dataclass(frozen=True)
@@ -319,6 +319,7 @@ COLUMNS = {
     "epsilon_gap": "epsilon gap",
     "world_loss": "world loss",
     "world_all": "world right",
+    "balance": "balance",
     "seconds": "seconds",
 }
 
@@ -332,6 +333,10 @@ def read(runs: Iterable[Run], args: argparse.Namespace) -> list[dict]:
     for run in runs:
         path = run.folder(args.output_dir) / "result.json"
         rows += [{**vars(run), **row} for row in json.loads(path.read_text())]
+    for row in rows:
+        if "world_all" in row:  # the harmonic mean of what is learned and what is kept
+            learned_and_kept = row["subject_seen"], row["world_all"]
+            row["balance"] = statistics.harmonic_mean(learned_and_kept)
     return rows
 
 
@@ -356,42 +361,54 @@ def _cell(column: str, values: list[float]) -> str:
     mean, spread = statistics.mean(values), statistics.pstdev(values)
     if column == "seconds":
         return f"{mean:.0f}"
-    if column.endswith(("seen", "background", "all")):
+    if column.endswith(("seen", "background", "all", "balance")):
         return f"{mean:.1%} ± {spread:.1%}"
     return f"{mean:.4f} ± {spread:.4f}"
 
 
-def points(rows: list[dict], subject: str, method: str) -> list[tuple[float, float]]:
-    """How often the subject is seen and the epsilon gap, at every weight and step of a method: means over seeds.
+def points(rows: list[dict], subject: str, method: str, score: str) -> list[tuple[float, float]]:
+    """The subject score and the epsilon gap at every weight and step of a method: means over seeds.
 
-    Seeds are averaged before anything is chosen, so that no method is helped by the luck of one run.
+    Seeds are averaged before anything is chosen, so that no method is helped by the luck of one run. A loss counts
+    with a minus sign: more is better.
     """
+    sign = -1 if score.endswith("loss") else 1
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         if (row["subject"], row["method"]) == (subject, method):
             groups.setdefault((row["weight"], row["step"]), []).append(row)
     return [
-        (statistics.mean(r["subject_seen"] for r in group), statistics.mean(r["epsilon_gap"] for r in group))
+        (sign * statistics.mean(r[score] for r in group), statistics.mean(r["epsilon_gap"] for r in group))
         for group in groups.values()
     ]
 
 
-def least_gap(rows: list[dict], subject: str, method: str, level: float) -> float | None:
-    """The smallest epsilon gap at which a method shows the subject in this share of pictures; None if it never does."""
-    return min((gap for seen, gap in points(rows, subject, method) if seen >= level), default=None)
+def learned(rows: list[dict], subject: str, score: str) -> float:
+    """The score at which methods are compared: half of the pictures, or nine tenths of the loss that plain can lose."""
+    if score == "subject_seen":
+        return SEEN
+    (base, _), *_ = points(rows, subject, "base", score)
+    best, _ = max(points(rows, subject, "plain", score))
+    return base + 0.9 * (best - base)
 
 
-def matched_table(rows: list[dict], args: argparse.Namespace, level: float) -> str:
-    """Epsilon gap of each method once the subject is seen this often, and how many times smaller than plain's it is."""
+def least_gap(rows: list[dict], subject: str, method: str, score: str) -> float | None:
+    """The smallest epsilon gap at which a method has learned the subject; None if it never has."""
+    level = learned(rows, subject, score)
+    return min((gap for value, gap in points(rows, subject, method, score) if value >= level), default=None)
+
+
+def matched_table(rows: list[dict], args: argparse.Namespace, score: str) -> str:
+    """Epsilon gap of each method once it has learned the subject, and plain's over it."""
     lines = ["| method | " + " | ".join(args.subjects) + " |", "|---" * (len(args.subjects) + 1) + "|"]
     for method in args.methods:
         cells = []
         for subject in args.subjects:
-            gap, plain = least_gap(rows, subject, method, level), least_gap(rows, subject, "plain", level)
+            gap, plain = (least_gap(rows, subject, name, score) for name in (method, "plain"))
             if gap is None:
                 cells.append("not reached")
             else:
-                cells.append(f"{gap:.3f}" + (f" ({plain / gap:.1f} x less)" if plain and method != "plain" else ""))
+                cells.append(f"{gap:.3f}" + (f" (1 / {plain / gap:.1f})" if plain and method != "plain" else ""))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -416,7 +433,7 @@ def draw_curves(rows: list[dict], args: argparse.Namespace, path: Path) -> None:
     for axis, subject in zip(axes[0], args.subjects, strict=True):
         for number, method in enumerate(args.methods):
             best: list[tuple[float, float]] = []
-            for seen, gap in sorted(points(rows, subject, method), reverse=True):
+            for seen, gap in sorted(points(rows, subject, method, "subject_seen"), reverse=True):
                 if not best or gap < best[-1][1]:
                     best.append((seen, gap))
             style = {"color": f"C{number}", "linestyle": "--" if METHODS[method].lora else "-", "marker": "."}
@@ -460,11 +477,13 @@ def tell(rows: list[dict], args: argparse.Namespace) -> str:
         f"{args.sampling_steps} sampling steps; mean ± standard deviation over subjects and seeds.",
         final_table(rows, args.steps),
     ]
-    for level in LEVELS if "plain" in args.methods else ():
+    if "plain" in args.methods:
         parts += [
-            f"Epsilon gap where the subject is first seen in {level:.0%} of its pictures: the least over weights and "
-            f"{args.checkpoints} checkpoints of the mean over seeds.",
-            matched_table(rows, args, level),
+            "Epsilon gap, and as a part of plain fine-tuning's, where the subject is in half of its pictures: the least "
+            f"over weights and {args.checkpoints} checkpoints of the mean over seeds.",
+            matched_table(rows, args, "subject_seen"),
+            "The same where the denoising loss on unseen views has lost nine tenths of what plain fine-tuning takes off it.",
+            matched_table(rows, args, "subject_loss"),
         ]
     return "\n\n".join(parts)
 

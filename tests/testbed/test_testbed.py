@@ -63,26 +63,33 @@ def test_the_pipelines_quality(pipeline):
     assert right["background"] >= 0.95 and right["colour"] >= 0.9 and right["shape"] >= 0.85, right
 
 
-def row(method: str, seed: int, step: int, seen: float, gap: float, weight: float = 0.0) -> dict:
+def row(method: str, seed: int, step: int, seen: float, loss: float, gap: float, weight: float = 0.0) -> dict:
     return {
         "subject": "smiley", "method": method, "weight": weight, "seed": seed, "step": step,
-        "subject_seen": seen, "epsilon_gap": gap,
+        "subject_seen": seen, "subject_loss": loss, "epsilon_gap": gap,
     }  # fmt: skip
 
 
-def test_methods_are_compared_where_the_subject_is_seen_as_often():
-    """Means over seeds: plain has 0.4 at 0.02, 0.6 at 0.06, 0.5 at 0.08; the penalty at weight 1 has 0.5 at 0.03."""
+def test_methods_are_compared_where_they_have_learned_the_subject():
+    """Means over seeds of plain: seen 0.4, 0.6, 0.5; loss 0.6, 0.5, 0.7; gap 0.02, 0.06, 0.08.
+
+    So half of the pictures cost it 0.06, and its loss goes from 1 to 0.5 at best: 0.55 costs 0.06, too. The penalty at
+    weight 1 is seen in 0.5 at loss 0.5 and gap 0.03; at weight 2 it has a loss of 0.54 at gap 0.01, seen in 0.1.
+    """
     rows = [
-        *(row("plain", 0, *point) for point in ((1, 0.6, 0.01), (2, 0.5, 0.05), (3, 0.6, 0.08))),
-        *(row("plain", 1, *point) for point in ((1, 0.2, 0.03), (2, 0.7, 0.07), (3, 0.4, 0.08))),
-        *(row("sum", seed, 3, seen, 0.03, weight=1.0) for seed, seen in enumerate((0.3, 0.7))),
-        *(row("sum", seed, 3, 0.1, 0.001, weight=10.0) for seed in range(2)),
+        row("base", 0, 0, 0.0, 1.0, 0.0),
+        *(row("plain", 0, *point) for point in ((1, 0.6, 0.5, 0.01), (2, 0.5, 0.5, 0.05), (3, 0.6, 0.7, 0.08))),
+        *(row("plain", 1, *point) for point in ((1, 0.2, 0.7, 0.03), (2, 0.7, 0.5, 0.07), (3, 0.4, 0.7, 0.08))),
+        *(row("sum", seed, 3, seen, 0.5, 0.03, weight=1.0) for seed, seen in enumerate((0.3, 0.7))),
+        *(row("sum", seed, 3, 0.1, 0.54, 0.01, weight=2.0) for seed in range(2)),
+        *(row("LoRA plain", seed, 3, 0.1, 0.9, 0.01) for seed in range(2)),
     ]
-    assert experiment.least_gap(rows, "smiley", "plain", 0.5) == pytest.approx(0.06)
-    assert experiment.least_gap(rows, "smiley", "sum", 0.5) == pytest.approx(0.03)
-    assert experiment.least_gap(rows, "smiley", "sum", 0.8) is None
-    table = experiment.matched_table(rows, Namespace(subjects=["smiley"], methods=["plain", "sum"]), 0.5)
-    assert table.splitlines()[2:] == ["| plain | 0.060 |", "| sum | 0.030 (2.0 x less) |"]
+    args = Namespace(subjects=["smiley"], methods=["plain", "sum", "LoRA plain"])
+    assert experiment.learned(rows, "smiley", "subject_loss") == pytest.approx(-0.55)
+    seen = experiment.matched_table(rows, args, "subject_seen")
+    assert seen.splitlines()[2:] == ["| plain | 0.060 |", "| sum | 0.030 (1 / 2.0) |", "| LoRA plain | not reached |"]
+    loss = experiment.matched_table(rows, args, "subject_loss")
+    assert loss.splitlines()[2:] == ["| plain | 0.060 |", "| sum | 0.010 (1 / 6.0) |", "| LoRA plain | not reached |"]
 
 
 def results(output_dir: Path, *flags: str) -> list[dict]:
@@ -114,10 +121,10 @@ def test_the_experiment_runs_and_is_not_done_twice(tmp_path):
 
 @pytest.mark.slow
 def test_the_penalty_helps(tmp_path):
-    """The core of the claim: where the subject is seen as often, the penalty leaves the world nearer to where it was."""
+    """At an equal loss on unseen views the penalty leaves the world nearer to where it was."""
     rows = results(tmp_path, "--subjects", "smiley", "--methods", "plain", "sum", "--seeds", "2", "--prompts", "100")
-    plain, ours = (experiment.least_gap(rows, "smiley", method, 0.5) for method in ("plain", "sum"))
-    assert ours < 0.9 * plain
+    plain, ours = (experiment.least_gap(rows, "smiley", method, "subject_loss") for method in ("plain", "sum"))
+    assert ours < 0.8 * plain
 
 
 @pytest.mark.slow
