@@ -6,8 +6,7 @@ With d_i = theta_i - theta_0,i for the i-th of the tensors and n_i its number of
     tensor_mean  sum_i ||d_i||^2 / n_i    what the authors' released code computes (published weights 500, 175, 50)
 
 Differences are taken in float32 at least, and before anything is multiplied: w * theta - w * theta_0 would cancel the
-digits that carry the drift. Source: Kim, Park, Kim, "Preserve and Personalize: Personalized Text-to-Image Diffusion
-Models without Distributional Drift", ICLR 2026, arXiv 2505.19519.
+digits that carry the drift. Source: Kim, Park, Kim, "Preserve and Personalize", ICLR 2026, arXiv 2505.19519.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .sharding import local, summed
+
 REDUCTIONS = ("sum", "tensor_mean")
 
-# Elements handled at a time (or one row, if that is longer): 16 MiB of float32 as scratch, however large a tensor is.
-SLICE_ELEMENTS = 2**22
+SLICE_ELEMENTS = 2**22  # at a time, or one row if that is longer: 16 MiB of float32 as scratch for any tensor
 
 
 class Drift(NamedTuple):
@@ -41,7 +41,7 @@ def _difference(parameter: Tensor, teacher: Tensor) -> Tensor:
 
 def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of equally shaped tensors along their first dimension, whatever their memory format."""
-    whole = [torch.atleast_1d(tensor) for tensor in tensors]
+    whole = [torch.atleast_1d(local(tensor)) for tensor in tensors]
     row_elements = max(1, whole[0][:1].numel())
     return zip(*(tensor.split(max(1, SLICE_ELEMENTS // row_elements)) for tensor in whole), strict=True)
 
@@ -63,7 +63,9 @@ def _total(terms: list[Tensor]) -> Tensor:
 
 def drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str) -> Tensor:
     """The drift as a scalar to differentiate; `pairs` are parameter and teacher, of equal shape."""
-    return _total([_difference(*pair).square().sum() * _coefficient(pair[0], reduction) for pair in pairs])
+    listed = list(pairs)
+    terms = [_difference(local(p), local(t)).square().sum() * _coefficient(p, reduction) for p, t in listed]
+    return summed(_total(terms), listed[0][0])
 
 
 @torch.no_grad()
@@ -73,12 +75,9 @@ def add_drift_gradient_(
     """Adds d(weight * drift)/d(theta) to every parameter's `.grad` and returns the drift, in one pass.
 
     The gradient is 2 * weight * d_i for `sum` and 2 * weight * d_i / n_i for `tensor_mean`. A parameter that has no
-    gradient yet gets one, as autograd would give it; a frozen one, or any with weight 0, is only measured.
-
-    Args:
-        pairs: Parameter and teacher, of equal shape.
-        weight: The paper's lambda.
-        scale: Factor on the gradient alone: the loss scale, while the gradients it joins are still scaled (fp16).
+    gradient yet gets one, as autograd would give it; a frozen one, or any with weight 0, is only measured. Parameters
+    sharded by FSDP2 are worked on where they lie, with one all-reduce of the sums. `weight` is the paper's lambda,
+    `scale` a factor on the gradient alone: the loss scale, while the gradients it joins are still scaled (fp16).
     """
     values, squares = [], []
     for parameter, teacher in pairs:
@@ -88,4 +87,4 @@ def add_drift_gradient_(
             gradient = parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         squares.append(_squared_distance(parameter, teacher, gradient, 2.0 * scale * weight * coefficient))
         values.append(squares[-1] * coefficient)
-    return Drift(_total(values), _total(squares))
+    return Drift(*summed(torch.stack([_total(values), _total(squares)]), parameter))

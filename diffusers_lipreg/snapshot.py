@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift
+from .sharding import local, summed
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -73,7 +74,7 @@ class TeacherSnapshot:
     @cached_property
     def squared_norm(self) -> float:
         """||theta_0||^2, what a drift is relative to."""
-        return float(sum(teacher.float().square().sum().item() for teacher in self._teacher.values()))
+        return sum(summed(local(t).float().square().sum(), t).item() for t in self._teacher.values())
 
     def pairs(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter of `module` with its teacher; a name, shape or device that does not fit raises ValueError."""
