@@ -6,8 +6,7 @@ With d_i = theta_i - theta_0,i for the i-th of the tensors and n_i its number of
     tensor_mean  sum_i ||d_i||^2 / n_i    what the authors' released code computes (published weights 500, 175, 50)
 
 Differences are taken in float32 at least, and before anything is multiplied: w * theta - w * theta_0 would cancel the
-digits that carry the drift. Source: Kim, Park, Kim, "Preserve and Personalize: Personalized Text-to-Image Diffusion
-Models without Distributional Drift", ICLR 2026, arXiv 2505.19519.
+digits that carry the drift. Source: Kim, Park, Kim, "Preserve and Personalize", ICLR 2026, arXiv 2505.19519.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .sharding import local, summed
 
 REDUCTIONS = ("sum", "tensor_mean")
 
@@ -47,7 +48,7 @@ def _limit(tensor: Tensor) -> int:
 
 def _slices(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     """Views of equally shaped tensors along their first dimension, whatever their memory format."""
-    whole = [torch.atleast_1d(tensor) for tensor in tensors]
+    whole = [torch.atleast_1d(local(tensor)) for tensor in tensors]
     rows = max(1, _limit(tensors[0]) // max(1, whole[0][:1].numel()))
     return zip(*(tensor.split(rows) for tensor in whole), strict=True)
 
@@ -71,7 +72,10 @@ def _total(terms: list[Tensor]) -> Tensor:
 
 def drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str) -> Tensor:
     """The drift as a scalar to differentiate; `pairs` are parameter and teacher, of equal shape."""
-    return _total([(_wide(p, p) - _wide(t, p)).square().sum() * _coefficient(p, reduction) for p, t in pairs])
+    listed = list(pairs)
+    differences = [_wide(local(p), p) - _wide(local(t), p) for p, t in listed]
+    terms = [d.square().sum() * _coefficient(p, reduction) for d, (p, _) in zip(differences, listed, strict=True)]
+    return summed(_total(terms), listed[0][0])
 
 
 @torch.no_grad()
@@ -81,12 +85,9 @@ def add_drift_gradient_(
     """Adds d(weight * drift)/d(theta) to every parameter's `.grad` and returns the drift, in one pass.
 
     The gradient is 2 * weight * d_i for `sum` and 2 * weight * d_i / n_i for `tensor_mean`. A parameter that has no
-    gradient yet gets one, as autograd would give it; a frozen one, or any with weight 0, is only measured.
-
-    Args:
-        pairs: Parameter and teacher, of equal shape.
-        weight: The paper's lambda.
-        scale: Factor on the gradient alone: the loss scale, while the gradients it joins are still scaled (fp16).
+    gradient yet gets one, as autograd would give it; a frozen one, or any with weight 0, is only measured. Parameters
+    sharded by FSDP2 are worked on where they lie, with one all-reduce of the sums. `weight` is the paper's lambda,
+    `scale` a factor on the gradient alone: the loss scale, while the gradients it joins are still scaled (fp16).
     """
     groups: list[tuple[Tensor, ...]] = []
     coefficients = []
@@ -109,4 +110,5 @@ def add_drift_gradient_(
             torch._foreach_mul_(differences, [2.0 * scale * weight * coefficients[number] for number in numbers])
             torch._foreach_add_(gradients[0], differences)
     distances = [torch.stack(terms).sum() for terms in squares]
-    return Drift(_total([d * c for d, c in zip(distances, coefficients, strict=True)]), _total(distances))
+    value = _total([d * c for d, c in zip(distances, coefficients, strict=True)])
+    return Drift(*summed(torch.stack([value, _total(distances)]), groups[0][0]))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift
+from .sharding import local, summed
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -31,7 +32,8 @@ def _few(names: Iterable[str]) -> str:
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:
     """The smallest of the tensor's own type, float16 and bfloat16 that holds its values without loss."""
-    halves = (torch.float16, torch.bfloat16) if tensor.dtype == torch.float32 else ()
+    alone = tensor.dtype == torch.float32 and local(tensor) is tensor  # processes might not agree on that of shards
+    halves = (torch.float16, torch.bfloat16) if alone else ()
     return next((half for half in halves if torch.equal(tensor.to(half).to(tensor.dtype), tensor)), tensor.dtype)
 
 
@@ -98,7 +100,7 @@ class TeacherSnapshot:
     @cached_property
     def squared_norm(self) -> float:
         """||theta_0||^2, what a drift is relative to."""
-        return float(sum(teacher.float().square().sum().item() for teacher in self._teacher.values()))
+        return sum(summed(local(t).float().square().sum(), t).item() for t in self._teacher.values())
 
     def pairs(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter of `module` with its teacher; a name, shape or device that does not fit raises ValueError."""

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from conftest import PARITY, command, flags, forget_accelerate
 from huggingface_hub import HfApi, close_session, constants
 from loopback_hub import LoopbackHub
@@ -391,6 +392,16 @@ def test_a_disk_that_is_too_small(run: Run, train, out: Path, monkeypatch: pytes
     train(out, "--checkpointing_steps", "2")
     written = sum(file.stat().st_size for file in (out / "checkpoint-2").rglob("*"))
     assert written == pytest.approx(needed, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_would_lose_the_penalty_is_refused(stopped, nothing_loads, out, monkeypatch, script, kind) -> None:
+    """DeepSpeed updates inside backward, before the penalty's gradient is there; checkpoints are not made of shards."""
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    code, line = stopped(script, arguments(script, out, []))
+    assert code == 1 and f"configuration asks for {kind.value}; the scripts run on one process" in line
+    assert not out.exists()
 
 
 def test_there_are_enough_cases() -> None:

@@ -1,11 +1,14 @@
-"""Two processes with DDP take the steps of one process with the whole batch, and stay equal to the last bit."""
+"""Two processes take the steps of one with the whole batch: with DDP, equal to the last bit; with FSDP2, half each."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -15,29 +18,35 @@ from diffusers_lipreg.probe import Denoiser, OutputProbe
 
 STEPS, WORLD = 6, 2
 ROUTES = ["in place", "autograd"]
+WRAPPERS = {"DDP": DistributedDataParallel, "FSDP2": fully_shard}
 
 
-def train(route: str, rank: int, world: int) -> dict[str, Tensor]:
+def train(route: str, wrapper: str, rank: int, world: int) -> dict[str, Tensor]:
     """Trains a tiny model on this rank's share of each batch; returns its weights and the drift it ended with."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     for parameter in model.parameters():
         nn.init.normal_(parameter, generator=generator)
-    penalty = LipschitzDriftLoss(TeacherSnapshot(model), 5.0, "tensor_mean")
-    wrapped = DistributedDataParallel(model) if world > 1 else model
+    wrapped = WRAPPERS[wrapper](model) if world > 1 else model
+    snapshot = TeacherSnapshot(wrapped)
+    penalty = LipschitzDriftLoss(snapshot, 5.0, "tensor_mean")
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
     for _ in range(STEPS):
         x, y = torch.randn(8, 4, generator=generator), torch.randn(8, 2, generator=generator)
         optimizer.zero_grad()
-        loss = mse_loss(wrapped(x[rank::world]), y[rank::world])
-        if route == "autograd":
-            loss = loss + penalty(wrapped)
+        # Before the model runs: from then until its backward FSDP2 keeps the last layers whole.
+        loss = penalty(wrapped) if route == "autograd" else 0.0
+        loss = loss + mse_loss(wrapped(x[rank::world]), y[rank::world])
         loss.backward()  # one backward: with two, DDP's ranks drift apart
         if route == "in place":
             penalty.add_gradient_(wrapped)
         clip_grad_norm_(wrapped.parameters(), 1.0)
         optimizer.step()
-    return {**model.state_dict(), "drift": penalty.measure(wrapped).value}
+    with snapshot.applied_to(wrapped):
+        assert penalty.measure(wrapped).value == 0
+    weights = {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
+    norm = torch.tensor(snapshot.squared_norm)
+    return {**weights, "norm": norm, **penalty.measure(wrapped)._asdict(), "loss": penalty(wrapped).detach()}
 
 
 def probe() -> Tensor:
@@ -55,7 +64,7 @@ def worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
-    results = {route: train(route, rank, WORLD) for route in ROUTES}
+    results = {case: train(*case, rank, WORLD) for case in product(ROUTES, WRAPPERS)}
     torch.save({**results, "probe": probe()}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -69,18 +78,21 @@ def ranks(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_ranks_do_not_drift_apart(ranks, route):
-    first, second = (rank[route] for rank in ranks)
+@pytest.mark.parametrize("case", list(product(ROUTES, WRAPPERS)))
+def test_ranks_do_not_drift_apart(ranks, case):
+    first, second = (rank[case] for rank in ranks)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_two_processes_equal_one_with_the_whole_batch(ranks, route):
-    torch.testing.assert_close(ranks[0][route], train(route, rank=0, world=1), rtol=1e-6, atol=1e-6)
 
 
 def test_processes_share_the_probes_and_agree_to_the_last_bit(ranks):
     first, second = (rank["probe"] for rank in ranks)
     assert first.min() > 0
     assert torch.equal(first, second) and torch.equal(first, probe())
+
+
+@pytest.mark.parametrize("case", list(product(ROUTES, WRAPPERS)))
+def test_two_processes_equal_one_with_the_whole_batch(ranks, case):
+    """But for the order of sums."""
+    alone = train(*case, rank=0, world=1)
+    assert 0 < alone["squared_distance"] < alone["norm"] and alone["loss"] == 5 * alone["value"]
+    torch.testing.assert_close(ranks[0][case], alone, rtol=1e-6, atol=1e-6)

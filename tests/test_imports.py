@@ -13,8 +13,9 @@ from conftest import ROOT
 PACKAGE = ROOT / "diffusers_lipreg"
 SNAPSHOT = {"diffusers_lipreg.drift", "diffusers_lipreg.snapshot"}
 CORE = {  # beside the standard library; another core module states here what it needs
-    "drift.py": {"torch"},
-    "snapshot.py": {"torch", "diffusers_lipreg.drift"},
+    "sharding.py": {"torch"},
+    "drift.py": {"torch", "diffusers_lipreg.sharding"},
+    "snapshot.py": {"torch", "diffusers_lipreg.drift", "diffusers_lipreg.sharding"},
     "adapters.py": {"torch", "peft", *SNAPSHOT},
     "losses.py": {"torch", "diffusers_lipreg.adapters", *SNAPSHOT},
     "callbacks.py": {"torch", "transformers", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", *SNAPSHOT},

@@ -18,7 +18,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import KwargsHandler, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, KwargsHandler, ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LRScheduler
@@ -52,6 +52,11 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
         ),
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise RunError(
+            f"accelerate's configuration asks for {accelerator.distributed_type.value}; the scripts run on one process "
+            "or on several with DDP: choose another with `accelerate config`, or with --multi_gpu."
+        )
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if torch.backends.mps.is_available():
