@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """DreamBooth for Stable Diffusion 1.x/2.x with a penalty on the drift from the pretrained weights.
 
-Every flag of diffusers' official train_dreambooth.py, and five for the penalty. The paper's configuration:
+Every flag of diffusers' official train_dreambooth.py, and those for the penalty. The paper's configuration:
 
     accelerate launch train_dreambooth_lipreg.py \
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from diffusers_lipreg import AdapterSnapshot
+from diffusers_lipreg import AdapterSnapshot, Denoiser
 from diffusers_lipreg.dreambooth import (
     arguments,
     checkpoints,
@@ -41,7 +41,9 @@ from diffusers_lipreg.dreambooth import (
 )
 from diffusers_lipreg.dreambooth.interruption import Interruption
 from diffusers_lipreg.drift import REDUCTIONS
+from diffusers_lipreg.monitor import watch
 from diffusers_lipreg.penalties import card_facts, take_teachers
+from diffusers_lipreg.probe import PROMPTS
 
 logger = get_logger(__name__)
 
@@ -150,6 +152,23 @@ def encode_prompts(
     return of_batch, validation_prompt
 
 
+def probe_denoiser(
+    args: argparse.Namespace, accelerator: Accelerator, models: Models, prompts: Sequence[str]
+) -> Denoiser:
+    """The bare models as the probe calls them; call it while they are bare, and the text encoder is there."""
+    unet, channels, encoder = models.unet, models.unet_channels, models.text_encoder
+    dtype, device = runtime.weight_dtype(accelerator), accelerator.device
+    options = {"max_length": args.tokenizer_max_length, "use_mask": args.text_encoder_use_attention_mask}
+    tokens = {prompt: text.Prompts(models.tokenizer, [prompt], **options) for prompt in prompts}
+    known = {} if args.train_text_encoder else {one: tokens[one].precompute(encoder, device)(1) for one in prompts}
+
+    def denoise(noisy: torch.Tensor, timestep: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        states = torch.cat([known[one] if known else tokens[one].encode(encoder, 1) for one in texts])
+        return predict(args, unet, channels, noisy.to(dtype), timestep.expand(len(noisy)), states.to(dtype))
+
+    return Denoiser(denoise, list(models.trained.values()))
+
+
 def validate(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, prompt: dict[str, Any], step: int
 ) -> list[Image.Image]:
@@ -171,11 +190,19 @@ def validate(
     return images
 
 
+def save_weights(args: argparse.Namespace, models: dict[str, nn.Module], folder: str) -> None:
+    """Writes what was trained and nothing else: models in sub-folders of their names, or the adapters."""
+    if args.rank is None:
+        checkpoints.save_models(models, folder)
+    else:
+        scale = (args.lora_alpha or args.rank) / args.rank
+        lora.save_adapters(StableDiffusionPipeline, folder, lora.adapter_weights(models, scale))
+
+
 def save(args: argparse.Namespace, models: dict[str, nn.Module]) -> dict[str, str]:
     """Writes the pipeline with the trained weights, or the adapters, into the output folder; says what is notable."""
     if args.rank is not None:
-        scale = (args.lora_alpha or args.rank) / args.rank
-        lora.save_adapters(StableDiffusionPipeline, args.output_dir, lora.adapter_weights(models, scale))
+        save_weights(args, models, args.output_dir)
         return {}
     source = {"revision": args.revision, "variant": args.variant}
     parts = dict(models, text_encoder=None) if args.skip_save_text_encoder else models
@@ -194,6 +221,17 @@ def save(args: argparse.Namespace, models: dict[str, nn.Module]) -> dict[str, st
     return {"extract_lora_rank": str(args.extract_lora_rank), "squared drift kept by these adapters": f"{kept:.1%}"}
 
 
+def predict(
+    args: argparse.Namespace, unet: nn.Module, channels: int, noisy: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor
+) -> torch.Tensor:
+    """The UNet's prediction (B, C, H, W) for noisy latents (B, C, H, W) at timesteps (B,) and text states (B, L, D)."""
+    if channels == 2 * noisy.shape[1]:  # an upscaler: it sees the image to improve beside the noisy one
+        noisy = torch.cat([noisy, noisy], dim=1)
+    labels = timesteps if args.class_labels_conditioning == "timesteps" else None
+    prediction = unet(noisy, timesteps, states, class_labels=labels, return_dict=False)[0]
+    return prediction.chunk(2, dim=1)[0] if prediction.shape[1] == 6 else prediction  # only the mean is trained
+
+
 def denoising_loss(
     args: argparse.Namespace, models: Models, pixels: torch.Tensor, text_states: text.TextStates
 ) -> torch.Tensor:
@@ -207,30 +245,35 @@ def denoising_loss(
         noise = noise + 0.1 * torch.randn(*latents.shape[:2], 1, 1, device=latents.device)
     timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    if models.unet_channels == 2 * latents.shape[1]:  # an upscaler: it sees the image to improve beside the noisy one
-        noisy = torch.cat([noisy, noisy], dim=1)
-    labels = timesteps if args.class_labels_conditioning == "timesteps" else None
-    prediction = models.unet(noisy, timesteps, text_states(len(latents)), class_labels=labels, return_dict=False)[0]
-    if prediction.shape[1] == 6:  # mean and variance: only the mean is trained
-        prediction = prediction.chunk(2, dim=1)[0]
     return optimization.dreambooth_loss(
-        prediction,
+        predict(args, models.unet, models.unet_channels, noisy, timesteps, text_states(len(latents))),
         optimization.diffusion_target(scheduler, latents, noise, timesteps),
         None if args.snr_gamma is None else optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma),
         args.prior_loss_weight if args.with_prior_preservation else None,
     )
 
 
+def held_out_loss(
+    args: argparse.Namespace, models: Models, crops: torch.Tensor, text_states: text.TextStates
+) -> torch.Tensor:
+    """The denoising loss on crops that are not trained on."""
+    if args.with_prior_preservation:  # a batch has two halves there; the second does not count
+        crops, args = crops.repeat(2, 1, 1, 1), argparse.Namespace(**{**vars(args), "prior_loss_weight": 0.0})
+    return denoising_loss(args, models, crops, text_states)
+
+
 def main(args: argparse.Namespace) -> None:
     accelerator = runtime.start_accelerator(args)
     instance_images = data.find_instance_images(args.instance_data_dir)
     runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=False)
+    probe_prompts = runtime.probe_prompts(args) or PROMPTS
     checkpoint, repo_id = runtime.open_output(args, accelerator)
     with runtime.loading(args):
         class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
         models = Models(args, accelerator)
     runtime.check_models(args, models.noise_scheduler, models.vae)
     bare = models.trained
+    denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
     text_states, validation_prompt = encode_prompts(args, models, accelerator.device)
     transform = data.PhotoTransform(args.resolution, args.center_crop)
     dataset = data.DreamBoothDataset(instance_images, class_images, transform)
@@ -258,6 +301,19 @@ def main(args: argparse.Namespace) -> None:
         dtype=runtime.DTYPES[args.lipreg_teacher_dtype],
         device=args.lipreg_teacher_device,
     )
+    crops = data.held_out_crops(map(data.open_image, instance_images[:4]), args.resolution)
+    crops = crops.to(accelerator.device, runtime.weight_dtype(accelerator))
+    monitor = watch(
+        args,
+        accelerator,
+        denoiser,
+        models.noise_scheduler,
+        data.latent_shape(models.vae, args.resolution),
+        probe_prompts,
+        {penalty.loss: models.trained[name] for name, penalty in penalties.items()},
+        subject_loss=partial(held_out_loss, args, models, crops, text_states),
+        save_best=partial(checkpoints.save_best, accelerator, args.output_dir, partial(save_weights, args, bare)),
+    )
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
     accelerator.init_trackers("dreambooth", config=runtime.tracker_config(args))
     images: list[Image.Image] = []
@@ -276,6 +332,7 @@ def main(args: argparse.Namespace) -> None:
                 check_finite(step, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
+                    monitor.on_pre_optimizer_step(runtime.loss_scale(accelerator))
                     for name, penalty in penalties.items():  # the new idea: the gradient of weight * drift
                         penalty.on_pre_optimizer_step(
                             model=models.trained[name], loss_scale=runtime.loss_scale(accelerator)
@@ -288,6 +345,7 @@ def main(args: argparse.Namespace) -> None:
             if accelerator.sync_gradients:
                 step += 1
                 progress.update(1)
+                monitor.on_step_end(step)
                 if interruption.agreed() or step % args.checkpointing_steps == 0:
                     checkpoints.save(accelerator, loader, args.output_dir, step, args.checkpoints_total_limit)
                 if args.validation_prompt is not None and step % args.validation_steps == 0:
@@ -296,6 +354,7 @@ def main(args: argparse.Namespace) -> None:
             logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
             for penalty in penalties.values():
                 penalty.on_log(logs=logs)
+            monitor.on_log(logs)
             progress.set_postfix(**logs)
             accelerator.log(logs, step=step)
             if interruption.stopping:
@@ -304,13 +363,14 @@ def main(args: argparse.Namespace) -> None:
                 break
 
     accelerator.wait_for_everyone()
+    monitor.on_train_end()
     for name, penalty in penalties.items():
         penalty.on_train_end(model=models.trained[name])
         logger.info(f"Final drift: {penalty.logs}")
     if accelerator.is_main_process:
         hub.clear_stale(args.output_dir)
         with checkpoints.writing(args.output_dir, args.output_dir):
-            facts = card_facts(penalties.values()) | save(args, bare)
+            facts = card_facts(penalties.values()) | monitor.facts | save(args, bare)
     accelerator.end_training()
     if repo_id is not None:
         family = "stable-diffusion" if models.vae is not None else "if"

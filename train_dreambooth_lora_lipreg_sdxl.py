@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """DreamBooth with LoRA for Stable Diffusion XL, with a penalty on the drift from the pretrained model.
 
-Every flag of diffusers' official train_dreambooth_lora_sdxl.py, and five for the penalty. The paper's configuration:
+Every flag of diffusers' official train_dreambooth_lora_sdxl.py, and those for the penalty. The paper's configuration:
 
     accelerate launch train_dreambooth_lora_lipreg_sdxl.py \
       --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
@@ -34,7 +34,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffusers_lipreg import AdapterSnapshot
+from diffusers_lipreg import AdapterSnapshot, Denoiser
 from diffusers_lipreg.dreambooth import (
     arguments,
     checkpoints,
@@ -48,7 +48,9 @@ from diffusers_lipreg.dreambooth import (
     validation,
 )
 from diffusers_lipreg.dreambooth.interruption import Interruption
+from diffusers_lipreg.monitor import watch
 from diffusers_lipreg.penalties import card_facts, take_teachers
+from diffusers_lipreg.probe import PROMPTS
 
 logger = get_logger(__name__)
 
@@ -154,6 +156,22 @@ def encode_prompts(args: argparse.Namespace, models: Models) -> TextStates:
     return text_states
 
 
+def probe_denoiser(args: argparse.Namespace, models: Models, prompts: Sequence[str], dtype: torch.dtype) -> Denoiser:
+    """The bare models as the probe calls them; call it while they are bare, and the text encoders are there."""
+    unet, encode = models.unet, partial(text.encode_sdxl, models.tokenizers, models.text_encoders)
+    with torch.no_grad():
+        known = {} if args.train_text_encoder else {prompt: encode([prompt]) for prompt in prompts}
+    time_ids = [float(args.resolution), float(args.resolution), 0.0, 0.0, float(args.resolution), float(args.resolution)]
+
+    def denoise(noisy: torch.Tensor, timestep: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        pairs = [known[prompt] if known else encode([prompt]) for prompt in texts]
+        states, pooled = (torch.cat(parts).to(dtype) for parts in zip(*pairs, strict=True))
+        conditions = {"time_ids": noisy.new_tensor([time_ids] * len(noisy), dtype=dtype), "text_embeds": pooled}
+        return unet(noisy.to(dtype), timestep, states, added_cond_kwargs=conditions, return_dict=False)[0]
+
+    return Denoiser(denoise, list(models.trained.values()))
+
+
 def encode_images(args: argparse.Namespace, vae: AutoencoderKL, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Latents (B, 4, H/8, W/8) of pixels (B, 3, H, W), of the mean and scale that the UNet was trained on."""
     latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample()
@@ -206,6 +224,17 @@ def denoising_loss(
     )
 
 
+def held_out_loss(
+    args: argparse.Namespace, models: Models, crops: torch.Tensor, prompts: list[str], text_states: TextStates, dtype: torch.dtype
+) -> torch.Tensor:
+    """The denoising loss on crops that are not trained on."""
+    if args.with_prior_preservation:  # a batch has two halves there; the second does not count
+        crops, args = crops.repeat(2, 1, 1, 1), argparse.Namespace(**{**vars(args), "prior_loss_weight": 0.0})
+    time_ids = torch.tensor([[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]] * len(crops))
+    batch = {"pixel_values": crops, "prompts": prompts, "time_ids": time_ids}
+    return denoising_loss(args, models, batch, text_states, dtype)
+
+
 def load_pipeline(args: argparse.Namespace, models: Models, dtype: torch.dtype, **parts: Any) -> DiffusionPipeline:
     """The base pipeline with parts exchanged, ready to sample."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(
@@ -221,9 +250,14 @@ def load_pipeline(args: argparse.Namespace, models: Models, dtype: torch.dtype, 
     return pipeline
 
 
+def save_weights(models: dict[str, nn.Module], folder: str) -> None:
+    lora.save_adapters(StableDiffusionXLPipeline, folder, lora.adapter_weights(models))
+
+
 def main(args: argparse.Namespace) -> None:
     accelerator = runtime.start_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
     runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=True)
+    probe_prompts = runtime.probe_prompts(args) or PROMPTS
     photos = data.photos_with_prompts(args)
     checkpoint, repo_id = runtime.open_output(args, accelerator)
     with runtime.loading(args):
@@ -231,11 +265,15 @@ def main(args: argparse.Namespace) -> None:
         models = Models(args, accelerator)
     runtime.check_models(args, models.noise_scheduler, models.vae)
     bare = models.trained
+    dtype = runtime.weight_dtype(accelerator)
+    denoiser = probe_denoiser(args, models, probe_prompts, dtype)
     text_states = encode_prompts(args, models)
     transform = data.PhotoTransform(
         args.resolution, args.center_crop, args.image_interpolation_mode, args.random_flip
     )
     dataset = data.PreparedPhotos(photos, args.repeats, class_images, transform)
+    crops = data.held_out_crops((image for image, _ in photos[:4]), args.resolution).to(accelerator.device)
+    captions = [prompt for _, prompt in photos[:4]]
     del photos  # the crops are kept, the originals may be large
     loader = data.make_loader(args, dataset, data.collate_prepared)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
@@ -255,7 +293,17 @@ def main(args: argparse.Namespace) -> None:
         {"unet": args.lipreg_weight, "text_encoder": text_weight, "text_encoder_2": text_weight},
         args.lipreg_reduction,
     )
-    dtype = runtime.weight_dtype(accelerator)
+    monitor = watch(
+        args,
+        accelerator,
+        denoiser,
+        models.noise_scheduler,
+        data.latent_shape(models.vae, args.resolution),
+        probe_prompts,
+        {penalty.loss: models.trained[name] for name, penalty in penalties.items()},
+        subject_loss=partial(held_out_loss, args, models, crops, captions, text_states, dtype),
+        save_best=partial(checkpoints.save_best, accelerator, args.output_dir, partial(save_weights, bare)),
+    )
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
     accelerator.init_trackers(
@@ -276,6 +324,7 @@ def main(args: argparse.Namespace) -> None:
                 check_finite(step, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
+                    monitor.on_pre_optimizer_step(runtime.loss_scale(accelerator))
                     for name, penalty in penalties.items():  # the new idea: the gradient of weight * drift
                         penalty.on_pre_optimizer_step(
                             model=models.trained[name], loss_scale=runtime.loss_scale(accelerator)
@@ -288,11 +337,13 @@ def main(args: argparse.Namespace) -> None:
             if accelerator.sync_gradients:
                 step += 1
                 progress.update(1)
+                monitor.on_step_end(step)
                 if interruption.agreed() or step % args.checkpointing_steps == 0:
                     checkpoints.save(accelerator, loader, args.output_dir, step, args.checkpoints_total_limit)
             logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
             for penalty in penalties.values():
                 penalty.on_log(logs=logs)
+            monitor.on_log(logs)
             progress.set_postfix(**logs)
             accelerator.log(logs, step=step)
             if interruption.stopping:
@@ -309,6 +360,7 @@ def main(args: argparse.Namespace) -> None:
             validation.log_images(accelerator, images, args.validation_prompt, epoch)
 
     accelerator.wait_for_everyone()
+    monitor.on_train_end()
     for name, penalty in penalties.items():
         penalty.on_train_end(model=models.trained[name])
         logger.info(f"Final drift: {penalty.logs}")
@@ -335,7 +387,7 @@ def main(args: argparse.Namespace) -> None:
             images,
             license="playground-v2dot5-community" if playground else "openrail++",
             tags=[*tags, f"{family}-diffusers", *(["lipschitz-drift"] if penalties else [])],
-            penalty=card_facts(penalties.values()),
+            penalty=card_facts(penalties.values()) | monitor.facts,
             adapters=True,
         )
 

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from .adapters import AdapterSnapshot
-from .drift import Drift
 from .losses import LipschitzDriftLoss
 from .snapshot import TeacherSnapshot
 
@@ -50,12 +49,10 @@ class TeacherSnapshotCallback(TrainerCallback):
         device: torch.device | str | None = None,
         prefix: str = "",
     ) -> None:
-        self.weight = weight
-        self.reduction = reduction
+        self.weight, self.reduction = weight, reduction
         self.prefix = prefix
         self._options: dict[str, Any] = {"names": names and list(names), "dtype": dtype, "device": device}
         self._loss: LipschitzDriftLoss | None = None
-        self._last: Drift | None = None
 
     @property
     def loss(self) -> LipschitzDriftLoss:
@@ -67,11 +64,11 @@ class TeacherSnapshotCallback(TrainerCallback):
     @property
     def logs(self) -> dict[str, float]:
         """`loss_drift`, `drift` and `drift_relative` as last met, under the prefix; empty before the first step."""
-        if self._last is None:
+        if self._loss is None or self._loss.last is None:
             return {}
-        value, squared_distance = (float(tensor) for tensor in self._last)
+        value, squared_distance = (float(tensor) for tensor in self._loss.last)
         relative = (squared_distance / max(self.loss.snapshot.squared_norm, sys.float_info.min)) ** 0.5
-        values = {"loss_drift": self.weight * value, "drift": value, "drift_relative": relative}
+        values = {"loss_drift": self.loss.weight * value, "drift": value, "drift_relative": relative}
         return {self.prefix + key: number for key, number in values.items()}
 
     def on_init_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
@@ -94,7 +91,7 @@ class TeacherSnapshotCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, model: nn.Module, loss_scale: float = 1.0, **__: Any) -> None:
         """Add the penalty's gradient. `loss_scale`: the factor the gradients still carry (in the Trainer, none)."""
-        self._last = self.loss.add_gradient_(model, scale=loss_scale)
+        self.loss.add_gradient_(model, scale=loss_scale)
 
     def on_log(self, args: Any = None, state: TrainerState | None = None, *_: Any, logs: dict, **__: Any) -> None:
         """Add the drift to `logs`, and to the Trainer's history, which has copied them already."""
@@ -104,4 +101,4 @@ class TeacherSnapshotCallback(TrainerCallback):
 
     def on_train_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
         """Measure what the run ended with."""
-        self._last = self.loss.measure(model)
+        self.loss.measure(model)

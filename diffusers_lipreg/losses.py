@@ -40,6 +40,7 @@ class LipschitzDriftLoss(nn.Module):
         self.snapshot = snapshot
         self.weight = weight
         self.reduction = reduction
+        self.last: Drift | None = None  # as last met by a gradient or measured
 
     def forward(self, module: nn.Module) -> Tensor:
         """The penalty of `module` against the teacher: a scalar, float32 or wider, that carries a gradient."""
@@ -50,8 +51,10 @@ class LipschitzDriftLoss(nn.Module):
 
         `scale`: what they still carry, `scaler.get_scale()` under fp16 before unscaling. Returns the drift it met.
         """
-        return self.snapshot.add_gradient_(module, self.reduction, self.weight, scale)
+        self.last = self.snapshot.add_gradient_(module, self.reduction, self.weight, scale)
+        return self.last
 
     def measure(self, module: nn.Module) -> Drift:
         """The drift of `module` from the teacher, without weight and without gradient."""
-        return self.snapshot.add_gradient_(module, self.reduction, weight=0.0)
+        self.last = self.snapshot.add_gradient_(module, self.reduction, weight=0.0)
+        return self.last

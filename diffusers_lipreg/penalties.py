@@ -9,17 +9,18 @@ from .callbacks import TeacherSnapshotCallback
 
 
 def take_teachers(
-    models: Mapping[str, nn.Module], weights: Mapping[str, float], reduction: str, **options: Any
+    models: Mapping[str, nn.Module], weights: Mapping[str, float | None], reduction: str, **options: Any
 ) -> dict[str, TeacherSnapshotCallback]:
     """A callback for each model whose weight is above 0, with its teacher: call it before a checkpoint is loaded.
 
-    All but "unet" put their name before their log keys. `options` are those of `TeacherSnapshotCallback`.
+    `None` is a weight that a budget will set. All but "unet" put their name before their log keys. `options` are those of `TeacherSnapshotCallback`.
     """
     callbacks = {}
     for name, model in models.items():
-        if weights[name] > 0:
+        weight = weights[name]
+        if weight is None or weight > 0:
             prefix = "" if name == "unet" else f"{name}_"
-            callbacks[name] = TeacherSnapshotCallback(weights[name], reduction, prefix=prefix, **options)
+            callbacks[name] = TeacherSnapshotCallback(weight or 0.0, reduction, prefix=prefix, **options)
             callbacks[name].on_train_begin(model=model)
     return callbacks
 
@@ -29,7 +30,7 @@ def card_facts(callbacks: Iterable[TeacherSnapshotCallback]) -> dict[str, str]:
     facts = {}
     for callback in callbacks:
         relative = f"{callback.prefix}drift_relative"
-        facts[f"lipreg_{callback.prefix}weight"] = f"{callback.weight:g}"
+        facts[f"lipreg_{callback.prefix}weight"] = f"{callback.loss.weight:g}"
         facts["lipreg_reduction"] = callback.reduction
         facts[relative] = f"{callback.logs[relative]:.3g}"
     return facts

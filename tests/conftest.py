@@ -34,7 +34,7 @@ def flags(output_dir: Path | str, *more: str, pipeline: str = "pipeline") -> lis
         *("--instance_data_dir", str(PARITY / "instance")),
         *("--instance_prompt", "a photo of sks dog", "--output_dir", str(output_dir)),
         *("--resolution", "64", "--train_batch_size", "1", "--learning_rate", "5e-4", "--lr_warmup_steps", "0"),
-        *("--seed", "0", "--max_train_steps", "2"),
+        *("--seed", "0", "--max_train_steps", "2", "--probe_steps", "0"),
         *more,
     ]
 

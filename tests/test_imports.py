@@ -18,11 +18,16 @@ CORE = {  # beside the standard library; another core module states here what it
     "snapshot.py": {"torch", "diffusers_lipreg.drift", "diffusers_lipreg.sharding"},
     "adapters.py": {"torch", "peft", *SNAPSHOT},
     "losses.py": {"torch", "diffusers_lipreg.adapters", *SNAPSHOT},
-    "callbacks.py": {"torch", "transformers", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", *SNAPSHOT},
+    "callbacks.py": {"torch", "transformers", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.snapshot"},
     "penalties.py": {"torch", "diffusers_lipreg.callbacks"},
     "probe.py": {"torch", "diffusers"},
+    "budget.py": {"torch", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.snapshot"},
+    "monitor.py": {"torch", "diffusers_lipreg.budget", "diffusers_lipreg.losses", "diffusers_lipreg.probe"},
+    "interpolate.py": {
+        *("torch", "diffusers", "huggingface_hub", "safetensors", "diffusers_lipreg.budget", "diffusers_lipreg.probe"),
+    },
     "__init__.py": {
-        *(f"diffusers_lipreg.{module}" for module in ("adapters", "callbacks", "losses", "snapshot")),
+        *(f"diffusers_lipreg.{module}" for module in ("adapters", "budget", "callbacks", "losses", "probe", "snapshot")),
     },
 }
 

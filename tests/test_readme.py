@@ -10,6 +10,7 @@ from conftest import ROOT
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
+from diffusers_lipreg.evaluation import __main__ as evaluation
 
 README = (ROOT / "README.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
@@ -23,6 +24,12 @@ def test_commands_parse(line):
     script = {"train_dreambooth_lipreg.py": train_dreambooth_lipreg}.get(name, train_dreambooth_lora_lipreg_sdxl)
     assert (ROOT / name).is_file()
     script.parse_args(arguments[arguments.index(name) + 1 :])
+
+
+def test_the_evaluation_parses():
+    (line,) = [line for line in BASH.splitlines() if "diffusers_lipreg.evaluation" in line]
+    arguments = shlex.split(line)
+    evaluation.parse_args(arguments[arguments.index("diffusers_lipreg.evaluation") + 1 :])
 
 
 def test_the_offline_command_finds_its_files():

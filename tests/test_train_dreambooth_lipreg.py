@@ -1,6 +1,8 @@
 """The SD1.5 script from end to end: the official script's weights, the penalty, resuming, the Hub."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,10 @@ from conftest import PARITY, ROOT, assert_equal_weights, command, flags, load, s
 from diffusers import StableDiffusionPipeline
 from loopback_hub import Account, LoopbackHub
 from safetensors.torch import load_file
+
+from diffusers_lipreg.dreambooth import runtime
+from diffusers_lipreg.dreambooth.arguments import RunError
+from diffusers_lipreg.probe import OutputDrift, OutputProbe, pipeline_denoiser
 
 LORA = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -240,3 +246,71 @@ def test_help_needs_no_model():
     ran = command("unused", "--help")
     assert ran.returncode == 0
     assert "--lipreg_weight" in ran.stdout
+
+
+# --- output drift -------------------------------------------------------------------------------------------------
+
+
+def test_measuring_output_drift_changes_no_weight(train, tmp_path, logs):
+    """Nor does a choice of the best; what is measured at the end is what two pipelines on disk say."""
+    steps = ("--max_train_steps", "4", "--learning_rate", "2e-3")
+    plain = train(tmp_path / "plain", *steps)
+    logs.clear()
+    out = train(tmp_path / "out", *steps, "--probe_steps", "2", "--keep_best")
+    assert_equal_weights(plain / UNET, out / UNET)
+    at = {step: values.get("output_drift") for step, values in logs}
+    assert at[1] is None and at[2] > 0 and at[3] is None and at[4] > 0
+    assert {"output_drift_relative", "output_drift_relative_se", "output_drift_relative_t874", "subject_similarity",
+            "retention", "harmonic_mean"} <= logs[3][1].keys()  # fmt: skip
+    assert drift_on_disk(out).output_drift == pytest.approx(at[4], rel=1e-4)
+
+
+def drift_on_disk(out: Path) -> OutputDrift:
+    """The output drift of what a run left, pipeline or adapters, against the base."""
+    base = StableDiffusionPipeline.from_pretrained(PARITY / "pipeline", safety_checker=None)
+    probe = OutputProbe(pipeline_denoiser(base), base.scheduler, (4, 8, 8))
+    if (out / LORA).exists():
+        base.load_lora_weights(out)
+        return probe.measure(pipeline_denoiser(base))
+    return probe.measure(pipeline_denoiser(StableDiffusionPipeline.from_pretrained(out, safety_checker=None)))
+
+
+@pytest.mark.parametrize("more", [("--train_text_encoder",), ("--rank", "2", "--learning_rate", "1e-2")], ids=["full", "adapters"])
+def test_a_drift_budget_is_kept_and_resumed(more, train, tmp_path, logs):
+    """Interrupted and resumed, the run logs and ends with the same bits, within the budget."""
+    steps = ("--drift_budget", "1e-3", "--max_train_steps", "8", "--checkpointing_steps", "3", "--learning_rate", "2e-3", *more)
+    out = train(tmp_path, *steps)
+    seen = {step: values for step, values in logs}
+    file = LORA if "--rank" in more else UNET
+    weights = load_file(out / file)
+    assert seen[1]["lipreg_weight"] == 0 < seen[8]["lipreg_weight"]
+    assert drift_on_disk(out).output_drift_relative <= 1.001e-3
+    logs.clear()
+    train(out, *steps, "--resume_from_checkpoint", "checkpoint-3")
+    assert logs == [(step, seen[step]) for step in range(4, 9)]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(out / file).items())
+
+
+def test_the_best_checkpoint_is_kept(train, tmp_path, caplog):
+    """checkpoint-best is the model as it was at the step that the log names, with the reason."""
+    caplog.set_level("INFO")
+    pipeline = ROOT / "tests/testbed/pipeline"
+    out = train(
+        tmp_path, "--pretrained_model_name_or_path", str(pipeline), "--instance_data_dir", str(ROOT / "tests/testbed/subjects/smiley"),
+        "--learning_rate", "1e-3", "--lr_scheduler", "linear", "--lr_warmup_steps", "100", "--probe_steps", "4", "--keep_best",
+        "--max_train_steps", "8", "--checkpointing_steps", "4", "--train_batch_size", "4", *OFF,
+    )  # fmt: skip
+    lines = [record.getMessage() for record in caplog.records if "Best so far is step" in record.getMessage()]
+    assert lines and "harmonic mean" in lines[-1] and "retention" in lines[-1]
+    best = int(re.search(r"step (\d+)", lines[-1])[1])
+    assert_equal_weights(out / "checkpoint-best" / UNET, out / f"checkpoint-{best}" / UNET)
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("content", [None, "", b"\xff\xfe\x00"], ids=["missing", "empty", "no text"])
+def test_a_file_of_probe_prompts_that_is_none(content, tmp_path):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RunError, match="--probe_prompts"):
+        runtime.probe_prompts(argparse.Namespace(probe_prompts=str(path)))

@@ -205,10 +205,15 @@ def add_lipreg_arguments(
     """Adds the flags of the penalty; the defaults are the paper's for the script's configuration."""
     flag = parser.add_argument_group("drift penalty").add_argument
     flag("--lipreg_weight", type=float, default=weight, help="Weight of the penalty; 0 is the official script.")
+    flag("--drift_budget", type=float, help="Find the weight that ends at this relative output drift, such as 0.02.")
     flag("--lipreg_reduction", default=reduction, choices=reductions, help="How squared drift becomes one number.")
     flag("--lipreg_text_encoder_weight", type=float, help="Weight for a trained text encoder; default: the UNet's.")
     flag("--lipreg_teacher_device", help='Where pretrained weights are kept, for example "cpu"; adapters need none.')
     flag("--lipreg_teacher_dtype", choices=["fp32", "fp16", "bf16"], help="Their type; default: the model's, exact.")
+    flag = parser.add_argument_group("output drift").add_argument
+    flag("--probe_steps", type=int, default=250, help="Updates between measurements of output drift; 0: never.")
+    flag("--probe_prompts", help="File with a prompt in each line to measure it on; default: a few generic ones.")
+    flag("--keep_best", action="store_true", help="Write checkpoint-best: the best mean of likeness and retention.")
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -252,7 +257,7 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"--num_class_images must be at least 1, got {args.num_class_images}")
     if args.validation_prompt is not None and args.num_validation_images < 1:
         parser.error(f"--num_validation_images must be at least 1, got {args.num_validation_images}")
-    for name in ("dataloader_num_workers", "lr_warmup_steps"):
+    for name in ("dataloader_num_workers", "lr_warmup_steps", "probe_steps"):
         if vars(args)[name] < 0:
             parser.error(f"--{name} must be 0 or more, got {vars(args)[name]}")
     for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
@@ -315,6 +320,11 @@ def check_lipreg(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """Keeps weight and reduction together, and weight decay from pulling the other way."""
     # argparse hands out the default object itself, so `is` tells a default from the same number given by the user.
     weight_is_default = args.lipreg_weight is parser.get_default("lipreg_weight")
+    if args.drift_budget is not None:
+        _check_budget(parser, args, weight_is_default)
+        return
+    if args.keep_best and args.probe_steps == 0:
+        parser.error("--keep_best chooses by what is measured along the way: it needs --probe_steps above 0")
     if weight_is_default and args.lipreg_reduction != parser.get_default("lipreg_reduction"):
         parser.error(
             f"--lipreg_reduction {args.lipreg_reduction} needs a --lipreg_weight of its own: the default, "
@@ -330,7 +340,25 @@ def check_lipreg(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         args.lipreg_text_encoder_weight = args.lipreg_weight
     elif not args.train_text_encoder:
         warnings.warn("--lipreg_text_encoder_weight does nothing without --train_text_encoder", stacklevel=2)
-    penalised = args.lipreg_weight > 0 or (args.train_text_encoder and args.lipreg_text_encoder_weight > 0)
+    if args.lipreg_weight > 0 or (args.train_text_encoder and args.lipreg_text_encoder_weight > 0):
+        _stop_weight_decay(parser, args)
+
+
+def _stop_weight_decay(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("adam_weight_decay", "adam_weight_decay_text_encoder"):
-        if penalised and name in args and vars(args)[name] is parser.get_default(name):
+        if name in args and vars(args)[name] is parser.get_default(name):
             setattr(args, name, 0.0)
+
+
+def _check_budget(parser: argparse.ArgumentParser, args: argparse.Namespace, weight_is_default: bool) -> None:
+    """With a budget the weights are its own (`None` here), and the default reduction is Algorithm 1's."""
+    if not weight_is_default or args.lipreg_text_encoder_weight is not None:
+        parser.error("--drift_budget finds the weight itself: it and --lipreg_weight exclude each other")
+    if args.drift_budget == 0:
+        parser.error("--drift_budget must be above 0, got 0.0")
+    args.lipreg_weight = None
+    if args.lipreg_reduction is parser.get_default("lipreg_reduction"):
+        args.lipreg_reduction = {"tensor_mean": "sum", "factors": "product"}[args.lipreg_reduction]
+    if args.lipreg_reduction == "factors":
+        parser.error("--lipreg_reduction factors does not measure a change, so --drift_budget cannot steer it: use product")
+    _stop_weight_decay(parser, args)

@@ -106,6 +106,21 @@ def save(
             shutil.rmtree(old)
 
 
+def save_best(accelerator: Accelerator, output_dir: str, save_models: Callable[[str], None]) -> None:
+    """Writes what `save_models(folder)` does to checkpoint-best, hidden until it is whole."""
+    if not accelerator.is_main_process:
+        return
+    final = Path(output_dir, "checkpoint-best")
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with writing(output_dir, final):
+        partial.mkdir()
+        save_models(str(partial))
+        flush(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.replace(final)
+
+
 @contextmanager
 def writing(output_dir: str, target: str | Path) -> Iterator[None]:
     """Turns what a full or broken disk raises in the block into one line, and removes the checkpoint in the making."""

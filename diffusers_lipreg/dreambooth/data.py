@@ -14,6 +14,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Image as ImageFeature
 from datasets import load_dataset
+from diffusers import AutoencoderKL
 from PIL import Image
 from PIL.ImageOps import exif_transpose
 from torch import Tensor
@@ -119,6 +120,25 @@ class PhotoTransform:
         else:
             size = int(self.size * width / height), self.size
         return image.resize(size, self.resampling)
+
+
+def latent_shape(vae: AutoencoderKL | None, size: int) -> tuple[int, int, int]:
+    """What is denoised for images of `size` pixels: latents, or pixels where there is no VAE."""
+    if vae is None:
+        return (3, size, size)
+    side = size // 2 ** (len(vae.config.block_out_channels) - 1)
+    return (vae.config.latent_channels, side, side)
+
+
+def held_out_crops(images: Iterable[Image.Image], size: int) -> Tensor:
+    """The middle four fifths of photos, closer than any crop that is trained on: (B, 3, size, size) in [-1, 1]."""
+    transform = PhotoTransform(size, center_crop=True)
+    crops = []
+    for image in images:
+        width, height = image.size
+        left, top = width // 10, height // 10
+        crops.append(transform(image.crop((left, top, width - left, height - top))))
+    return torch.stack(crops)
 
 
 class DreamBoothDataset(Dataset):

@@ -28,7 +28,7 @@ from ..dreambooth.runtime import DTYPES, check_folder
 from ..probe import PROMPTS
 from . import prompts
 from .drift import DriftMeter
-from .generation import Sampling, check_same_architecture, draw, load_base, load_personalized, use_scheduler
+from .generation import Sampling, check_same_architecture, draw, load_personalized, load_pipeline, use_scheduler
 from .prompts import Subject
 from .report import summarize, table, write_report
 from .results import BASE, Images, described, personalized_folder, score_subject
@@ -97,8 +97,9 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
 
 
 def find_device(name: str | None) -> torch.device:
+    default = PartialState().device  # accelerate's loggers need the state, too
     try:
-        device = PartialState().device if name is None else torch.device(name)
+        device = default if name is None else torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {name}: {one_line(error)}") from error
@@ -118,13 +119,15 @@ def main(args: argparse.Namespace) -> None:
     how = Sampling(args.num_inference_steps, args.guidance_scale, args.resolution, args.batch_size, args.seed)
 
     def base(dtype: torch.dtype) -> Any:
-        return use_scheduler(load_base(args.base, dtype, args.revision, args.variant), args.scheduler)
+        return use_scheduler(load_pipeline("--base", args.base, dtype, args.revision, args.variant), args.scheduler)
 
     def tuned(subject: Subject, dtype: torch.dtype) -> Any:
         pipeline = load_personalized(subject.personalized, args.base, dtype, args.revision, args.variant)
-        return use_scheduler(pipeline, args.scheduler)
+        pipeline.scheduler = type(sampler).from_config(sampler.config)  # what is saved with it may be another
+        return pipeline
 
     meter = DriftMeter(base(torch.float32), probe_prompts, how, device)
+    sampler = meter.base.scheduler
     drifts = {}
     for subject in tqdm(subjects, desc="drift", unit="subject"):
         pipeline = tuned(subject, torch.float32)

@@ -222,7 +222,7 @@ class PathKL:
         prompts = self.batches[number]
         first = number * self.how.batch_size
         generators = [torch.Generator().manual_seed(self.how.seed + first + i) for i in range(len(prompts))]
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline.set_progress_bar_config(desc="path-KL", leave=False)
         try:
             pipeline(prompts, generator=generators, output_type="latent", **self.how.call)
         finally:

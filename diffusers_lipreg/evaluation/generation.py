@@ -1,4 +1,7 @@
-"""Pipelines, and the images they draw: each from a seed of its own, so that batches and interruptions change nothing."""
+"""Pipelines, and the images they draw: each from a seed of its own.
+
+So batches and interruptions change nothing, but for the rounding of sums, which depends on the size of a batch.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,12 @@ class Sampling(NamedTuple):
         return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale, **size}
 
 
-def load_base(model: str, dtype: torch.dtype, revision: str | None = None, variant: str | None = None) -> Any:
+def load_pipeline(
+    flag: str, model: str, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
+) -> Any:
     """A pipeline from a folder or the Hub, without a safety checker, which would blacken images.
+
+    `flag` is the argument that named it.
 
     Raises:
         RunError: It is no pipeline, or cannot be read.
@@ -52,11 +59,11 @@ def load_base(model: str, dtype: torch.dtype, revision: str | None = None, varia
     try:
         index = DiffusionPipeline.load_config(model, revision=revision)
         if "_class_name" not in index:
-            raise RunError(f"{model}: its model_index.json names no pipeline.")
+            raise RunError(f"{flag} {model}: its model_index.json names no pipeline.")
         checker = {"safety_checker": None} if "safety_checker" in index else {}
         return DiffusionPipeline.from_pretrained(model, dtype=dtype, **source, **checker)
     except LOADING_ERRORS as error:
-        raise RunError(f"{model}: it cannot be loaded as a pipeline ({one_line(error)})") from error
+        raise RunError(f"{flag} {model}: it cannot be loaded as a pipeline ({one_line(error)})") from error
 
 
 def is_pipeline(model: str) -> bool:
@@ -78,13 +85,13 @@ def load_personalized(
         RunError: Neither, or made for another architecture than the base.
     """
     if is_pipeline(personalized):
-        return load_base(personalized, dtype)
+        return load_pipeline("--personalized", personalized, dtype)
     path = Path(personalized)
     if path.is_absolute() and not path.exists():
         raise RunError(f"--personalized {personalized}: there is no such folder.")
     if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise RunError(f"--personalized {personalized}: expected a pipeline (model_index.json) or adapters ({ADAPTERS}).")
-    pipeline = load_base(base, dtype, revision, variant)
+    pipeline = load_pipeline("--base", base, dtype, revision, variant)
     if not hasattr(pipeline, "load_lora_weights"):
         raise RunError(f"--personalized {personalized}: a {type(pipeline).__name__} takes no adapters.")
     folder, name = (path.parent, path.name) if path.is_file() else (personalized, None)
@@ -164,7 +171,7 @@ def drawings(folder: Path, prompts: Sequence[str], images: int) -> list[list[Dra
 
 
 def settings_of(pipeline: Any, how: Sampling) -> dict[str, Any]:
-    """All that an image depends on beside its prompt and number; how many are drawn at a time changes none."""
+    """All that an image depends on beside its prompt and number."""
     scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
     return {
         **how.call,

@@ -15,8 +15,11 @@ MARGINS = {"left": 58, "right": 16, "top": 12, "bottom": 40}
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A value as tables show it."""
-    return "–" if value is None else f"{value:.{digits}g}"
+    """A value as tables show it, rounded to so many digits."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}g}"
+    return f"{float(text):.0f}" if "e+" in text else text
 
 
 def bars(rows: Sequence[tuple[str, float | None, float | None]]) -> str:

@@ -21,7 +21,7 @@ from ..dreambooth.data import open_image
 from .generation import Drawing, Sampling, write_whole
 from .plots import bars, decades, number, scatter
 from .results import Images
-from .scores import bootstrap_interval
+from .scores import bootstrap_interval, short_name
 
 # Kim, Park, Kim, ICLR 2026 (arXiv 2505.19519), tables of results: DINO, CLIP-T, CLIP-I, plain and with the penalty.
 PAPER = {
@@ -188,7 +188,8 @@ def _how(report: Mapping[str, Any]) -> str:
     size = f"{s['resolution']} pixels" if s["resolution"] else "the pipeline's own size"
     versions = ", ".join(f"{library} {version}" for library, version in report["versions"].items())
     return (
-        f"<p>Base <code>{escape(report['base'])}</code>, personalised <code>{escape(report['personalized'])}</code>. "
+        f"<p>Base <code>{escape(short_name(report['base']))}</code>, personalised "
+        f"<code>{escape(short_name(report['personalized']))}</code>. "
         f"{s['images_per_prompt']} images of each prompt, {s['num_inference_steps']} steps of {escape(sampler)}, guidance "
         f"{s['guidance_scale']:g}, {size}, {s['dtype']}, seed {s['seed']}. <small>{escape(versions)}</small></p>"
     )

@@ -30,7 +30,7 @@ BATCH = 32  # images or texts encoded at a time
 
 
 def short_name(model: str) -> str:
-    """A model's name in tables: the Hub id, or a local folder's last name."""
+    """A model's name in tables: the Hub id, or a local folder's last name, for a report may be shown to others."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 

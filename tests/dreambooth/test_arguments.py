@@ -20,8 +20,8 @@ OWN = {
     "sd": {"--rank", "--lora_alpha", "--lora_dropout", "--use_dora", "--extract_lora_rank", "--debug"},
     "sdxl": {"--debug"},
 }
-# To the official parser these are --use_8bit_adam, --enable_xformers... and --dataloader_num_workers: we have --use_dora,
-# --extract_lora_rank and --debug, too.
+# To the official parser these are --use_8bit_adam, --enable_xformers... and --dataloader_num_workers; --use_dora,
+# --extract_lora_rank, --debug and --drift_budget end that.
 TAKEN = {"--u", "--us", "--use", "--use_", "--e", "--d"}
 LIPREG = {
     "--lipreg_weight",
@@ -29,6 +29,10 @@ LIPREG = {
     "--lipreg_text_encoder_weight",
     "--lipreg_teacher_device",
     "--lipreg_teacher_dtype",
+    "--drift_budget",
+    "--probe_steps",
+    "--probe_prompts",
+    "--keep_best",
 }
 REQUIRED = [
     *("--pretrained_model_name_or_path", "model"),
@@ -180,6 +184,13 @@ def test_weight_decay_does_not_pull_against_the_penalty(flags: list[str], weight
     assert parse(*flags).adam_weight_decay == weight_decay
 
 
+def test_a_budget_has_no_weight_and_algorithm_ones_reduction() -> None:
+    for more, reduction in ([], "sum"), (["--rank", "4"], "product"), (["--lipreg_reduction", "sum"], "sum"):
+        args = parse("--drift_budget", "0.02", *more)
+        assert (args.lipreg_weight, args.lipreg_text_encoder_weight, args.lipreg_reduction) == (None, None, reduction)
+        assert args.adam_weight_decay == 0
+
+
 def test_a_text_encoder_that_is_not_trained_has_no_say_in_weight_decay() -> None:
     with pytest.warns(UserWarning, match="--train_text_encoder"):
         args = parse_args([*REQUIRED, "--lipreg_weight", "0", "--lipreg_text_encoder_weight", "5"])
@@ -222,6 +233,13 @@ MISTAKES = [
     (["--lipreg_reduction", "mean"], "--lipreg_reduction"),
     (["--lipreg_reduction", "sum"], "--lipreg_weight"),
     (["--lipreg_teacher_dtype", "int8"], "--lipreg_teacher_dtype"),
+    (["--drift_budget", "0"], "--drift_budget must be above 0"),
+    (["--drift_budget", "-0.1"], "--drift_budget must be a finite number"),
+    (["--drift_budget", "0.02", "--lipreg_weight", "500"], "--lipreg_weight exclude each other"),
+    (["--drift_budget", "0.02", "--lipreg_text_encoder_weight", "1"], "exclude each other"),
+    (["--drift_budget", "0.02", "--rank", "4", "--lipreg_reduction", "factors", "--lipreg_weight", "1"], "exclude"),
+    (["--probe_steps", "-1"], "--probe_steps must be 0 or more, got -1"),
+    (["--keep_best", "--probe_steps", "0"], "--keep_best"),
     (["--with_prior_preservation"], "--class_data_dir"),
     (["--with_prior_preservation", "--class_prompt", "a photo of dog"], "--class_data_dir"),
     (["--with_prior_preservation", "--class_data_dir", "dogs"], "--class_prompt"),

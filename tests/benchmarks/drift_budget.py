@@ -1,0 +1,154 @@
+"""Does a run end at its drift budget, and what does measuring cost? On the testbed, with the training script itself.
+
+    python tests/benchmarks/drift_budget.py --output_dir budget-results
+
+prints two tables and keeps every finished run in the folder, so it can be interrupted. Kinds of run: `full`, the whole
+UNet at 2e-4; `lora`, rank 8 at 1e-3. A ratio is the final relative output drift over the budget, on the run's own probes (eight
+world captions); "free" is the final drift without a penalty. The subject's loss is the denoising loss on 280 unseen views.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+HERE = Path(__file__).resolve().parent
+TESTBED = HERE.parent / "testbed"
+sys.path[:0] = [str(HERE.parent.parent), str(TESTBED)]
+
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from diffusers import StableDiffusionPipeline  # noqa: E402
+from experiment import Yardstick  # noqa: E402
+from judge import Sampling  # noqa: E402
+from world import PHOTOS, SUBJECTS  # noqa: E402
+
+import train_dreambooth_lipreg as script  # noqa: E402
+
+CAPTIONS = [
+    "a photo of a red circle on a blue background", "a green star on a white background", "a picture of a heart",
+    "a yellow square", "a blue triangle on a red background", "a purple circle", "a photo of a white star",
+    "an orange square on a green background",
+]  # fmt: skip
+KINDS = {"full": ["--learning_rate", "2e-4"], "lora": ["--learning_rate", "1e-3", "--rank", "8"]}
+REDUCTION = {"full": "sum", "lora": "product"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.001, 0.003, 0.01, 0.03, 0.1])
+    parser.add_argument("--weights", nargs="*", type=float, default=[], help="Fixed weights to compare with, too.")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--cost_steps", type=int, default=0, help="Length of the runs that measure the cost; 0: none.")
+    parser.add_argument("--repeats", type=int, default=3, help="How often each of those is repeated, in turn.")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace, subject: str, kind: str, *more: str, steps: int) -> dict:
+    """One run of the script; what it logged at the end, its seconds, and the loss on unseen views."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    folder, noun = args.output_dir / "model", SUBJECTS[subject].class_noun
+    prompts = args.output_dir / "prompts.txt"
+    prompts.write_text("\n".join(CAPTIONS))
+    flags = {
+        "--pretrained_model_name_or_path": TESTBED / "pipeline", "--instance_data_dir": PHOTOS / subject,
+        "--instance_prompt": f"a photo of a sks {noun}", "--output_dir": folder, "--resolution": 64, "--seed": 0,
+        "--train_batch_size": 4, "--max_train_steps": steps, "--lr_warmup_steps": 0, "--probe_prompts": prompts,
+        "--checkpointing_steps": 10**9,
+    }  # fmt: skip
+    logs: list[dict] = []
+    log, Accelerator.log = Accelerator.log, lambda self, values, step, **_: logs.append(dict(values))
+    start = time.perf_counter()
+    try:
+        script.main(script.parse_args([*(str(part) for pair in flags.items() for part in pair), *KINDS[kind], *more]))
+    finally:
+        Accelerator.log = log
+    seconds = time.perf_counter() - start
+    path = [values["output_drift_relative"] for values in logs if "output_drift" in values]
+    return {"seconds": seconds, "path": path, "weight": logs[-1].get("lipreg_weight"), **on_disk(args, folder, subject, kind)}
+
+
+def on_disk(args: argparse.Namespace, folder: Path, subject: str, kind: str) -> dict:
+    """The drift and the subject's loss of what the run left, in a pipeline that is loaded anew."""
+    from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser
+
+    pipeline = StableDiffusionPipeline.from_pretrained(TESTBED / "pipeline", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    probe = OutputProbe(pipeline_denoiser(pipeline), pipeline.scheduler, (8, 8, 8), prompts=CAPTIONS)
+    yardstick = Yardstick(pipeline, SUBJECTS[subject], 1, Sampling(1))
+    if kind == "lora":
+        pipeline.load_lora_weights(str(folder))
+    else:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    reading = probe.measure(pipeline_denoiser(pipeline))
+    losses = yardstick.losses(pipeline.unet)
+    shutil.rmtree(folder)
+    return {"drift": reading.output_drift_relative, "se": reading.standard_error, **losses}
+
+
+def kept(args: argparse.Namespace, name: str, subject: str, kind: str, *more: str, steps: int) -> dict:
+    """The result of that name, from a run that is made if it is not there yet."""
+    path = args.output_dir / f"{name}-{steps}.json"
+    if not path.exists():
+        path.write_text(json.dumps(run(args, subject, kind, *more, steps=steps)))
+    return json.loads(path.read_text())
+
+
+def budgets(args: argparse.Namespace) -> list[str]:
+    lines = ["| run | subject | budget | final drift | ratio | highest on the way | free | loss on unseen views |", "|---" * 8 + "|"]
+    for kind, subject in itertools.product(args.kinds, args.subjects):
+        name, how = f"{kind}-{subject}", (subject, kind)
+        free = kept(args, f"{name}-free", *how, "--lipreg_weight", "0", steps=args.steps)
+        lines.append(f"| {kind} | {subject} | none | {free['drift']:.4f} | | | | {free['subject_loss']:.4f} |")
+        for budget in args.budgets:
+            got = kept(args, f"{name}-{budget:g}", *how, "--drift_budget", str(budget), steps=args.steps)
+            ratio = got["drift"] / budget
+            held = ratio <= 1.1 and (ratio >= 0.5 or free["drift"] < budget)
+            lines.append(
+                f"| {kind} | {subject} | {budget:g} | {got['drift']:.5f} | {ratio:.2f}{'' if held else ' (missed)'} | "
+                f"{max(got['path']) / budget:.2f} | {free['drift']:.4f} | {got['subject_loss']:.4f} |"
+            )
+        for weight in args.weights:
+            fixed = ("--lipreg_weight", str(weight), "--lipreg_reduction", REDUCTION[kind])
+            got = kept(args, f"{name}-weight-{weight:g}", *how, *fixed, steps=args.steps)
+            lines.append(f"| {kind} | {subject} | weight {weight:g} | {got['drift']:.5f} | | | | {got['subject_loss']:.4f} |")
+        (args.output_dir / "budgets.md").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def cost(args: argparse.Namespace) -> list[str]:
+    """Seconds with measuring over seconds without, side by side, in runs of equal length."""
+    variants = {"off": ["--probe_steps", "0"], "default": [], "budget": ["--drift_budget", "0.01"]}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat, (name, more) in itertools.product(range(args.repeats), variants.items()):
+        got = kept(args, f"cost-{name}-{repeat}", "smiley", "full", *more, steps=args.cost_steps)
+        seconds[name].append(got["seconds"])
+    off = statistics.median(seconds["off"])
+    lines = [f"| output drift, {args.cost_steps} updates at batch 4 | seconds, median of {args.repeats} | more than without |", "|---|---|---|"]
+    return lines + [f"| {name} | {statistics.median(times):.1f} | {statistics.median(times) / off - 1:.1%} |" for name, times in seconds.items()]
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    print("\n".join(budgets(args)))
+    if args.cost_steps:
+        print("\n".join(cost(args)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The command from its arguments to its reports, on tiny pipelines with tiny encoders; what it refuses, in one line."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import PARITY
+
+from diffusers_lipreg.evaluation import __main__ as command
+from diffusers_lipreg.evaluation import prompts, report, results
+from diffusers_lipreg.evaluation.generation import DiffusionPipeline
+
+pytest_plugins = ("tiny",)
+PHOTOS = PARITY / "instance"
+Evaluate = Callable[..., dict]
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, clip: Path, dino: Path, full: Path) -> list[str]:
+    """A short evaluation of the whole pipeline; later flags override earlier ones."""
+    (tmp_path / "templates").write_text("a {} here\na red {}\n")
+    (tmp_path / "probe").write_text("a tree\na house\n")
+    return [
+        *("--base", str(PARITY / "pipeline"), "--personalized", str(full)),
+        *("--templates_file", str(tmp_path / "templates"), "--probe_prompts", str(tmp_path / "probe")),
+        *("--clip", str(clip), "--dino", str(dino), "--output_dir", str(tmp_path / "out")),
+        *("--images_per_prompt", "2", "--num_inference_steps", "1", "--batch_size", "32"),
+    ]
+
+
+ONE = ["--instance_data_dir", str(PHOTOS), "--subject", "sks dog", "--class_noun", "dog"]
+
+
+@pytest.fixture
+def evaluate(arguments, tmp_path, monkeypatch) -> Evaluate:
+    def run(*more: str) -> dict:
+        monkeypatch.setattr(results, "CLASS_IMAGES", 2)
+        command.run([*arguments, *more])
+        return json.loads((tmp_path / "out" / "report.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def refuse(arguments, monkeypatch, capsys) -> Callable[..., str]:
+    """Runs the command to the one line that it ends with."""
+
+    def run(*more: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            command.run([*arguments, *more])
+        code = stopped.value.code
+        (line,) = (code if isinstance(code, str) else capsys.readouterr().err).splitlines()
+        assert code not in (0, None) and "error: " in line
+        return line
+
+    return run
+
+
+class Page(HTMLParser):
+    """Every address that a page refers to, and how often each tag is open at the end."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.open: dict[str, int] = {}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+        if tag not in ("img", "meta", "path", "rect", "circle"):
+            self.open[tag] = self.open.get(tag, 0) + 1
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        self.open[tag] -= 1
+
+
+def test_one_subject_from_command_to_page(evaluate, tmp_path, capsys):
+    found = evaluate(*ONE, "--scheduler", "DDPMScheduler")
+    subject = found["subjects"]["sks_dog"]
+    assert set(subject["scores"]) == {"personalized", "base", "real"}
+    columns = {"DINO tiny-dino", "CLIP-I tiny-clip", "CLIP-T tiny-clip"}
+    assert subject["scores"]["personalized"].keys() == subject["scores"]["base"].keys() == columns
+    assert subject["scores"]["personalized"] != subject["scores"]["base"]
+    assert subject["scores"]["real"].keys() == {"DINO tiny-dino", "CLIP-I tiny-clip"}
+    assert set(subject["drift"]["parameters"]) == {"unet", "text_encoder"}
+    assert subject["drift"]["output"]["output_drift_relative"] > 0
+    assert subject["drift"]["path_kl"]["nats"] == 0  # the only step is the last one, which adds no noise
+    assert subject["unrelated_change"]["pixels"]["mean"] > 0
+
+    base, tuned = (json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "images").rglob("settings.json")))
+    assert base.pop("weights") != tuned.pop("weights")
+    assert base == tuned and base["scheduler"] == "DDPMScheduler"
+
+    printed = capsys.readouterr().out
+    assert "photos among themselves" in printed and f"{subject['scores']['real']['DINO tiny-dino']:.3f}" in printed
+    text = (tmp_path / "out" / "report.html").read_text()
+    page = Page(text)
+    assert page.addresses and all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
+    assert not re.search(r"url\(|@import|<script|<link", text)
+    assert set(page.open.values()) == {0}
+    assert page.tags.count("svg") == 5 - 1  # weights of two parts, output drift, slopes; no path-KL above zero
+    shown = 4 + 2 * (2 * 2 + 2 + 2 * 2)  # photos; base and personalised: two prompts, the class, two unrelated ones
+    assert page.tags.count("img") == shown
+
+
+@pytest.mark.parametrize(("kind", "base"), [("dora", "pipeline"), ("sdxl_lora", "pipeline_sdxl")])
+def test_adapters(evaluate, kind, base, request):
+    found = evaluate(*ONE, "--base", str(PARITY / base), "--personalized", str(request.getfixturevalue(kind)))
+    (subject,) = found["subjects"].values()
+    assert set(subject["drift"]["parameters"]) == {"unet"}
+    assert subject["drift"]["output"]["output_drift"] > 0 and subject["unrelated_change"]["pixels"]["mean"] > 0
+    assert all("lora" not in name for name in subject["drift"]["parameters"]["unet"]["by_tensor"])
+
+
+def test_a_run_that_was_interrupted_goes_on(evaluate, arguments, tmp_path, monkeypatch, capsys):
+    """It says how, draws what is missing and nothing else, and reports what a run without interruption does."""
+    whole = evaluate(*ONE)
+    images = tmp_path / "out" / "images"
+    times = {path: path.stat().st_mtime_ns for path in images.rglob("*.png")}
+    lost = sorted(times)[3:9]
+    for path in lost:
+        path.unlink()
+    monkeypatch.setattr(results, "CLASS_IMAGES", 2)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setattr(DiffusionPipeline, "set_progress_bar_config", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        command.run([*arguments, *ONE])
+    assert stopped.value.code == 130 and "to go on: python -m diffusers_lipreg.evaluation --base" in capsys.readouterr().err
+    again = evaluate(*ONE)
+    assert {path for path in times if path.stat().st_mtime_ns != times[path]} == set(lost)
+    before, after = whole["subjects"]["sks_dog"], again["subjects"]["sks_dog"]
+    assert after["drift"] == before["drift"]
+    for side, scores in before["scores"].items():  # of images that batched sums may have rounded otherwise
+        assert after["scores"][side] == pytest.approx(scores, abs=1e-4)
+
+
+def test_the_benchmark(evaluate, tmp_path, full, lora, capsys):
+    """Two subjects, one with adapters; means are those of the subjects' numbers."""
+    for name, personalized in (("dog", full), ("can", lora)):
+        shutil.copytree(PHOTOS, tmp_path / "data" / name)
+        (tmp_path / "models" / name).parent.mkdir(exist_ok=True)
+        shutil.copytree(personalized, tmp_path / "models" / name)
+    found = evaluate("--dataset", str(tmp_path / "data"), "--personalized", str(tmp_path / "models" / "{}"))
+    assert [subject["subject"] for subject in found["subjects"].values()] == ["sks can", "sks dog"]
+    for side in ("personalized", "real"):
+        values = [subject["scores"][side]["DINO tiny-dino"] for subject in found["subjects"].values()]
+        mean = found["mean"][side]["DINO tiny-dino"]
+        assert mean["mean"] == pytest.approx(sum(values) / 2) and mean["interval"] == pytest.approx(sorted(values))
+    printed = capsys.readouterr().out
+    assert re.search(r"SD1.5 DreamBooth \+ penalty +0.6394 +0.2976 +0.7948", printed)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "SDXL DreamBooth-LoRA + penalty" in page and page.count("<circle") == 2
+
+
+def test_the_benchmarks_prompts_and_subjects():
+    assert [len(prompts.TEMPLATES[kind]) for kind in ("live", "object")] == [25, 25]
+    assert len(prompts.CLASS_NOUNS) == 30
+    assert sum(noun in prompts.LIVE_NOUNS for noun in prompts.CLASS_NOUNS.values()) == 9
+    subject = prompts.one_subject("sks stuffed animal", "stuffed animal", "photos", "p", None)
+    assert subject.prompts[0] == "a sks stuffed animal in the jungle" and subject.texts[0] == "a stuffed animal in the jungle"
+    assert subject.templates == prompts.TEMPLATES["object"]
+    assert prompts.one_subject("sks dog", "dog", "photos", "p", None).prompts[11] == "a sks dog wearing a santa hat"
+
+
+def test_the_papers_table_is_the_papers():
+    gains = [(penalty[0] - plain[0], penalty[1] - plain[1]) for plain, penalty in report.PAPER.values()]
+    assert max(dino for dino, _ in gains) == pytest.approx(0.0366) and max(text for _, text in gains) == pytest.approx(0.0183)
+
+
+def test_what_the_user_gets_wrong_ends_in_one_line(refuse, tmp_path, clip):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data" / "my_cat").mkdir(parents=True)
+    data = ["--dataset", str(tmp_path / "data")]
+    assert "--class_noun missing" in refuse(*ONE[:-2])
+    assert "--subject 'sks': it does not contain the class noun 'dog'" in refuse(*ONE, "--subject", "sks")
+    assert "there is no image in it" in refuse(*ONE, "--instance_data_dir", str(tmp_path / "empty"))
+    assert "there is no such folder" in refuse(*ONE, "--instance_data_dir", str(tmp_path / "none"))
+    assert "--dino /none: there is no such folder" in refuse(*ONE, "--dino", "/none")
+    assert "expected a ViT" in refuse(*ONE, "--dino", str(clip))
+    assert "it is a StableDiffusionXLPipeline, but --base" in refuse(*ONE, "--personalized", str(PARITY / "pipeline_sdxl"))
+    assert "error: --base /" in refuse(*ONE, "--base", str(tmp_path / "empty"))
+    assert "has no class noun for my_cat" in refuse(*data, "--personalized", "models/{}")
+    assert "expected {} in it" in refuse(*data)
+    assert "--subject is for one subject" in refuse(*data, "--subject", "sks dog")
+    assert "--scheduler Nothing" in refuse(*ONE, "--scheduler", "Nothing")
+    assert "--device nothing" in refuse(*ONE, "--device", "nothing")
+    (tmp_path / "templates").write_text("a dog in the snow\n")
+    assert "expected one {} for the subject in each line, got 'a dog in the snow'" in refuse(*ONE)
