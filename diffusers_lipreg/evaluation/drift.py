@@ -14,11 +14,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from ..adapters import AdapterSnapshot
+from ..budget import ScaledChange
 from ..dreambooth.arguments import RunError
 from ..probe import OutputProbe, pipeline_denoiser
 from .generation import Sampling, models
 
-FRACTIONS = (0.25, 0.5, 1.0)
+FRACTIONS = (0.25, 0.5, 1.0)  # the last one leaves the weights as they were
 
 
 class Change(NamedTuple):
@@ -26,6 +27,10 @@ class Change(NamedTuple):
 
     squared_drift: float  # ||theta - theta_0||^2
     squared_norm: float  # ||theta_0||^2
+
+    @property
+    def norm(self) -> float:
+        return math.sqrt(self.squared_drift)
 
     @property
     def relative(self) -> float:
@@ -95,24 +100,6 @@ def merge_adapters(pipeline: Any) -> None:
     if hasattr(pipeline, "get_list_adapters") and pipeline.get_list_adapters():
         pipeline.fuse_lora(components=list(pipeline.get_list_adapters()))
         pipeline.unload_lora_weights()
-
-
-@contextmanager
-def partway(base: Any, tuned: Any, fraction: float) -> Iterator[None]:
-    """For a `with` block `tuned`, without adapters, holds theta_0 + fraction (theta - theta_0)."""
-    kept: list[tuple[Tensor, Tensor]] = []
-    for part, model in models(base).items():
-        before = dict(model.named_parameters())
-        for name, tensor in models(tuned)[part].named_parameters():
-            value = tensor.detach().cpu()
-            if not torch.equal(value, before[name].cpu()):
-                kept.append((tensor, value.clone()))
-                tensor.data.copy_(torch.lerp(before[name].detach().cpu(), value, fraction))
-    try:
-        yield
-    finally:
-        for tensor, value in kept:
-            tensor.data.copy_(value)
 
 
 class Step(NamedTuple):
@@ -257,11 +244,10 @@ class DriftMeter:
         changes = parameter_drift(self.base, tuned)
         merge_adapters(tuned)
         tuned.to(self.device)
-        distance = math.sqrt(sum(change.squared_drift for part in changes.values() for change in part.values()))
         return {
             "parameters": {part: _parameter_report(changed) for part, changed in changes.items()},
             "output": self._output_report(tuned),
-            "slopes": self._slopes(tuned, distance),
+            "slopes": self._slopes(tuned, changes),
             "path_kl": self._path_kl_report(tuned),
         }
 
@@ -280,18 +266,24 @@ class DriftMeter:
             ],
         }
 
-    def _slopes(self, tuned: Any, distance: float) -> list[dict[str, Any]]:
+    def _slopes(self, tuned: Any, changes: dict[str, dict[str, Change]]) -> list[dict[str, Any]]:
         """||d eps|| / ||d theta|| along the drift, at `FRACTIONS` of it: constant where predictions change linearly.
 
-        ||d eps|| is the root of the mean, over probes, of the squared norm of the change of a prediction.
+        ||d eps|| is the root of the mean, over probes, of the squared norm of the change of a prediction. At the end
+        `tuned` is what it was.
         """
+        pairs = []
+        for part, changed in changes.items():
+            before, after = (dict(models(pipeline)[part].named_parameters()) for pipeline in (self.base, tuned))
+            pairs += [(after[name], before[name].detach()) for name in changed]
+        change, distance = ScaledChange(pairs), total([c for part in changes.values() for c in part.values()]).norm
         points = []
         for fraction in FRACTIONS:
-            with partway(self.base, tuned, fraction):
-                change = math.sqrt(self.probe.measure(pipeline_denoiser(tuned)).output_drift * self.elements)
+            change.apply(fraction)
+            moved = math.sqrt(self.probe.measure(pipeline_denoiser(tuned)).output_drift * self.elements)
             there = fraction * distance
-            slope = change / there if there else None
-            points.append({"fraction": fraction, "parameters": there, "predictions": change, "slope": slope})
+            slope = moved / there if there else None
+            points.append({"fraction": fraction, "parameters": there, "predictions": moved, "slope": slope})
         return points
 
     def _path_kl_report(self, tuned: Any) -> dict[str, Any]:
@@ -317,7 +309,7 @@ def _number(value: float) -> float | None:
 
 def _parameter_report(changes: dict[str, Change]) -> dict[str, Any]:
     def described(change: Change) -> dict[str, float | None]:
-        return {"drift": math.sqrt(change.squared_drift), "drift_relative": _number(change.relative)}
+        return {"drift": change.norm, "drift_relative": _number(change.relative)}
 
     blocks: dict[str, list[Change]] = {}
     for name, change in changes.items():
