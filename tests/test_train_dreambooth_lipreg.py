@@ -81,6 +81,7 @@ def test_where_the_teacher_is_kept_changes_nothing(storage, train, tmp_path):
 
 def test_mixed_precision_trains_and_keeps_the_frozen_parts_exact(train, tmp_path):
     out = train(tmp_path / "out", "--mixed_precision", "bf16", "--validation_prompt", "a dog", "--validation_steps", "1",
+                "--drift_budget", "1", "--keep_best", "--probe_steps", "1",
                 "--num_validation_images", "1")  # fmt: skip
     assert_equal_weights(out / TEXT_ENCODER, PARITY / "pipeline" / TEXT_ENCODER)
     assert load_file(out / UNET)["conv_in.weight"].dtype == torch.float32
@@ -297,6 +298,7 @@ def test_two_processes_end_with_one_model(tmp_path):
     ran = subprocess.run(
         [*launch, str(ROOT / "train_dreambooth_lipreg.py"), *flags(tmp_path, "--max_train_steps", "3"),
          *("--checkpointing_steps", "2", "--train_text_encoder", "--gradient_accumulation_steps", "2"),
+         *("--drift_budget", "1e-3", "--keep_best"),
          *("--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a dog"),
          *("--num_class_images", "3", "--sample_batch_size", "1")],
         env=env, capture_output=True, text=True, timeout=300,
