@@ -49,6 +49,7 @@ class DriftMonitor:
         self._subject_loss = subject_loss
         self._step = 0
         self._measured: float | None = None  # and not yet handed to the budget
+        self._reading: OutputDrift | None = None  # of the weights as they are
         self._fresh: dict[str, float] = {}
         self._shown: dict[str, float] = {}
         self._best: dict[str, float] = {}
@@ -71,10 +72,10 @@ class DriftMonitor:
 
     def on_step_end(self, step: int) -> None:
         """Measures after update `step`, where it is time to."""
-        self._step = step
+        self._step, self._reading = step, None
         if self.probe is None or not (step % self.every == 0 or (self.budget is not None and self.budget.due(step))):
             return
-        reading = self.probe.measure(self.denoiser)
+        reading = self._reading = self.probe.measure(self.denoiser)
         self._measured = reading.output_drift_relative
         self._note(reading)
         if self.save_best is not None:
@@ -91,7 +92,7 @@ class DriftMonitor:
         """Measures what the run ended with; with a budget it then ends within it."""
         if self.probe is None:
             return
-        reading = self.probe.measure(self.denoiser)
+        reading = self._reading or self.probe.measure(self.denoiser)
         if self.budget is not None and reading.output_drift_relative > self.budget.budget:
             probe, before = self.probe, reading.output_drift_relative
             self.budget.settle(lambda: probe.measure(self.denoiser).output_drift_relative)

@@ -7,8 +7,10 @@ import torch
 from conftest import PARITY, ROOT
 from diffusers import (
     DDPMScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -158,6 +160,15 @@ def test_a_transformer_that_matches_flows():
     assert probe.measure(Denoiser(predict, [model])).output_drift == 0
     disturb(model)
     assert 0 < probe.measure(Denoiser(predict, [model])).output_drift_relative < 10
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler(), PNDMScheduler()], ids=lambda s: type(s).__name__)
+def test_other_schedulers(scheduler):
+    unet = tiny_unet()
+    probe = OutputProbe(denoiser(unet), scheduler, SHAPE, prompts=PROMPTS)
+    assert probe.measure(denoiser(unet)).output_drift == 0
+    disturb(unet)
+    assert 0 < probe.measure(denoiser(unet)).output_drift_relative < 10
 
 
 def test_a_probe_without_prompts_is_refused():

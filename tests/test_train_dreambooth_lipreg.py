@@ -80,6 +80,7 @@ def test_where_the_teacher_is_kept_changes_nothing(storage, train, tmp_path):
 
 def test_mixed_precision_trains_and_keeps_the_frozen_parts_exact(train, tmp_path):
     out = train(tmp_path / "out", "--mixed_precision", "bf16", "--validation_prompt", "a dog", "--validation_steps", "1",
+                "--drift_budget", "1", "--keep_best", "--probe_steps", "1",
                 "--num_validation_images", "1")  # fmt: skip
     assert_equal_weights(out / TEXT_ENCODER, PARITY / "pipeline" / TEXT_ENCODER)
     assert load_file(out / UNET)["conv_in.weight"].dtype == torch.float32

@@ -10,6 +10,8 @@ from diffusers import StableDiffusionXLPipeline
 from loopback_hub import Account, LoopbackHub
 from safetensors.torch import load_file
 
+from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser
+
 BASE = PARITY / "pipeline_sdxl"
 LORA = "pytorch_lora_weights.safetensors"
 KOHYA = "pytorch_lora_weights_kohya.safetensors"
@@ -218,3 +220,18 @@ def test_through_accelerate_launch_with_checkpoints(more, tmp_path):
 def test_photos_smaller_than_the_resolution_are_enlarged(train_sdxl, tmp_path, logs):
     train_sdxl(tmp_path, "--resolution", "136", "--max_train_steps", "1")
     assert len(logs) == 1
+
+
+# --- output drift -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [(), ("--do_edm_style_training",)], ids=["", "edm"])
+def test_a_drift_budget_is_kept(more, train_sdxl, tmp_path, logs):
+    """The flag that the other script has, with the same value; the result on disk, loaded anew, is within it."""
+    out = train_sdxl(tmp_path, "--drift_budget", "1e-3", "--max_train_steps", "6", "--learning_rate", "1e-2", "--keep_best", *more)
+    seen = {step: values for step, values in logs}
+    assert seen[1]["lipreg_weight"] == 0 < seen[6]["lipreg_weight"]
+    base = StableDiffusionXLPipeline.from_pretrained(PARITY / "pipeline_sdxl")
+    probe = OutputProbe(pipeline_denoiser(base), base.scheduler, (4, 8, 8))
+    base.load_lora_weights(out)
+    assert 0 < probe.measure(pipeline_denoiser(base)).output_drift_relative <= 1.001e-3

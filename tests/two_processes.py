@@ -17,7 +17,7 @@ from diffusers_lipreg.dreambooth import runtime
 
 FULL = ("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--max_train_steps", "6", "--checkpointing_steps", "1")
 # Accumulation that does not divide the epoch: five photos on two processes are three batches each, one of them twice.
-MANY = (*FULL, "--gradient_accumulation_steps", "2", "--train_text_encoder")
+MANY = (*FULL, "--gradient_accumulation_steps", "2", "--train_text_encoder", "--drift_budget", "1e-3", "--keep_best")
 # Adam divides by the root of its second moment, which for gradients near zero turns a rounding error into a step of
 # full size; with a large epsilon an update is as smooth as the gradient.
 FIXED = (*FULL[:-1], "100", "--adam_epsilon", "1e-2")

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/drift_budget.py --output_dir budget-results
 
-prints two tables and keeps every finished run in the folder, so it can be interrupted. Kinds of run: `full`, the whole
+prints what the runs end with and what measuring costs, and keeps every finished run in the folder, so it can be interrupted. Kinds of run: `full`, the whole
 UNet at 2e-4; `lora`, rank 8 at 1e-3. A ratio is the final relative output drift over the budget, on the run's own probes (eight
 world captions); "free" is the final drift without a penalty. The subject's loss is the denoising loss on 280 unseen views.
 """
@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import shutil
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -27,12 +26,15 @@ sys.path[:0] = [str(HERE.parent.parent), str(TESTBED)]
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
-from diffusers import StableDiffusionPipeline  # noqa: E402
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from experiment import Yardstick  # noqa: E402
 from judge import Sampling  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from world import PHOTOS, SUBJECTS  # noqa: E402
 
 import train_dreambooth_lipreg as script  # noqa: E402
+from diffusers_lipreg.budget import measurement_steps  # noqa: E402
+from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser  # noqa: E402
 
 CAPTIONS = [
     "a photo of a red circle on a blue background", "a green star on a white background", "a picture of a heart",
@@ -51,8 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.001, 0.003, 0.01, 0.03, 0.1])
     parser.add_argument("--weights", nargs="*", type=float, default=[], help="Fixed weights to compare with, too.")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--cost_steps", type=int, default=0, help="Length of the runs that measure the cost; 0: none.")
-    parser.add_argument("--repeats", type=int, default=3, help="How often each of those is repeated, in turn.")
+    parser.add_argument("--cost_steps", type=int, default=60, help="Length of the run that measures the cost; 0: none.")
     return parser.parse_args()
 
 
@@ -71,20 +72,18 @@ def run(args: argparse.Namespace, subject: str, kind: str, *more: str, steps: in
     }  # fmt: skip
     logs: list[dict] = []
     log, Accelerator.log = Accelerator.log, lambda self, values, step, **_: logs.append(dict(values))
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         script.main(script.parse_args([*(str(part) for pair in flags.items() for part in pair), *KINDS[kind], *more]))
     finally:
         Accelerator.log = log
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     path = [values["output_drift_relative"] for values in logs if "output_drift" in values]
     return {"seconds": seconds, "path": path, "weight": logs[-1].get("lipreg_weight"), **on_disk(args, folder, subject, kind)}
 
 
 def on_disk(args: argparse.Namespace, folder: Path, subject: str, kind: str) -> dict:
     """The drift and the subject's loss of what the run left, in a pipeline that is loaded anew."""
-    from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser
-
     pipeline = StableDiffusionPipeline.from_pretrained(TESTBED / "pipeline", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     probe = OutputProbe(pipeline_denoiser(pipeline), pipeline.scheduler, (8, 8, 8), prompts=CAPTIONS)
@@ -130,15 +129,46 @@ def budgets(args: argparse.Namespace) -> list[str]:
 
 
 def cost(args: argparse.Namespace) -> list[str]:
-    """Seconds with measuring over seconds without, side by side, in runs of equal length."""
-    variants = {"off": ["--probe_steps", "0"], "default": [], "budget": ["--drift_budget", "0.01"]}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat, (name, more) in itertools.product(range(args.repeats), variants.items()):
-        got = kept(args, f"cost-{name}-{repeat}", "smiley", "full", *more, steps=args.cost_steps)
-        seconds[name].append(got["seconds"])
-    off = statistics.median(seconds["off"])
-    lines = [f"| output drift, {args.cost_steps} updates at batch 4 | seconds, median of {args.repeats} | more than without |", "|---|---|---|"]
-    return lines + [f"| {name} | {statistics.median(times):.1f} | {statistics.median(times) / off - 1:.1%} |" for name, times in seconds.items()]
+    """Processor seconds of updates and of measuring, and what share of a run measuring is."""
+    short, long = (kept(args, "cost", "smiley", "full", "--probe_steps", "0", steps=n)["seconds"] for n in (10, args.cost_steps))
+    update = (long - short) / (args.cost_steps - 10)
+    pipeline = StableDiffusionPipeline.from_pretrained(TESTBED / "pipeline", dtype=torch.float32)
+    denoiser = pipeline_denoiser(pipeline)
+    marks = [time.process_time()]
+    probe = OutputProbe(denoiser, pipeline.scheduler, (8, 8, 8), prompts=CAPTIONS)
+    marks.append(time.process_time())
+    for _ in range(5):
+        probe.measure(denoiser)
+    marks.append(time.process_time())
+    take, measure = marks[1] - marks[0], (marks[2] - marks[1]) / 5
+    return [
+        "| | updates | taking the probe | once measured | default | with a budget |", "|---" * 6 + "|",
+        shares("testbed, batch 4", 400, update, take, measure, "s"), shares("testbed, batch 4", 1000, update, take, measure, "s"),
+        shares("SD1.5, batch 1, 512 pixels, counted", 1000, *sd15(), "TFLOP"),
+    ]  # fmt: skip
+
+
+def shares(name: str, steps: int, update: float, take: float, measure: float, unit: str) -> str:
+    default = take + measure * (steps // 250 + (steps % 250 > 0))
+    budget = take + measure * (len(measurement_steps(steps) | set(range(250, steps, 250))) + 1)
+    costs = f"{steps} of {update:.3g} {unit} | {take:.3g} {unit} | {measure:.3g} {unit}"
+    return f"| {name} | {costs} | {default / (steps * update):.1%} | {budget / (steps * update):.1%} |"
+
+
+def sd15() -> tuple[float, float, float]:
+    """Floating-point operations, in 1e12, of an update, of taking the probe and of measuring, on models without weights."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        channels, blocks = (128, 256, 512, 512), ["DownEncoderBlock2D"] * 4
+        vae = AutoencoderKL(block_out_channels=channels, down_block_types=blocks, up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2)
+        with FlopCounterMode(display=False) as encoding:
+            vae.encode(torch.empty(1, 3, 512, 512))
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            unet(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
+        with FlopCounterMode(display=False) as both:
+            unet(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)).sample.sum().backward()
+    row = forward.get_total_flops() / 1e12
+    return (encoding.get_total_flops() + both.get_total_flops()) / 1e12, 64 * row, 32 * row
 
 
 def main() -> None:
