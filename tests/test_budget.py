@@ -51,8 +51,8 @@ class Task:
 @pytest.mark.parametrize("budget", [0.003, 0.3])
 def test_it_ends_at_the_budget(kind, reduction, budget):
     task = Task(kind, reduction)
-    steering = DriftBudget(budget, STEPS, {task.penalty: task.model})
-    task.train(steering)
+    steering = DriftBudget(budget, 300, {task.penalty: task.model})
+    task.train(steering, last=300)
     assert 0.5 * budget < task.drift() < 2 * budget  # the loop alone
     steering.settle(task.drift)
     assert 0.5 * budget < task.drift() <= budget
