@@ -51,6 +51,7 @@ from world import (  # noqa: E402
 TOKEN = "qvx"  # the pipeline has never read it; `sks` and its like it has learned to pass over
 SEED_OF_VIEWS = 10_000  # no training photo is drawn with it
 SUBJECT_PICTURES = 72
+IN_GRID = ("plain", "prior preservation", "sum", "LoRA plain", "LoRA product")
 SEEN = 0.5  # the share of pictures with the subject at which methods are compared
 
 
@@ -447,28 +448,34 @@ def draw_curves(rows: list[dict], args: argparse.Namespace, path: Path) -> None:
 
 
 def draw_grid(args: argparse.Namespace, path: Path) -> None:
-    """For each subject: the photos, then the same prompts and noise for the base and every method's middle weight."""
-    size, margin, head = 64, 150, 18
-    rows: list[tuple[str, list[Image.Image]]] = []
-    for subject in args.subjects:
-        base = args.output_dir / "runs" / subject / "base"
-        rows.append((f"photos: {subject}", [Image.open(path) for path in sorted((PHOTOS / subject).iterdir())]))
-        rows.append(("base", to_images(load_file(base / "shown.safetensors")["pictures"].float())))
-        for method in args.methods:
-            weights = METHODS[method].weights
-            run = Run(subject, method, weights[len(weights) // 2], 0)
-            pictures = load_file(run.folder(args.output_dir) / "shown.safetensors")["pictures"]
-            rows.append((_label(method, run.weight), to_images(pictures.float())))
-    columns = max(len(images) for _, images in rows)
-    sheet = Image.new("RGB", (margin + columns * size, head + len(rows) * size), "white")
+    """For each subject: the photos, then the same prompts and noise for the base and methods at their middle weight."""
+    blocks = [_block(subject, args) for subject in args.subjects]
+    size, margin, head = 64, 130, 18
+    width, height = margin + 10 * size + 20, head + len(blocks[0]) * size + 20
+    sheet = Image.new("RGB", (2 * width, -(-len(blocks) // 2) * height), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((margin + 4, 3), f"prompts with {TOKEN}", fill="black")
-    pen.text((margin + 4 * size + 4, 3), "prompts without", fill="black")
-    for line, (name, images) in enumerate(rows):
-        pen.text((4, head + line * size + 26), name, fill="black")
-        for column, image in enumerate(images):
-            sheet.paste(image, (margin + column * size, head + line * size))
+    for number, block in enumerate(blocks):
+        left, top = number % 2 * width, number // 2 * height
+        pen.text((left + margin + 4, top + 3), f"prompts with {TOKEN}", fill="black")
+        pen.text((left + margin + 4 * size + 4, top + 3), "prompts without", fill="black")
+        for line, (name, images) in enumerate(block):
+            pen.text((left + 4, top + head + line * size + 26), name, fill="black")
+            for column, image in enumerate(images):
+                sheet.paste(image, (left + margin + column * size, top + head + line * size))
     sheet.save(path)
+
+
+def _block(subject: str, args: argparse.Namespace) -> list[tuple[str, list[Image.Image]]]:
+    """The rows of one subject in the grid."""
+    folder = args.output_dir / "runs" / subject / "base"
+    rows = [(f"photos: {subject}", [Image.open(path) for path in sorted((PHOTOS / subject).iterdir())])]
+    rows.append(("base", to_images(load_file(folder / "shown.safetensors")["pictures"].float())))
+    for method in [name for name in args.methods if name in IN_GRID]:
+        weights = METHODS[method].weights
+        run = Run(subject, method, weights[len(weights) // 2], 0)
+        pictures = load_file(run.folder(args.output_dir) / "shown.safetensors")["pictures"]
+        rows.append((_label(method, run.weight), to_images(pictures.float())))
+    return rows
 
 
 def tell(rows: list[dict], args: argparse.Namespace) -> str:
