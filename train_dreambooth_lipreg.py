@@ -85,6 +85,9 @@ class Models:
             self.tokenizer = text.load_tokenizer(model, revision)
         self.noise_scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", revision=revision)
         self.text_encoder = load(text.text_encoder_class(model, revision), subfolder="text_encoder")
+        limit = getattr(self.text_encoder.config, "max_position_embeddings", math.inf)
+        if (args.tokenizer_max_length or 0) > limit:
+            raise arguments.RunError(f"--tokenizer_max_length {args.tokenizer_max_length}: the text encoder takes {limit}.")
         self.vae = load(AutoencoderKL, subfolder="vae") if has_vae(args) else None
         self.unet = load(UNet2DConditionModel, subfolder="unet")
         self.unet_channels = self.unet.config.in_channels
@@ -128,9 +131,6 @@ def encode_prompts(
     args: argparse.Namespace, models: Models, device: torch.device
 ) -> tuple[text.TextStates, dict[str, Any]]:
     """The text states of a batch by its size, and what a pipeline takes for the validation prompt."""
-    limit = getattr(models.text_encoder.config, "max_position_embeddings", math.inf)
-    if (args.tokenizer_max_length or 0) > limit:
-        raise arguments.RunError(f"--tokenizer_max_length {args.tokenizer_max_length}: the text encoder takes {limit}.")
     options = {"max_length": args.tokenizer_max_length, "use_mask": args.text_encoder_use_attention_mask}
     prompts = [args.instance_prompt, *([args.class_prompt] if args.with_prior_preservation else [])]
     encoder = text.Prompts(models.tokenizer, prompts, **options)
