@@ -209,7 +209,7 @@ def add_lipreg_arguments(
     flag("--lipreg_reduction", default=reduction, choices=reductions, help="How squared drift becomes one number.")
     flag("--lipreg_text_encoder_weight", type=float, help="Weight for a trained text encoder; default: the UNet's.")
     flag("--lipreg_teacher_device", help='Where pretrained weights are kept, for example "cpu"; adapters need none.')
-    flag("--lipreg_teacher_dtype", choices=["fp32", "fp16", "bf16"], help="Their type; default: the model's, exact.")
+    flag("--lipreg_teacher_dtype", choices=["fp32", "fp16", "bf16"], help="Their type; default: the smallest that is exact.")
     flag = parser.add_argument_group("output drift").add_argument
     flag("--probe_steps", type=int, default=250, help="Updates between measurements of output drift; 0: never.")
     flag("--probe_prompts", help="File with a prompt in each line to measure it on; default: a few generic ones.")
