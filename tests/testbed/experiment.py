@@ -417,7 +417,7 @@ def matched_table(rows: list[dict], args: argparse.Namespace, score: str) -> str
 def write_csv(rows: list[dict], path: Path) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
