@@ -98,17 +98,17 @@ def add_drift_gradient_(
             groups.append((parameter, teacher, parameter.grad))
         else:
             groups.append((parameter, teacher))
-    squares: list[list[Tensor]] = [[] for _ in groups]
+    # Made before the loop: small tensors kept between large ones that are freed would leave holes in memory.
+    distances = [_wide(torch.zeros((), dtype=p.dtype, device=p.device), p) for p, *_ in groups]
     for batch in _batches(groups):
         numbers, views = zip(*batch, strict=True)
         parameters, teachers, *gradients = zip(*views, strict=True)
         anchors = [_wide(t, p) for t, p in zip(teachers, parameters, strict=True)]
         differences = torch._foreach_sub([_wide(p, p) for p in parameters], anchors)
         for number, square in zip(numbers, torch._foreach_mul(differences, differences), strict=True):
-            squares[number].append(square.sum())
+            distances[number] += square.sum()
         if gradients:
             torch._foreach_mul_(differences, [2.0 * scale * weight * coefficients[number] for number in numbers])
             torch._foreach_add_(gradients[0], differences)
-    distances = [torch.stack(terms).sum() for terms in squares]
     value = _total([d * c for d, c in zip(distances, coefficients, strict=True)])
     return Drift(*summed(torch.stack([value, _total(distances)]), groups[0][0]))
