@@ -99,7 +99,7 @@ def add_drift_gradient_(
         else:
             groups.append((parameter, teacher))
     # Made before the loop: small tensors kept between large ones that are freed would leave holes in memory.
-    distances = [_wide(torch.zeros((), dtype=p.dtype, device=p.device), p) for p, *_ in groups]
+    distances = [torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device) for p, *_ in groups]
     for batch in _batches(groups):
         numbers, views = zip(*batch, strict=True)
         parameters, teachers, *gradients = zip(*views, strict=True)

@@ -13,7 +13,8 @@ def take_teachers(
 ) -> dict[str, TeacherSnapshotCallback]:
     """A callback for each model whose weight is above 0, with its teacher: call it before a checkpoint is loaded.
 
-    `None` is a weight that a budget will set. All but "unet" put their name before their log keys. `options` are those of `TeacherSnapshotCallback`.
+    `None` is a weight that a budget will set. All but "unet" put their name before their log keys. `options` are those
+    of `TeacherSnapshotCallback`.
     """
     callbacks = {}
     for name, model in models.items():

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/drift_budget.py --output_dir budget-results
 
-prints what the runs end with and what measuring costs, and keeps every finished run in the folder, so it can be interrupted. Kinds of run: `full`, the whole
-UNet at 2e-4; `lora`, rank 8 at 1e-3. A ratio is the final relative output drift over the budget, on the run's own probes (eight
-world captions); "free" is the final drift without a penalty. The subject's loss is the denoising loss on 280 unseen views.
+prints what the runs end with and what measuring costs, and keeps every finished run in the folder, so it can be
+interrupted. Kinds of run: `full`, the whole UNet at 2e-4; `lora`, rank 8 at 1e-3. A ratio is the final relative output
+drift over the budget, on the run's own probes (eight world captions); "free" is the final drift without a penalty. The
+subject's loss is the denoising loss on 280 unseen views.
 """
 
 from __future__ import annotations
