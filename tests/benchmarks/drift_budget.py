@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from experiment import Yardstick  # noqa: E402
+from experiment import TOKEN, Yardstick  # noqa: E402
 from judge import Sampling  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from world import PHOTOS, SUBJECTS  # noqa: E402
@@ -62,12 +62,12 @@ def run(args: argparse.Namespace, subject: str, kind: str, *more: str, steps: in
     """One run of the script; what it logged at the end, its seconds, and the loss on unseen views."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    folder, noun = args.output_dir / "model", SUBJECTS[subject].class_noun
+    folder, noun = args.output_dir / f"model-{kind}", SUBJECTS[subject].class_noun
     prompts = args.output_dir / "prompts.txt"
     prompts.write_text("\n".join(CAPTIONS))
     flags = {
         "--pretrained_model_name_or_path": TESTBED / "pipeline", "--instance_data_dir": PHOTOS / subject,
-        "--instance_prompt": f"a photo of a sks {noun}", "--output_dir": folder, "--resolution": 64, "--seed": 0,
+        "--instance_prompt": f"a photo of a {TOKEN} {noun}", "--output_dir": folder, "--resolution": 64, "--seed": 0,
         "--train_batch_size": 4, "--max_train_steps": steps, "--lr_warmup_steps": 0, "--probe_prompts": prompts,
         "--checkpointing_steps": 10**9,
     }  # fmt: skip
@@ -125,7 +125,7 @@ def budgets(args: argparse.Namespace) -> list[str]:
             fixed = ("--lipreg_weight", str(weight), "--lipreg_reduction", REDUCTION[kind])
             got = kept(args, f"{name}-weight-{weight:g}", *how, *fixed, steps=args.steps)
             lines.append(f"| {kind} | {subject} | weight {weight:g} | {got['drift']:.5f} | | | | {got['subject_loss']:.4f} |")
-        (args.output_dir / "budgets.md").write_text("\n".join(lines) + "\n")
+        (args.output_dir / f"budgets-{'-'.join(args.kinds)}.md").write_text("\n".join(lines) + "\n")
     return lines
 
 
