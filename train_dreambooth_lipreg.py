@@ -266,7 +266,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = runtime.start_accelerator(args)
     instance_images = data.find_instance_images(args.instance_data_dir)
     runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=False)
-    probe_prompts = runtime.probe_prompts(args) or PROMPTS
+    probe_prompts = PROMPTS if args.probe_prompts is None else arguments.read_lines(args.probe_prompts, "--probe_prompts")
     checkpoint, repo_id = runtime.open_output(args, accelerator)
     with runtime.loading(args):
         class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []

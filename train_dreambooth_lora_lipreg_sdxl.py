@@ -257,7 +257,7 @@ def save_weights(models: dict[str, nn.Module], folder: str) -> None:
 def main(args: argparse.Namespace) -> None:
     accelerator = runtime.start_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
     runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=True)
-    probe_prompts = runtime.probe_prompts(args) or PROMPTS
+    probe_prompts = PROMPTS if args.probe_prompts is None else arguments.read_lines(args.probe_prompts, "--probe_prompts")
     photos = data.photos_with_prompts(args)
     checkpoint, repo_id = runtime.open_output(args, accelerator)
     with runtime.loading(args):

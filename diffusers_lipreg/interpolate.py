@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,18 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .budget import ScaledChange, find_alpha
+from .dreambooth.arguments import OneLineParser, RunError, one_line, read_lines
 from .probe import PROMPTS, OutputProbe, pipeline_denoiser
 
 ADAPTERS = "pytorch_lora_weights.safetensors"
 MODELS = ("unet", "text_encoder", "text_encoder_2")
 
 
-class InterpolationError(Exception):
-    """It cannot be done; the message is one line: what is wrong and how to mend it."""
-
-
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m diffusers_lipreg.interpolate", description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(prog="python -m diffusers_lipreg.interpolate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--base", required=True, help="The pretrained pipeline: a folder or a Hub id.")
     parser.add_argument("--personalized", required=True, help="The personalised pipeline, or a folder with adapters.")
     parser.add_argument("--output_dir", required=True, help="Where the result goes: a new or an empty folder.")
@@ -60,7 +57,7 @@ def change_of_models(base: Any, tuned: Any) -> Iterator[tuple[Tensor, Tensor]]:
         start = dict(theirs.named_parameters())
         for name, parameter in ours.named_parameters():
             if name not in start or start[name].shape != parameter.shape:
-                raise InterpolationError(f"{model_name}.{name} is not in the base, or of another shape: is it the right --base?")
+                raise RunError(f"{model_name}.{name} is not in the base, or of another shape: is it the right --base?")
             yield parameter, start[name].detach().to(parameter.dtype)
 
 
@@ -72,7 +69,7 @@ def change_of_adapters(weights: dict[str, Tensor], base: Any) -> Iterator[tuple[
     """
     up = [name for name in weights if name.endswith((".up.weight", ".lora_B.weight"))]
     if not up:
-        raise InterpolationError(f"There is no LoRA in the adapters; they begin with {next(iter(weights), 'nothing')}.")
+        raise RunError(f"There is no LoRA in the adapters; they begin with {next(iter(weights), 'nothing')}.")
     for name in up:
         yield weights[name], torch.zeros_like(weights[name])
     for name in weights:
@@ -87,7 +84,7 @@ def row_norms(base: Any, name: str) -> Tensor:
     for known in (f"{layer}.weight", f"{layer.removeprefix('text_model.')}.weight"):
         if known in parameters:
             return parameters[known].detach().float().flatten(1).norm(dim=1)
-    raise InterpolationError(f"{name}: the base has no such layer; is it the right --base?")
+    raise RunError(f"{name}: the base has no such layer; is it the right --base?")
 
 
 def find_adapters(personalized: str) -> Path | None:
@@ -100,13 +97,13 @@ def find_adapters(personalized: str) -> Path | None:
             return None
         if (path / ADAPTERS).is_file():
             return path / ADAPTERS
-        raise InterpolationError(f"--personalized {path}: the folder holds neither model_index.json nor {ADAPTERS}.")
+        raise RunError(f"--personalized {path}: the folder holds neither model_index.json nor {ADAPTERS}.")
     try:
         return Path(hf_hub_download(personalized, ADAPTERS))
     except EntryNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise InterpolationError(f"--personalized {personalized}: no such folder, and not on the Hub ({error}).") from error
+        raise RunError(f"--personalized {personalized}: no such folder, and not on the Hub ({error}).") from error
 
 
 def load(model: str, flag: str, device: str) -> Any:
@@ -114,25 +111,16 @@ def load(model: str, flag: str, device: str) -> Any:
     try:
         pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(device)
     except (OSError, ValueError) as error:
-        raise InterpolationError(f"{flag} {model}: {' '.join(str(error).split())[:300]}") from error
+        raise RunError(f"{flag} {model}: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def read_prompts(path: str | None) -> Sequence[str]:
-    if path is None:
-        return PROMPTS
-    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise InterpolationError(f"--probe_prompts {path}: there is no prompt in it.")
-    return prompts
 
 
 def take_probe(args: argparse.Namespace, base: Any) -> OutputProbe:
     """Of the base, at the size it was made for."""
     config = base.unet.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
-    prompts = read_prompts(args.probe_prompts)
+    prompts = PROMPTS if args.probe_prompts is None else read_lines(args.probe_prompts, "--probe_prompts")
     return OutputProbe(pipeline_denoiser(base), base.scheduler, shape, prompts=prompts, device=args.device)
 
 
@@ -181,18 +169,14 @@ def interpolate_adapters(args: argparse.Namespace, file: Path) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     output = Path(args.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        stop(f"--output_dir {output} is there already and not empty: name another.")
     try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise RunError(f"--output_dir {output} is there already and not empty: name another.")
         file = find_adapters(args.personalized)
         alpha = interpolate_models(args) if file is None else interpolate_adapters(args, file)
-    except (InterpolationError, OSError) as error:
-        stop(str(error))
+    except (RunError, OSError) as error:
+        sys.exit(f"python -m diffusers_lipreg.interpolate: error: {one_line(error)}")
     print(f"alpha {alpha:.4f}: {output}")
-
-
-def stop(message: str) -> NoReturn:
-    sys.exit(f"python -m diffusers_lipreg.interpolate: error: {message}")
 
 
 if __name__ == "__main__":

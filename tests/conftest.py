@@ -141,20 +141,8 @@ def execute(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Co
     )
 
 
-def sample(
-    base: Path | str,
-    adapters: Path | str = "",
-    file: str = "pytorch_lora_weights.safetensors",
-    env: dict[str, str] | None = None,
-) -> bytes:
-    """The pixels that a new process draws with a pipeline, and adapters to it, from folders or repositories."""
-    code = (
-        "import sys, torch; from diffusers import DiffusionPipeline as P\n"
-        "pipe = P.from_pretrained(sys.argv[1], safety_checker=None); pipe.set_progress_bar_config(disable=True)\n"
-        "sys.argv[2] and pipe.load_lora_weights(sys.argv[2], weight_name=sys.argv[3])\n"
-        "print(pipe('a photo of sks dog', num_inference_steps=3, height=64, width=64,"
-        " generator=torch.Generator().manual_seed(0)).images[0].tobytes().hex())"
-    )
-    ran = execute("-c", code, str(base), str(adapters), file, env=env)
+def draw_elsewhere(*parts: Path | str, env: dict[str, str]) -> bytes:
+    """What `draw` returns in a new process, which has nothing but the environment."""
+    ran = execute(str(Path(__file__).parent / "draw.py"), *map(str, parts), env=env)
     assert ran.returncode == 0, ran.stderr
     return bytes.fromhex(ran.stdout.split()[-1])

@@ -623,7 +623,7 @@ def test_a_name_that_no_repository_can_have(refuse: Run, hub: LoopbackHub) -> No
     assert not hub.requests
 
 
-def test_a_refused_commit_loses_nothing(hub: LoopbackHub, tmp_path: Path, out: Path) -> None:
+def test_a_refused_commit_loses_nothing(train: Run, hub: LoopbackHub, tmp_path: Path, out: Path) -> None:
     hub.fail = {"commit": 403}
     environment = hub.environment(tmp_path / "home")
     done = command(out, *PUSH, TOKEN, "--checkpointing_steps", "2", env=environment)
@@ -633,12 +633,11 @@ def test_a_refused_commit_loses_nothing(hub: LoopbackHub, tmp_path: Path, out: P
     assert hub.files("alice/dog") == {}
 
     # Nothing else is lost, and the token is nowhere.
-    plain = command(tmp_path / "plain", "--checkpointing_steps", "2")
-    assert plain.returncode == 0
+    plain = train(tmp_path / "plain", "--checkpointing_steps", "2")
     kept = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert kept.keys() >= {Path("README.md"), Path("checkpoint-2", "optimizer.bin")}
     weights = Path("unet", "diffusion_pytorch_model.safetensors")
-    assert kept[weights] == Path(tmp_path, "plain", weights).read_bytes()
+    assert kept[weights] == Path(plain, weights).read_bytes()
     assert TOKEN not in done.stderr + done.stdout
     assert [path for path, content in kept.items() if TOKEN.encode() in content] == []
 

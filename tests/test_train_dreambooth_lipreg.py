@@ -1,6 +1,5 @@
 """The SD1.5 script from end to end: the official script's weights, the penalty, resuming, the Hub."""
 
-import argparse
 import json
 import re
 import subprocess
@@ -9,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARITY, ROOT, assert_equal_weights, command, flags, load, sample
+from conftest import PARITY, ROOT, assert_equal_weights, command, draw_elsewhere, flags, load
 from diffusers import StableDiffusionPipeline
+from draw import draw
 from loopback_hub import Account, LoopbackHub
 from safetensors.torch import load_file
 
-from diffusers_lipreg.dreambooth import runtime
-from diffusers_lipreg.dreambooth.arguments import RunError
+from diffusers_lipreg.dreambooth.arguments import RunError, read_lines
 from diffusers_lipreg.probe import OutputDrift, OutputProbe, pipeline_denoiser
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -219,28 +218,24 @@ def test_trained_pushed_and_loaded_elsewhere(tmp_path):
         assert all(line in card for line in ("- lipschitz-drift", "| lipreg_reduction | tensor_mean |",
                                              "| lipreg_weight | 500 |", "| drift_relative | "))  # fmt: skip
 
-        loaded = sample("alice/sks-dog", env=hub.environment(tmp_path / "empty"))
-    assert loaded == sample(tmp_path / "sks-dog")
-    assert loaded != sample(PARITY / "pipeline")
+        loaded = draw_elsewhere("alice/sks-dog", env=hub.environment(tmp_path / "empty"))
+    assert loaded == draw(tmp_path / "sks-dog")
+    assert loaded != draw(PARITY / "pipeline")
 
 
 @pytest.mark.parametrize("more", [("--rank", "4"), ("--extract_lora_rank", "4")], ids=["trained", "extracted"])
-def test_adapters_pushed_and_loaded_elsewhere(more, tmp_path):
-    out = tmp_path / "sks-dog"
-    with LoopbackHub({"hf_secret_of_alice": Account("alice")}) as hub:
-        pushed = command(out, *more, "--push_to_hub", "--hub_token", "hf_secret_of_alice", "--learning_rate", "1e-2",
-                         env=hub.environment(tmp_path / "home"))  # fmt: skip
-        assert pushed.returncode == 0, pushed.stderr
-        card = hub.files("alice/sks-dog")["README.md"].decode()
-        if "--rank" in more:
-            assert 'pipe.load_lora_weights("alice/sks-dog")' in card
-            assert "| lipreg_reduction | factors |" in card
-        else:
-            assert card.count('pipe.load_lora_weights("alice/sks-dog")') == 1
-            assert "| extract_lora_rank | 4 |" in card and "| squared drift kept by these adapters | " in card
-        loaded = sample(PARITY / "pipeline", "alice/sks-dog", env=hub.environment(tmp_path / "empty"))
-    assert loaded == sample(PARITY / "pipeline", out)
-    assert loaded != sample(PARITY / "pipeline")
+def test_adapters_pushed_and_loaded_elsewhere(more, train, hub, tmp_path):
+    out = train(tmp_path / "sks-dog", *more, "--push_to_hub", "--hub_token", "hf_alice", "--learning_rate", "1e-2")
+    card = hub.files("alice/sks-dog")["README.md"].decode()
+    if "--rank" in more:
+        assert 'pipe.load_lora_weights("alice/sks-dog")' in card
+        assert "| lipreg_reduction | factors |" in card
+    else:
+        assert card.count('pipe.load_lora_weights("alice/sks-dog")') == 1
+        assert "| extract_lora_rank | 4 |" in card and "| squared drift kept by these adapters | " in card
+    loaded = draw_elsewhere(PARITY / "pipeline", "alice/sks-dog", env=hub.environment(tmp_path / "empty"))
+    assert loaded == draw(PARITY / "pipeline", out)
+    assert loaded != draw(PARITY / "pipeline")
 
 
 def test_help_needs_no_model():
@@ -314,4 +309,4 @@ def test_a_file_of_probe_prompts_that_is_none(content, tmp_path):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RunError, match="--probe_prompts"):
-        runtime.probe_prompts(argparse.Namespace(probe_prompts=str(path)))
+        read_lines(path, "--probe_prompts")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARITY, ROOT, assert_equal_weights, execute, flags, sample
+from conftest import PARITY, ROOT, assert_equal_weights, draw_elsewhere, execute, flags
 from diffusers import StableDiffusionXLPipeline
+from draw import draw
 from loopback_hub import Account, LoopbackHub
 from safetensors.torch import load_file
 
@@ -121,16 +122,16 @@ def test_trained_pushed_and_loaded_elsewhere(more, tmp_path):
             assert line in card
 
         fewer = [word for word in script if word != "--output_kohya_format"]
-        again = execute("-m", "accelerate.commands.launch", *fewer, env=env)
+        again = execute(*fewer, env=env)
         assert again.returncode == 0, again.stderr
         assert hub.files("alice/sks-duck")["README.md"].decode() == card
         assert hub.files("alice/sks-duck").keys() == {LORA, "README.md", "image_0.png"}  # nothing stale
 
-        loaded = sample(BASE, "alice/sks-duck", env=hub.environment(tmp_path / "empty"))
-    assert loaded == sample(BASE, out)
+        loaded = draw_elsewhere(BASE, "alice/sks-duck", env=hub.environment(tmp_path / "empty"))
+    assert loaded == draw(BASE, out)
     if "--use_dora" not in more:  # diffusers reads kohya's LoRA, and leaves out its DoRA with a warning
-        assert loaded == sample(BASE, Path(kohya).parent, KOHYA)
-    assert loaded != sample(BASE)
+        assert loaded == draw(BASE, Path(kohya).parent, KOHYA)
+    assert loaded != draw(BASE)
 
 
 def test_names_are_those_that_other_tools_read(train_sdxl, tmp_path):

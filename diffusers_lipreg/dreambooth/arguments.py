@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 from accelerate.utils import LoggerType
@@ -26,6 +27,17 @@ def one_line(error: Exception) -> str:
 def printable(text: str) -> str:
     """Text with line breaks and other control characters, as a path may hold them, written out."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def read_lines(path: str | Path, flag: str) -> tuple[str, ...]:
+    """The lines of a text file, without empty ones; at least one is needed. `flag` is what named the file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{flag} {path}: cannot be read as text ({one_line(error)}).") from error
+    if not text.strip():
+        raise RunError(f"{flag} {path}: there is nothing in it.")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 class OneLineParser(argparse.ArgumentParser):

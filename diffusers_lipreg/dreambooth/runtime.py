@@ -115,20 +115,6 @@ def check_surroundings(args: Namespace) -> None:
             raise RunError(f"--validation_images {path}: {one_line(error)}") from error
 
 
-def probe_prompts(args: Namespace) -> list[str] | None:
-    """The lines of `--probe_prompts` that are not empty; `None` without the flag."""
-    if args.probe_prompts is None:
-        return None
-    try:
-        lines = Path(args.probe_prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise RunError(f"--probe_prompts {args.probe_prompts}: cannot be read as text ({one_line(error)}).") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise RunError(f"--probe_prompts {args.probe_prompts}: there is no prompt in it.")
-    return prompts
-
-
 def check_pipeline(model: str, revision: str | None, sdxl: bool) -> None:
     """Refuses a model that is no pipeline, or not one for this script, by its index alone."""
     flag = f"--pretrained_model_name_or_path {model}"

@@ -22,7 +22,7 @@ import transformers
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..dreambooth.arguments import OneLineParser, RunError, one_line
+from ..dreambooth.arguments import OneLineParser, RunError, one_line, read_lines
 from ..dreambooth.data import find_instance_images
 from ..dreambooth.runtime import DTYPES, check_folder
 from ..probe import PROMPTS
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     """Measures drift first, which loads every model and so finds early what does not fit; then draws, then scores."""
     device = find_device(args.device)
     dtype = DTYPES[args.dtype] or (torch.float16 if device.type == "cuda" else torch.float32)
-    probe_prompts = list(PROMPTS if args.probe_prompts is None else prompts.read_lines(args.probe_prompts, "--probe_prompts"))
+    probe_prompts = PROMPTS if args.probe_prompts is None else read_lines(args.probe_prompts, "--probe_prompts")
     subjects = find_subjects(args)
     flag = "--instance_data_dir" if args.dataset is None else "--dataset"
     photos = {subject.name: find_instance_images(subject.photos, flag) for subject in subjects}

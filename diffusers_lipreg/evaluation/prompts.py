@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..dreambooth.arguments import RunError
+from ..dreambooth.arguments import RunError, read_lines
 
 _PLACES = (
     "a {} in the jungle",
@@ -105,17 +105,6 @@ class Subject(NamedTuple):
 def templates_for(class_noun: str) -> tuple[str, ...]:
     """The benchmark's 25 templates for a class: those of live subjects for cats and dogs, else those of objects."""
     return TEMPLATES["live" if class_noun in LIVE_NOUNS else "object"]
-
-
-def read_lines(path: Path, flag: str) -> tuple[str, ...]:
-    """The lines of a text file, without empty ones; at least one is needed."""
-    try:
-        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{flag} {path}: cannot be read ({error}).") from error
-    if not lines:
-        raise RunError(f"{flag} {path}: it is empty.")
-    return lines
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
