@@ -1,11 +1,13 @@
 """Does a run end at its drift budget, and what does measuring cost? On the testbed, with the training script itself.
 
-    python tests/benchmarks/drift_budget.py --output_dir budget-results
+    python tests/benchmarks/drift_budget.py --output_dir budget-results --compare
 
 prints what the runs end with and what measuring costs, and keeps every finished run in the folder, so it can be
 interrupted. Kinds of run: `full`, the whole UNet at 2e-4; `lora`, rank 8 at 1e-3. A ratio is the final relative output
 drift over the budget, on the run's own probes (eight world captions); "free" is the final drift without a penalty. The
-subject's loss is the denoising loss on 280 unseen views.
+subject's loss is the denoising loss on 280 unseen views. `--compare` adds runs of fixed weights: what the best of them
+would have at the drift of a run with a budget is read off between its neighbours, linear in the logarithm of drift;
+and draws `budgets.png`.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 HERE = Path(__file__).resolve().parent
@@ -44,6 +49,7 @@ CAPTIONS = [
 ]  # fmt: skip
 KINDS = {"full": ["--learning_rate", "2e-4"], "lora": ["--learning_rate", "1e-3", "--rank", "8"]}
 REDUCTION = {"full": "sum", "lora": "product"}
+WEIGHTS = {"full": (0.01, 0.05, 0.2, 1, 4, 20), "lora": (0.0003, 0.002, 0.01, 0.04, 0.2)}
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.001, 0.003, 0.01, 0.03, 0.1])
-    parser.add_argument("--weights", nargs="*", type=float, default=[], help="Fixed weights to compare with, too.")
+    parser.add_argument("--compare", action="store_true", help="With fixed weights, too.")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--cost_steps", type=int, default=60, help="Length of the run that measures the cost; 0: none.")
     return parser.parse_args()
@@ -99,7 +105,7 @@ def on_disk(args: argparse.Namespace, folder: Path, subject: str, kind: str) -> 
     return {"drift": reading.output_drift_relative, "se": reading.standard_error, **losses}
 
 
-def kept(args: argparse.Namespace, name: str, subject: str, kind: str, *more: str, steps: int) -> dict:
+def kept(args: argparse.Namespace, name: str, subject: str, kind: str, more: tuple[str, ...], steps: int) -> dict:
     """The result of that name, from a run that is made if it is not there yet."""
     path = args.output_dir / f"{name}-{steps}.json"
     if not path.exists():
@@ -107,31 +113,91 @@ def kept(args: argparse.Namespace, name: str, subject: str, kind: str, *more: st
     return json.loads(path.read_text())
 
 
-def budgets(args: argparse.Namespace) -> list[str]:
-    lines = ["| run | subject | budget | final drift | ratio | highest on the way | free | loss on unseen views |", "|---" * 8 + "|"]
+class Case(NamedTuple):
+    """The runs of one subject in one kind."""
+
+    free: dict
+    budgets: dict[float, dict]
+    weights: dict[float, dict]
+
+    def loss_at(self, drift: float) -> float | None:
+        """The subject's loss of fixed weights at a drift; None outside what was run."""
+        points = sorted((run["drift"], run["subject_loss"]) for run in (self.free, *self.weights.values()))
+        for (low, loss), (high, next_loss) in itertools.pairwise(points):
+            if low <= drift <= high:
+                share = math.log(drift / low) / math.log(high / low)
+                return loss + share * (next_loss - loss)
+        return None
+
+
+def collect(args: argparse.Namespace) -> dict[tuple[str, str], Case]:
+    cases = {}
     for kind, subject in itertools.product(args.kinds, args.subjects):
-        name, how = f"{kind}-{subject}", (subject, kind)
-        free = kept(args, f"{name}-free", *how, "--lipreg_weight", "0", steps=args.steps)
-        lines.append(f"| {kind} | {subject} | none | {free['drift']:.4f} | | | | {free['subject_loss']:.4f} |")
-        for budget in args.budgets:
-            got = kept(args, f"{name}-{budget:g}", *how, "--drift_budget", str(budget), steps=args.steps)
-            ratio = got["drift"] / budget
-            held = ratio <= 1.1 and (ratio >= 0.5 or free["drift"] < budget)
-            lines.append(
-                f"| {kind} | {subject} | {budget:g} | {got['drift']:.5f} | {ratio:.2f}{'' if held else ' (missed)'} | "
-                f"{max(got['path']) / budget:.2f} | {free['drift']:.4f} | {got['subject_loss']:.4f} |"
-            )
-        for weight in args.weights:
-            fixed = ("--lipreg_weight", str(weight), "--lipreg_reduction", REDUCTION[kind])
-            got = kept(args, f"{name}-weight-{weight:g}", *how, *fixed, steps=args.steps)
-            lines.append(f"| {kind} | {subject} | weight {weight:g} | {got['drift']:.5f} | | | | {got['subject_loss']:.4f} |")
-        (args.output_dir / f"budgets-{'-'.join(args.kinds)}.md").write_text("\n".join(lines) + "\n")
+        made = partial(kept, args, subject=subject, kind=kind, steps=args.steps)
+        name, weights = f"{kind}-{subject}", WEIGHTS[kind] if args.compare else ()
+        cases[kind, subject] = Case(
+            made(f"{name}-free", more=("--lipreg_weight", "0")),
+            {b: made(f"{name}-{b:g}", more=("--drift_budget", str(b))) for b in args.budgets},
+            {w: made(f"{name}-weight-{w:g}", more=("--lipreg_weight", str(w), "--lipreg_reduction", REDUCTION[kind])) for w in weights},
+        )
+    return cases
+
+
+def every_run(cases: dict[tuple[str, str], Case]) -> list[str]:
+    lines = ["| run | subject | asked for | final drift | ratio | highest on the way | loss on unseen views |", "|---" * 7 + "|"]
+    for (kind, subject), case in cases.items():
+        start = f"| {kind} | {subject} |"
+        lines.append(f"{start} nothing | {case.free['drift']:.5f} | | | {case.free['subject_loss']:.4f} |")
+        for budget, run in case.budgets.items():
+            ratio = run["drift"] / budget
+            held = ratio <= 1.1 and (ratio >= 0.5 or case.free["drift"] < budget)
+            ratios = f"{ratio:.2f}{'' if held else ' (missed)'} | {max(run['path']) / budget:.2f}"
+            lines.append(f"{start} {budget:g} | {run['drift']:.5f} | {ratios} | {run['subject_loss']:.4f} |")
+        for weight, run in case.weights.items():
+            lines.append(f"{start} weight {weight:g} | {run['drift']:.5f} | | | {run['subject_loss']:.4f} |")
     return lines
+
+
+def summary(args: argparse.Namespace, cases: dict[tuple[str, str], Case]) -> list[str]:
+    """By budget, over the subjects: the ratios of those it bound, and losses beside those of fixed weights."""
+    lines = ["| run | budget | bound | final drift / budget | loss on unseen views | fixed weight, same drift |", "|---" * 6 + "|"]
+    for kind, budget in itertools.product(args.kinds, args.budgets):
+        of_kind = [case for (name, _), case in cases.items() if name == kind]
+        bound = [case for case in of_kind if case.free["drift"] > budget]
+        runs = [case.budgets[budget] for case in bound]
+        ratios = [run["drift"] / budget for run in runs]
+        span = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
+        fixed = [case.loss_at(run["drift"]) for case, run in zip(bound, runs, strict=True)]
+        pairs = [(run["subject_loss"], loss) for run, loss in zip(runs, fixed, strict=True) if loss is not None]
+        losses = " | ".join(f"{sum(column) / len(pairs):.4f}" for column in zip(*pairs, strict=True)) or " | "
+        lines.append(f"| {kind} | {budget:g} | {len(bound)} of {len(of_kind)} | {span} | {losses} |")
+    return lines
+
+
+def draw(args: argparse.Namespace, cases: dict[tuple[str, str], Case]) -> None:
+    """The subject's loss over drift: a curve of fixed weights for each subject, and the runs with budgets on it."""
+    from matplotlib import pyplot as plt  # the extra `plots`
+
+    figure, panels = plt.subplots(1, len(args.kinds), figsize=(5.5 * len(args.kinds), 4), squeeze=False, layout="constrained")
+    for panel, kind in zip(panels[0], args.kinds, strict=True):
+        for number, subject in enumerate(args.subjects):
+            case, colour = cases[kind, subject], f"C{number}"
+            curve = sorted((run["drift"], run["subject_loss"]) for run in (case.free, *case.weights.values()))
+            panel.plot(*zip(*curve, strict=True), color=colour, linewidth=1, marker=".", label=subject.replace("_", " "))
+            points = [(run["drift"], run["subject_loss"]) for run in case.budgets.values()]
+            panel.scatter(*zip(*points, strict=True), color=colour, marker="D", s=28, zorder=3)
+        for budget in args.budgets:
+            panel.axvline(budget, color="0.8", linewidth=0.8, zorder=0)
+        panel.set(xscale="log", title={"full": "whole UNet", "lora": "LoRA, rank 8"}[kind], xlabel="relative output drift at the end")
+    panels[0][0].set_ylabel("denoising loss on unseen views of the subject")
+    panels[0][0].scatter([], [], color="0.3", marker="D", s=28, label="with a drift budget (grey lines)")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(args.output_dir / "budgets.png", dpi=110)
 
 
 def cost(args: argparse.Namespace) -> list[str]:
     """Processor seconds of updates and of measuring, and what share of a run measuring is."""
-    short, long = (kept(args, "cost", "smiley", "full", "--probe_steps", "0", steps=n)["seconds"] for n in (10, args.cost_steps))
+    short, long = (kept(args, "cost", "smiley", "full", ("--probe_steps", "0"), n)["seconds"] for n in (10, args.cost_steps))
     update = (long - short) / (args.cost_steps - 10)
     pipeline = StableDiffusionPipeline.from_pretrained(TESTBED / "pipeline", dtype=torch.float32)
     denoiser = pipeline_denoiser(pipeline)
@@ -176,7 +242,10 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    print("\n".join(budgets(args)))
+    cases = collect(args)
+    print("\n".join([*every_run(cases), "", *summary(args, cases), ""]))
+    if args.compare:
+        draw(args, cases)
     if args.cost_steps:
         print("\n".join(cost(args)))
 

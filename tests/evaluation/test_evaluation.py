@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import PARITY
+from conftest import PARITY, execute
+from huggingface_hub import HfApi
 
 from diffusers_lipreg.evaluation import __main__ as command
 from diffusers_lipreg.evaluation import prompts, report, results
@@ -119,6 +120,24 @@ def test_adapters_of_sdxl(evaluate, sdxl_lora):
     assert set(subject["drift"]["parameters"]) == {"unet"}
     assert subject["drift"]["output"]["output_drift"] > 0 and subject["unrelated_change"]["pixels"]["mean"] > 0
     assert all("lora" not in name for name in subject["drift"]["parameters"]["unet"]["by_tensor"])
+
+
+def test_everything_from_the_hub(arguments, hub, lora, clip, dino, tmp_path):
+    """Base, adapters and encoders named by repository, in a new process: the scores of the same things in folders."""
+    api, named = HfApi(endpoint=hub.url, token="hf_alice"), []
+    for name, folder in {"base": PARITY / "pipeline", "personalized": lora, "clip": clip, "dino": dino}.items():
+        repository = api.create_repo(f"alice/{folder.name}").repo_id
+        api.upload_folder(repo_id=repository, folder_path=folder)
+        named += [f"--{name}", repository]
+    named += ["--output_dir", str(tmp_path / "elsewhere")]
+    ran = execute("-m", "diffusers_lipreg.evaluation", *arguments, *ONE, *named, env=hub.environment(tmp_path / "home"))
+    assert ran.returncode == 0, ran.stderr
+    command.run([*arguments, *ONE, "--personalized", str(lora)])
+    from_hub, from_folders = (
+        json.loads((tmp_path / name / "report.json").read_text().replace("alice/", ""))["subjects"]["sks_dog"]
+        for name in ("elsewhere", "out")
+    )
+    assert from_hub == {**from_folders, "personalized": "lora"}
 
 
 def test_a_run_that_was_interrupted_goes_on(evaluate, arguments, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import experiment
 import pytest
+import report
 import torch
 import toy
 from diffusers import StableDiffusionPipeline
@@ -125,6 +126,17 @@ def test_the_penalty_helps(tmp_path):
     rows = results(tmp_path, "--subjects", "smiley", "--methods", "plain", "sum", "--seeds", "2", "--prompts", "100")
     plain, ours = (experiment.least_gap(rows, "smiley", method, "subject_loss") for method in ("plain", "sum"))
     assert ours < 0.8 * plain
+
+
+@pytest.mark.slow
+def test_the_report_of_the_base_says_that_nothing_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(PIPELINE), "--output_dir", str(tmp_path)])
+    report.main()
+    subject = json.loads((tmp_path / "report.json").read_text())["subjects"]["sks_circle"]
+    assert subject["drift"]["output"]["output_drift"] == 0 and subject["drift"]["parameters"] == {}
+    assert subject["unrelated_change"]["pixels"]["mean"] == 0
+    assert subject["scores"]["personalized"] == subject["scores"]["base"]
+    assert (tmp_path / "report.html").stat().st_size > 100_000  # with its images
 
 
 @pytest.mark.slow
