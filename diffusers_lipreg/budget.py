@@ -2,12 +2,13 @@
 
 The weight lambda is 0 until the measured drift r comes near the budget b. It starts where the penalty's gradient is a
 fixed share of the loss's, which needs no knowledge of the model, its size or the reduction. From then on, at every
-update, a proportional and integral controller of its logarithm takes over: with e = log(r / b), T updates in all,
+update, a proportional and integral controller of its logarithm takes over: with e = log(r / (AIM b)), T updates in all,
 
     I <- I + INTEGRAL e / T        log lambda <- I + e        (e at most 1 in I, log lambda moves by at most RATE)
 
-Between two measurements r grows as ||theta - theta_0||^2 does, which the penalty knows anyway. What noise leaves above
-the budget at the end is taken off by `settle`, which scales theta - theta_0 (as WiSE-FT does, arXiv 2109.01903).
+Between two measurements r grows as ||theta - theta_0||^2 does, which the penalty knows anyway. What is above the budget at
+the end is taken off by `settle`, which scales theta - theta_0 (as WiSE-FT does, arXiv 2109.01903); what noise leaves below
+it would be lost to the subject, so the aim is higher than the budget.
 """
 
 import math
@@ -24,6 +25,7 @@ from .snapshot import TeacherSnapshot
 NEAR = 0.25  # share of the budget at which the weight starts
 SHARE = 0.3  # of the loss's gradient, that the penalty's has to start with
 INTEGRAL = 40.0  # e-folds of the weight in a whole run, at one e-fold off the budget
+AIM = 1.4  # times the budget
 RATE = 0.5  # e-folds of the weight in an update
 MEASUREMENTS = 20  # in a run, evenly, beside those at its beginning
 TOLERANCE = 0.02  # how far below the budget `settle` may end
@@ -147,11 +149,11 @@ class DriftBudget:
             self._per_distance = drift / distance if distance > 0 else 0.0
         else:
             drift = self._per_distance * self._last_distance()
-        error = math.log(max(drift, 1e-6 * self.budget) / self.budget)
+        error = math.log(max(drift, 1e-6 * self.budget) / (AIM * self.budget))
         if self._integral is None:
             share = balance(self.penalties, scale) if drift >= NEAR * self.budget else None
             if share is not None:
-                # at the budget the penalty's gradient is larger as the distance is: as the root of the drift
+                # at the aim the penalty's gradient is larger as the distance is: as the root of the drift
                 self._integral = math.log(SHARE * share) + error / 2
                 self._set_weight(math.exp(self._integral + min(0.0, error)))
         else:
