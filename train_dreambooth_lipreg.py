@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -115,6 +115,11 @@ class Models:
         """The models whose weights change, by name."""
         return {name: getattr(self, name) for name in self.trained_names}
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weights that change."""
+        return [p for model in self.trained.values() for p in model.parameters() if p.requires_grad]
+
     def place_frozen(self, accelerator: Accelerator) -> None:
         for name in {"vae", "text_encoder"} - set(self.trained_names):
             if getattr(self, name) is not None:
@@ -170,14 +175,17 @@ def probe_denoiser(
 
 
 def validate(
-    args: argparse.Namespace, accelerator: Accelerator, models: Models, prompt: dict[str, Any], step: int
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    models: Models,
+    trained: Mapping[str, nn.Module],
+    prompt: dict[str, Any],
+    step: int,
 ) -> list[Image.Image]:
-    """Samples from the weights as they are and hands the images to the trackers."""
-    text_encoder = None if models.text_encoder is None else checkpoints.unwrap(accelerator, models.text_encoder)
+    """Samples from the weights as they are, those of the bare `trained`, and hands the images to the trackers."""
     pipeline = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
-        unet=checkpoints.unwrap(accelerator, models.unet),
-        text_encoder=text_encoder,
+        **{"text_encoder": models.text_encoder, **trained},
         tokenizer=models.tokenizer,
         revision=args.revision,
         variant=args.variant,
@@ -190,7 +198,7 @@ def validate(
     return images
 
 
-def save_weights(args: argparse.Namespace, models: dict[str, nn.Module], folder: str) -> None:
+def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], folder: str) -> None:
     """Writes what was trained and nothing else: models in sub-folders of their names, or the adapters."""
     if args.rank is None:
         checkpoints.save_models(models, folder)
@@ -199,7 +207,7 @@ def save_weights(args: argparse.Namespace, models: dict[str, nn.Module], folder:
         lora.save_adapters(StableDiffusionPipeline, folder, lora.adapter_weights(models, scale))
 
 
-def save(args: argparse.Namespace, models: dict[str, nn.Module]) -> dict[str, str]:
+def save(args: argparse.Namespace, models: Mapping[str, nn.Module]) -> dict[str, str]:
     """Writes the pipeline with the trained weights, or the adapters, into the output folder; says what is notable."""
     if args.rank is not None:
         save_weights(args, models, args.output_dir)
@@ -280,9 +288,8 @@ def main(args: argparse.Namespace) -> None:
     loader = data.make_loader(args, dataset, data.collate)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
-    parameters = [p for model in bare.values() for p in model.parameters() if p.requires_grad]
-    optimizer = optimization.create_adamw(args, parameters)
-    runtime.check_disk(args, parameters)
+    optimizer = optimization.create_adamw(args, models.parameters)
+    runtime.check_disk(args, models.parameters)
     lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
     if args.rank is None:
         save_models, load_models = partial(checkpoints.save_models, bare), partial(checkpoints.load_models, bare)
@@ -293,6 +300,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
     models.place_frozen(accelerator)
+    parameters = models.parameters  # others than before, where FSDP has divided them
 
     penalties = take_teachers(  # of the pretrained model: before a checkpoint is loaded
         models.trained,
@@ -312,7 +320,7 @@ def main(args: argparse.Namespace) -> None:
         probe_prompts,
         {penalty.loss: models.trained[name] for name, penalty in penalties.items()},
         subject_loss=partial(held_out_loss, args, models, crops, text_states),
-        save_best=partial(checkpoints.save_best, accelerator, args.output_dir, partial(save_weights, args, bare)),
+        save_best=partial(checkpoints.save_best, accelerator, args.output_dir, bare, partial(save_weights, args)),
     )
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
     accelerator.init_trackers("dreambooth", config=runtime.tracker_config(args))
@@ -349,8 +357,9 @@ def main(args: argparse.Namespace) -> None:
                 if interruption.agreed() or step % args.checkpointing_steps == 0:
                     checkpoints.save(accelerator, loader, args.output_dir, step, args.checkpoints_total_limit)
                 if args.validation_prompt is not None and step % args.validation_steps == 0:
+                    trained = checkpoints.whole(accelerator, bare)
                     if accelerator.is_main_process:
-                        images = validate(args, accelerator, models, validation_prompt, step)
+                        images = validate(args, accelerator, models, trained, validation_prompt, step)
             logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
             for penalty in penalties.values():
                 penalty.on_log(logs=logs)
@@ -367,10 +376,11 @@ def main(args: argparse.Namespace) -> None:
     for name, penalty in penalties.items():
         penalty.on_train_end(model=models.trained[name])
         logger.info(f"Final drift: {penalty.logs}")
+    trained = checkpoints.whole(accelerator, bare)
     if accelerator.is_main_process:
         hub.clear_stale(args.output_dir)
         with checkpoints.writing(args.output_dir, args.output_dir):
-            facts = card_facts(penalties.values()) | monitor.facts | save(args, bare)
+            facts = card_facts(penalties.values()) | monitor.facts | save(args, trained)
     accelerator.end_training()
     if repo_id is not None:
         family = "stable-diffusion" if models.vae is not None else "if"

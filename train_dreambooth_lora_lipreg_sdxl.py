@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -250,7 +250,7 @@ def load_pipeline(args: argparse.Namespace, models: Models, dtype: torch.dtype, 
     return pipeline
 
 
-def save_weights(models: dict[str, nn.Module], folder: str) -> None:
+def save_weights(models: Mapping[str, nn.Module], folder: str) -> None:
     lora.save_adapters(StableDiffusionXLPipeline, folder, lora.adapter_weights(models))
 
 
@@ -302,7 +302,7 @@ def main(args: argparse.Namespace) -> None:
         probe_prompts,
         {penalty.loss: models.trained[name] for name, penalty in penalties.items()},
         subject_loss=partial(held_out_loss, args, models, crops, captions, text_states, dtype),
-        save_best=partial(checkpoints.save_best, accelerator, args.output_dir, partial(save_weights, bare)),
+        save_best=partial(checkpoints.save_best, accelerator, args.output_dir, bare, save_weights),
     )
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .adapters import AdapterSnapshot, trained_adapters
 from .losses import LipschitzDriftLoss
+from .sharding import local, summed
 from .snapshot import TeacherSnapshot
 
 # All are pure numbers: nothing here depends on the model.
@@ -52,7 +53,8 @@ class ScaledChange:
     """theta_0 + alpha (theta - theta_0), put into parameters for any alpha; theta is what they hold when it is built."""
 
     def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self._parameters = [(parameter, start, parameter.detach().clone()) for parameter, start in pairs]
+        parts = ((local(parameter.detach()), local(start)) for parameter, start in pairs)
+        self._parameters = [(parameter, start, parameter.clone()) for parameter, start in parts]
 
     @torch.no_grad()
     def apply(self, alpha: float) -> None:
@@ -205,6 +207,10 @@ def measurement_steps(steps: int) -> set[int]:
     return due
 
 
+def _norm(tensor: Tensor) -> Tensor:
+    return summed(local(tensor).float().norm().square(), tensor).sqrt()
+
+
 @torch.no_grad()
 def balance(penalties: Mapping[LipschitzDriftLoss, nn.Module], scale: float = 1.0) -> float | None:
     """The weight at which the penalty's gradient is as large as the one in place: the median over parameters.
@@ -222,7 +228,7 @@ def balance(penalties: Mapping[LipschitzDriftLoss, nn.Module], scale: float = 1.
         penalty.weight = before
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if parameter.grad is not None and gradient is not None:
-                ratios.append(gradient.float().norm() / scale / parameter.grad.float().norm())
+                ratios.append(_norm(gradient) / scale / _norm(parameter.grad))
                 sizes.append(parameter.numel())
             parameter.grad = gradient
     ratio, size = (torch.stack(ratios).cpu(), torch.tensor(sizes)) if ratios else (torch.empty(0), torch.empty(0))

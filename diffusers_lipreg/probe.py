@@ -19,6 +19,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, distributed, nn
 
+from .sharding import reshard
+
 PROMPTS = (
     "a photo of a dog",
     "a woman reading a book in a cafe",
@@ -56,6 +58,8 @@ class Denoiser(NamedTuple):
         finally:
             for part, mode in modes.items():
                 part.training = mode
+            for module in self.modules:
+                reshard(module)
 
 
 def pipeline_denoiser(pipeline: Any) -> Denoiser:
@@ -200,13 +204,15 @@ class OutputProbe:
     def measure(self, denoiser: Denoiser) -> OutputDrift:
         """The output drift of `denoiser`: exactly zero for the one that the probe was taken of."""
         rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-        rows = []
+        rows = [probe.prediction.new_zeros(len(probe.prompts)) for probe in self._probes]
         with denoiser.evaluating() as predict:
-            for number, probe in enumerate(self._probes):
-                difference = torch.zeros_like(probe.prediction[:1])
-                if number % world == rank:
-                    difference = predict(probe.sample, probe.timestep, probe.prompts).float() - probe.prediction
-                rows.append(_mean_squares(difference.expand_as(probe.prediction)))
+            for first in range(0, len(rows), world):
+                # All call the model equally often, also where none is left: one that is sharded they gather together.
+                number = min(first + rank, len(rows) - 1)
+                probe = self._probes[number]
+                difference = predict(probe.sample, probe.timestep, probe.prompts).float() - probe.prediction
+                if number == first + rank:
+                    rows[number] = _mean_squares(difference)
         differences = torch.cat(rows)
         if world > 1:
             distributed.all_reduce(differences)  # of one number and zeros: no rounding, the same on all

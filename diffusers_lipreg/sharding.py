@@ -1,6 +1,7 @@
 """Tensors that FSDP2 (`torch.distributed.fsdp.fully_shard`) has divided among processes."""
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
@@ -15,3 +16,10 @@ def summed(sums: Tensor, like: Tensor) -> Tensor:
         return sums
     placements = [Partial() if placement.is_shard() else Replicate() for placement in like.placements]
     return DTensor.from_local(sums, like.device_mesh, placements).full_tensor()
+
+
+def reshard(module: nn.Module) -> None:
+    """Divides again what FSDP2 keeps whole from a forward pass until its backward, which may never come."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

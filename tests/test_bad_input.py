@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import PARITY, command, flags, forget_accelerate
 from huggingface_hub import HfApi, close_session, constants
@@ -394,13 +395,44 @@ def test_a_disk_that_is_too_small(run: Run, train, out: Path, monkeypatch: pytes
     assert written == pytest.approx(needed, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_what_would_lose_the_penalty_is_refused(stopped, nothing_loads, out, monkeypatch, script, kind) -> None:
-    """DeepSpeed updates inside backward, before the penalty's gradient is there; checkpoints are not made of shards."""
-    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+def test_what_would_lose_the_penalty_is_refused(stopped, nothing_loads, out, monkeypatch, script) -> None:
+    """DeepSpeed updates inside backward, before the penalty's gradient is there."""
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
     code, line = stopped(script, arguments(script, out, []))
-    assert code == 1 and f"configuration asks for {kind.value}; the scripts run on one process" in line
+    assert code == 1 and "configuration asks for DEEPSPEED: choose DDP" in line
+    assert not out.exists()
+
+
+FSDP = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "environment", "message"),
+    [
+        ("sd", [], {"FSDP_VERSION": "1"}, "fsdp_version: 2."),
+        ("sd", [], {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type: FULL_STATE_DICT."),
+        ("sd", [], {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading: false."),
+        ("sd", [], {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: false."),
+        ("sd", [], {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing"),
+        ("sd", [], {"ACCELERATE_DYNAMO_BACKEND": "inductor"}, "dynamo_backend: no."),
+        ("sd", ["--rank", "4"], {}, "not with adapters"),
+        ("sd", ["--train_text_encoder"], {}, "not with --train_text_encoder"),
+        ("sd", ["--lipreg_teacher_device", "cpu"], {}, "not with --lipreg_teacher_device"),
+        ("sdxl", [], {}, "not with adapters"),
+    ],
+)
+@pytest.mark.skipif(not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"), reason="accelerate without FSDP2")
+def test_what_is_not_made_for_shards_is_refused(
+    stopped, nothing_loads, out, monkeypatch, script, flags, environment, message
+) -> None:
+    for name, value in (FSDP | environment).items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    code, line = stopped(script, arguments(script, out, flags))
+    assert code == 1 and "FSDP" in line and message in line
     assert not out.exists()
 
 

@@ -20,8 +20,11 @@ CORE = {  # beside the standard library; another core module states here what it
     "losses.py": {"torch", "diffusers_lipreg.adapters", *SNAPSHOT},
     "callbacks.py": {"torch", "transformers", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.snapshot"},
     "penalties.py": {"torch", "diffusers_lipreg.callbacks"},
-    "probe.py": {"torch", "diffusers"},
-    "budget.py": {"torch", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.snapshot"},
+    "probe.py": {"torch", "diffusers", "diffusers_lipreg.sharding"},
+    "budget.py": {
+        *("torch", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.sharding"),
+        "diffusers_lipreg.snapshot",
+    },
     "monitor.py": {"torch", "diffusers_lipreg.budget", "diffusers_lipreg.losses", "diffusers_lipreg.probe"},
     "__init__.py": {
         *(f"diffusers_lipreg.{module}" for module in ("adapters", "budget", "callbacks", "losses", "probe", "snapshot")),

@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config import load_config_from_file
 from conftest import ACCOUNTS, PARITY, ROOT
 from loopback_hub import LoopbackHub
 from PIL import Image
+from safetensors.torch import load_file
 from two_processes import FIXED, FULL, Run, fixed_loss
 
+HAS_FSDP2 = hasattr(FullyShardedDataParallelPlugin, "fsdp_version")
+needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="accelerate without FSDP2")
+SHARDS = [pytest.param(name, marks=needs_fsdp2) for name in ("shards", "sharded")]
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
@@ -58,17 +64,57 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any], **tolerance: float)
         torch.testing.assert_close(other["weights"][model], weights, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
-@pytest.mark.parametrize("run", ["whole", "fixed", "two-after-one"])
+@pytest.mark.parametrize("run", ["whole", "fixed", "two-after-one", "sdxl", *SHARDS])
 def test_the_processes_end_with_one_model(ranks, run: str) -> None:
     assert_equal(*ranks(run))
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one(ranks, stop: int) -> None:
+@pytest.mark.parametrize(
+    ("run", "resumed", "stop"),
+    [
+        *(("whole", f"from-{stop}", stop) for stop in (1, 2, 3)),
+        ("sdxl", "sdxl-from-1", 1),
+        pytest.param("sharded", "sharded-from-1", 1, marks=needs_fsdp2),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(ranks, run: str, resumed: str, stop: int) -> None:
     """In mid-epoch, where a photo that both have seen comes again, and at the epoch's end."""
-    for whole, again in zip(ranks("whole"), ranks(f"from-{stop}"), strict=True):
+    for whole, again in zip(ranks(run), ranks(resumed), strict=True):
         assert again["logs"][0][0] in (stop, stop + 1)
+        assert again["logs"][-1] == whole["logs"][-1]
         assert_equal(whole, again)
+
+
+@needs_fsdp2
+def test_shards_take_the_steps_of_whole_models(ranks) -> None:
+    """FSDP2 leaves each process about half of the weights, and both make what DDP does of them; but for rounding."""
+    for whole, shards in zip(ranks("fixed"), ranks("shards"), strict=True):
+        assert_equal(whole, shards, rtol=1e-5, atol=1e-6)
+        assert 0.4 < shards["held"] / whole["held"] < 0.6
+        for key in ("drift", "drift_relative"):
+            expected = [values[key] for _, values in whole["logs"]]
+            assert [values[key] for _, values in shards["logs"]] == pytest.approx(expected, rel=1e-5)
+    first, second = ([values["drift"] for _, values in run["logs"]] for run in ranks("shards"))
+    assert first == second
+
+
+@needs_fsdp2
+def test_shards_are_saved_as_a_whole_model_is(ranks, folder: Path) -> None:
+    weights = ranks("sharded")[0]["weights"]["unet"]
+    saved = load_file(folder / "sharded" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in saved)
+    for file in ("model_index.json", "unet/config.json"):
+        assert (folder / "sharded" / file).read_text() == (folder / "whole" / file).read_text()
+    best = load_file(folder / "sharded" / "checkpoint-best" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {k: v.shape for k, v in best.items()} == {k: v.shape for k, v in saved.items()}
+    assert {"optimizer.bin", "random_states_1.pkl"} <= {p.name for p in (folder / "sharded" / "checkpoint-2").iterdir()}
+
+
+def test_the_configuration_files_are_those_of_accelerate() -> None:
+    """Of which the runs on shards use what concerns FSDP; both start two processes."""
+    for name, kind in {"ddp.yaml": "MULTI_GPU", "fsdp2.yaml": "FSDP"}.items():
+        loaded = load_config_from_file(str(ROOT / "tests" / "accelerate" / name))
+        assert (loaded.distributed_type, loaded.num_processes) == (kind, 2)
 
 
 def test_two_processes_equal_one_with_the_whole_batch(ranks, folder: Path) -> None:

@@ -2,17 +2,24 @@
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import PartialState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import flags, forget_accelerate
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 
-import train_dreambooth_lipreg as script
+import train_dreambooth_lipreg
+import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.dreambooth import runtime
 
 FULL = ("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--max_train_steps", "6", "--checkpointing_steps", "1")
@@ -21,9 +28,13 @@ MANY = (*FULL, "--gradient_accumulation_steps", "2", "--train_text_encoder", "--
 # Adam divides by the root of its second moment, which for gradients near zero turns a rounding error into a step of
 # full size; with a large epsilon an update is as smooth as the gradient.
 FIXED = (*FULL[:-1], "100", "--adam_epsilon", "1e-2")
+# On shards every process has to take part in what the main process does alone elsewhere.
+SHARDED = (*FULL, "--max_train_steps", "2", "--gradient_accumulation_steps", "2", "--drift_budget", "1e-3", "--keep_best")
+SHARDED += ("--validation_prompt", "a dog", "--validation_steps", "2", "--num_validation_images", "1")
+ADAPTERS = (*FULL, "--max_train_steps", "2", "--train_text_encoder", "--lipreg_weight", "1", "--probe_steps", "2")
 
 
-def fixed_loss(args: Namespace, models: script.Models, pixels: Tensor, text_states: Callable) -> Tensor:
+def fixed_loss(args: Namespace, models: train_dreambooth_lipreg.Models, pixels: Tensor, text_states: Callable) -> Tensor:
     """The script's loss, of noise and timesteps that belong to a photo and not to a process."""
     latents = models.vae.encode(pixels).latent_dist.mode()
     noise = latents.flip(-1)
@@ -35,12 +46,14 @@ def fixed_loss(args: Namespace, models: script.Models, pixels: Tensor, text_stat
 class Run:
     """One training in this process: the models it ended with, and its logs as (step, values)."""
 
-    def __init__(self, output_dir: Path, *more: str, loss: Callable | None = None) -> None:
+    def __init__(self, output_dir: Path, *more: str, loss: Callable | None = None, sdxl: bool = False) -> None:
+        script = train_dreambooth_lora_lipreg_sdxl if sdxl else train_dreambooth_lipreg
+        pipeline = "pipeline_sdxl" if sdxl else "pipeline"
         self.logs: list[tuple[int, dict[str, float]]] = []
         forget_accelerate()
         models, original = script.Models, (script.Models, script.denoising_loss, Accelerator.log)
 
-        def build(*args: object) -> script.Models:
+        def build(*args: object) -> object:
             built = models(*args)
             self.models = dict(built.trained)  # bare, before they are wrapped
             return built
@@ -48,12 +61,50 @@ class Run:
         script.Models, script.denoising_loss = build, loss or script.denoising_loss
         Accelerator.log = lambda accelerator, values, step, **_: self.logs.append((step, dict(values)))
         try:
-            script.main(script.parse_args(flags(output_dir, *more)))
+            script.main(script.parse_args(flags(output_dir, *more, pipeline=pipeline)))
         finally:
             script.Models, script.denoising_loss, Accelerator.log = original
 
     def save(self, file: Path) -> None:
-        torch.save({"weights": {k: v.state_dict() for k, v in self.models.items()}, "logs": self.logs}, file)
+        weights = {name: {k: _full(v) for k, v in model.state_dict().items()} for name, model in self.models.items()}
+        held = sum(_local(p).numel() for model in self.models.values() for p in model.parameters())
+        torch.save({"weights": weights, "logs": self.logs, "held": held}, file)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def configuration(name: str) -> dict[str, str]:
+    """What `accelerate launch` puts into the environment for one of the configuration files."""
+    file = Path(__file__).parent / "accelerate" / name
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "script.py"]))
+    return prepare_multi_gpu_env(args)
+
+
+@contextmanager
+def fsdp2() -> Iterator[None]:
+    """accelerate's FSDP2, with the configuration file. It is turned on for GPUs alone: here its state is told to."""
+    start = AcceleratorState.__init__
+
+    def start_sharded(state: AcceleratorState, *args: object, fsdp_plugin: object = None, **options: object) -> None:
+        start(state, *args, fsdp_plugin=fsdp_plugin, **options)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if state.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in configuration("fsdp2.yaml").items():
+            if name.startswith(("ACCELERATE_USE_FSDP", "FSDP_")):
+                patch.setenv(name, value)
+        patch.setattr(AcceleratorState, "__init__", start_sharded)
+        yield
 
 
 def lost_loss(*args: object) -> Tensor:
@@ -61,7 +112,7 @@ def lost_loss(*args: object) -> Tensor:
     return denoising_loss(*args) * (float("nan") if PartialState().process_index == 1 else 1)
 
 
-denoising_loss = script.denoising_loss
+denoising_loss = train_dreambooth_lipreg.denoising_loss
 
 
 def main(folder: Path) -> None:
@@ -82,6 +133,19 @@ def main(folder: Path) -> None:
     )
     more = ("--resume_from_checkpoint", str(folder / "one" / "checkpoint-3"))
     Run(folder / "two", *photos, *FULL, *more).save(folder / f"two-after-one-{rank}.pt")
+
+    Run(folder / "sdxl", *photos, *ADAPTERS, sdxl=True).save(folder / f"sdxl-{rank}.pt")
+    more = ("--resume_from_checkpoint", str(folder / "sdxl" / "checkpoint-1"))
+    Run(folder / "again", *photos, *ADAPTERS, *more, sdxl=True).save(folder / f"sdxl-from-1-{rank}.pt")
+
+    if hasattr(FullyShardedDataParallelPlugin, "fsdp_version"):
+        with fsdp2():
+            Run(folder / "shards", *FIXED, "--instance_data_dir", str(folder / "squares"), loss=fixed_loss).save(
+                folder / f"shards-{rank}.pt"
+            )
+            Run(folder / "sharded", *photos, *SHARDED).save(folder / f"sharded-{rank}.pt")
+            more = ("--resume_from_checkpoint", str(folder / "sharded" / "checkpoint-1"))
+            Run(folder / "again", *photos, *SHARDED, *more).save(folder / f"sharded-from-1-{rank}.pt")
     sys.argv = ["train_dreambooth_lipreg.py"]
     runtime.run(lambda _: Run(folder / "lost", *photos, loss=lost_loss), Namespace(debug=False))
 

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import DistributedType
 from accelerate.utils.constants import RNG_STATE_NAME
 from diffusers.utils.torch_utils import is_compiled_module
 from safetensors import SafetensorError
@@ -49,10 +50,32 @@ def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return model._orig_mod if is_compiled_module(model) else model
 
 
+def whole(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+    """The bare models; in place of those that FSDP2 has divided whole copies in host memory, on the main process.
+
+    Every process has to call it.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return models
+    copies = {}
+    for name, model in models.items():
+        weights = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            with torch.device("meta"):  # which draws no random numbers
+                copies[name] = type(model).from_config(model.config)
+            copies[name].load_state_dict(weights, assign=True)
+    return copies
+
+
 def write_models_with(
     accelerator: Accelerator, save_models: Callable[[str], None], load_models: Callable[[str], None]
 ) -> None:
-    """Makes accelerate's checkpoints hold what `save_models(folder)` writes in place of its own dump of the models."""
+    """Makes accelerate's checkpoints hold what `save_models(folder)` writes in place of its own dump of the models.
+
+    Not those of models that FSDP divides: accelerate gathers and divides them by itself.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return
 
     def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
         if accelerator.is_main_process:
@@ -106,8 +129,14 @@ def save(
             shutil.rmtree(old)
 
 
-def save_best(accelerator: Accelerator, output_dir: str, save_models: Callable[[str], None]) -> None:
-    """Writes what `save_models(folder)` does to checkpoint-best, hidden until it is whole."""
+def save_best(
+    accelerator: Accelerator,
+    output_dir: str,
+    models: Mapping[str, nn.Module],
+    save_models: Callable[[Mapping[str, nn.Module], str], None],
+) -> None:
+    """Writes what `save_models(models, folder)` does to checkpoint-best, hidden until it is whole."""
+    models = whole(accelerator, models)
     if not accelerator.is_main_process:
         return
     final = Path(output_dir, "checkpoint-best")
@@ -115,7 +144,7 @@ def save_best(accelerator: Accelerator, output_dir: str, save_models: Callable[[
     shutil.rmtree(partial, ignore_errors=True)
     with writing(output_dir, final):
         partial.mkdir()
-        save_models(str(partial))
+        save_models(models, str(partial))
         flush(partial)
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
@@ -178,7 +207,8 @@ def resume(
             break
         except RunError as error:
             before = [path for path in checkpoints(args.output_dir) if step_of(path) < step_of(checkpoint)]
-            if args.resume_from_checkpoint != "latest" or not before:
+            sharded = accelerator.distributed_type == DistributedType.FSDP  # other processes are in the midst of loading
+            if args.resume_from_checkpoint != "latest" or not before or sharded:
                 raise
             logger.warning(f"{error} Going on from {before[-1].name} instead.")
             checkpoint = before[-1]

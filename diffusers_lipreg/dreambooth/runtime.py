@@ -18,9 +18,11 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, KwargsHandler, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, KwargsHandler, ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from safetensors import SafetensorError
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import checkpoints, hub, optimization
@@ -52,11 +54,7 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
         ),
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise RunError(
-            f"accelerate's configuration asks for {accelerator.distributed_type.value}; the scripts run on one process "
-            "or on several with DDP: choose another with `accelerate config`, or with --multi_gpu."
-        )
+    check_processes(args, accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if torch.backends.mps.is_available():
@@ -73,6 +71,35 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
     if args.seed is not None:
         set_seed(args.seed)
     return accelerator
+
+
+def check_processes(args: Namespace, accelerator: Accelerator) -> None:
+    """Refuses ways of running many processes that the loop is not made for, or that nobody has tried."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):  # which update the weights inside backward
+        raise RunError(f"accelerate's configuration asks for {kind.value}: choose DDP (MULTI_GPU) or FSDP version 2.")
+    if kind != DistributedType.FSDP:
+        return
+    plugin = vars(accelerator.state.fsdp_plugin)
+    wrong = {
+        "fsdp_version: 2": plugin.get("fsdp_version") != 2,  # accelerate 1.3 knows version 1 alone
+        "fsdp_state_dict_type: FULL_STATE_DICT": plugin["state_dict_type"].name != "FULL_STATE_DICT",
+        "fsdp_cpu_ram_efficient_loading: false": plugin["cpu_ram_efficient_loading"],  # empties the text encoder
+        "fsdp_offload_params: false": isinstance(plugin["cpu_offload"], CPUOffloadPolicy),
+        "fsdp_activation_checkpointing: false (and --gradient_checkpointing)": plugin["activation_checkpointing"],
+        "mixed_precision: bf16 or no": accelerator.mixed_precision == "fp16",
+        "dynamo_backend: no": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+    }
+    for setting in (setting for setting, found in wrong.items() if found):
+        raise RunError(f"under FSDP accelerate's configuration has to say {setting}.")
+    flags = {
+        "adapters": args.rank is not None,
+        "--train_text_encoder": vars(args).get("train_text_encoder"),
+        "--use_8bit_adam": args.use_8bit_adam,
+        "--lipreg_teacher_device": vars(args).get("lipreg_teacher_device") is not None,
+    }
+    for flag in (flag for flag, given in flags.items() if given):
+        raise RunError(f"FSDP divides the UNet in full fine-tuning, not with {flag}: leave that out, or choose DDP (MULTI_GPU).")
 
 
 def check_folder(folder: str, flag: str) -> None:
@@ -219,14 +246,14 @@ def check_finite(
 ) -> None:
     """Stops a run whose loss or gradient is lost, before it reaches the weights.
 
-    Gradients that overflow under fp16's loss scale are not lost: the scaler leaves that update out. DeepSpeed clips
-    by itself and may tell no norm.
+    Gradients that overflow under fp16's loss scale are not lost: the scaler leaves that update out.
     """
     rate = lr_scheduler.get_last_lr()[0]
     if accelerator.scaler is not None:
         quantities.pop("gradient", None)
     for name, value in quantities.items():
-        if value is not None and not torch.as_tensor(value).isfinite():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if not torch.as_tensor(value).isfinite():
             saved = checkpoints.checkpoints(args.output_dir)
             again = f"--resume_from_checkpoint {saved[-1].name}" if saved else "anew, for there is no checkpoint yet"
             raise RunError(
