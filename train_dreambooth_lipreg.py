@@ -40,9 +40,10 @@ from diffusers_lipreg.dreambooth import (
     validation,
 )
 from diffusers_lipreg.dreambooth.interruption import Interruption
+from diffusers_lipreg.dreambooth.pretrained import mapped_weights
 from diffusers_lipreg.drift import REDUCTIONS
 from diffusers_lipreg.monitor import watch
-from diffusers_lipreg.penalties import card_facts, take_teachers
+from diffusers_lipreg.penalties import card_facts, check_rounding, take_teachers
 from diffusers_lipreg.probe import PROMPTS
 
 logger = get_logger(__name__)
@@ -198,6 +199,17 @@ def validate(
     return images
 
 
+def teacher_options(args: argparse.Namespace, models: dict[str, nn.Module], name: str) -> dict[str, Any]:
+    """Where the pretrained weights of one of the bare models are kept, and in what type."""
+    if args.lipreg_teacher_device == "disk":
+        source = {"subfolder": name, "revision": args.revision, "variant": args.variant}
+        return {"stored": mapped_weights(models[name], args.pretrained_model_name_or_path, **source)}
+    dtype = runtime.DTYPES[args.lipreg_teacher_dtype]
+    if dtype is not None:
+        check_rounding(models[name], dtype, args.learning_rate)
+    return {"dtype": dtype, "device": args.lipreg_teacher_device}
+
+
 def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], folder: str) -> None:
     """Writes what was trained and nothing else: models in sub-folders of their names, or the adapters."""
     if args.rank is None:
@@ -302,13 +314,13 @@ def main(args: argparse.Namespace) -> None:
     models.place_frozen(accelerator)
     parameters = models.parameters  # others than before, where FSDP has divided them
 
-    penalties = take_teachers(  # of the pretrained model: before a checkpoint is loaded
-        models.trained,
-        {"unet": args.lipreg_weight, "text_encoder": args.lipreg_text_encoder_weight},
-        args.lipreg_reduction,
-        dtype=runtime.DTYPES[args.lipreg_teacher_dtype],
-        device=args.lipreg_teacher_device,
-    )
+    with runtime.loading(args, runtime.TEACHER_FLAGS):
+        penalties = take_teachers(  # of the pretrained model: before a checkpoint is loaded
+            models.trained,
+            {"unet": args.lipreg_weight, "text_encoder": args.lipreg_text_encoder_weight},
+            args.lipreg_reduction,
+            partial(teacher_options, args, bare),
+        )
     crops = data.held_out_crops(map(data.open_image, instance_images[:4]), args.resolution)
     crops = crops.to(accelerator.device, runtime.weight_dtype(accelerator))
     monitor = watch(

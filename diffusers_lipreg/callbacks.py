@@ -3,11 +3,11 @@
 # Events require their model or logs by keyword, and the Trainer passes both:
 # mypy: disable-error-code="override"
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 from .adapters import AdapterSnapshot
@@ -33,7 +33,7 @@ class TeacherSnapshotCallback(TrainerCallback):
 
     Args:
         weight, reduction: As for `LipschitzDriftLoss`.
-        names, dtype, device: As for `TeacherSnapshot`; an adapter's teacher has no use for them.
+        names, dtype, device, stored: As for `TeacherSnapshot`; an adapter's teacher has no use for them.
         prefix: Put before each key in the logs, to tell two models apart.
 
     Raises ValueError as the two classes do, for a step without a teacher, and for a run that resumes without one.
@@ -47,11 +47,14 @@ class TeacherSnapshotCallback(TrainerCallback):
         names: Iterable[str] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        stored: Mapping[str, Tensor] | None = None,
         prefix: str = "",
     ) -> None:
         self.weight, self.reduction = weight, reduction
         self.prefix = prefix
-        self._options: dict[str, Any] = {"names": names and list(names), "dtype": dtype, "device": device}
+        self._options: dict[str, Any] = {
+            "names": names and list(names), "dtype": dtype, "device": device, "stored": stored
+        }  # fmt: skip
         self._loss: LipschitzDriftLoss | None = None
 
     @property

@@ -10,6 +10,8 @@ digits that carry the drift. Source: Kim, Park, Kim, "Preserve and Personalize",
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,8 @@ REDUCTIONS = ("sum", "tensor_mean")
 # Elements handled at a time (or one row, if that is longer): on a CPU so few that scratch stays in its cache, and memory
 # is read and written no more than it must be; elsewhere so many that starting kernels costs little.
 CPU_ELEMENTS, ELEMENTS = 2**19, 2**24
+
+Batch = list[tuple[int, tuple[Tensor, ...]]]  # the number of a pair, and slices of parameter, teacher and gradient
 
 
 class Drift(NamedTuple):
@@ -46,24 +50,52 @@ def _limit(tensor: Tensor) -> int:
     return CPU_ELEMENTS if tensor.device.type == "cpu" else ELEMENTS
 
 
-def _slices(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of equally shaped tensors along their first dimension, whatever their memory format."""
     whole = [torch.atleast_1d(local(tensor)) for tensor in tensors]
     rows = max(1, _limit(tensors[0]) // max(1, whole[0][:1].numel()))
     return zip(*(tensor.split(rows) for tensor in whole), strict=True)
 
 
-def _batches(groups: Iterable[tuple[Tensor, ...]]) -> Iterator[list[tuple[int, tuple[Tensor, ...]]]]:
+def _batches(groups: Iterable[tuple[Tensor, ...]]) -> Iterator[Batch]:
     """Slices of equally shaped tensors, each with the number of its group: a large tensor's alone, small ones together."""
-    batch: list[tuple[int, tuple[Tensor, ...]]] = []
+    batch: Batch = []
     for number, group in enumerate(groups):
-        for views in _slices(group):
+        for views in slices(*group):
             elements = sum(first.numel() for _, (first, *_) in batch) + views[0].numel()
             if batch and (elements > _limit(views[0]) or len(views) != len(batch[0][1])):
                 yield batch
                 batch = []
             batch.append((number, views))
     yield batch
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which teachers come to this GPU: one for all steps, for memory is kept by stream."""
+    return torch.cuda.Stream(device)
+
+
+def _prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches with their teachers on the GPU: while one is worked on, the next comes from (pinned) host memory.
+
+    Two events order the streams: work on a batch waits until its copy is there, and a copy waits for the work before
+    the batch that is worked on, whose memory it may get. So no more than three batches of the teacher are there at a time.
+    """
+    copies, work = _copies(device), torch.cuda.current_stream(device)
+
+    def bring(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        copies.wait_stream(work)
+        with torch.cuda.stream(copies):
+            moved = [(n, (p, teacher.to(p.device, non_blocking=True), *g)) for n, (p, teacher, *g) in batch]
+            return moved, copies.record_event()
+
+    coming = None
+    for batch in chain(batches, [None]):
+        ready, coming = coming, bring(batch) if batch is not None else None
+        if ready is not None:
+            work.wait_event(ready[1])
+            yield ready[0]
 
 
 def _total(terms: list[Tensor]) -> Tensor:
@@ -100,7 +132,9 @@ def add_drift_gradient_(
             groups.append((parameter, teacher))
     # Made before the loop: small tensors kept between large ones that are freed would leave holes in memory.
     distances = [torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device) for p, *_ in groups]
-    for batch in _batches(groups):
+    streamed = groups[0][0].is_cuda and groups[0][1].device.type == "cpu"
+    batches = _prefetched(_batches(groups), groups[0][0].device) if streamed else _batches(groups)
+    for batch in batches:
         numbers, views = zip(*batch, strict=True)
         parameters, teachers, *gradients = zip(*views, strict=True)
         anchors = [_wide(t, p) for t, p in zip(teachers, parameters, strict=True)]

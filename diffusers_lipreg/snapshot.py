@@ -1,6 +1,6 @@
 """The teacher: the pretrained parameters theta_0, frozen and kept by name."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift
+from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift, slices
 from .sharding import local, summed
 
 
@@ -30,16 +30,43 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def _squared_norm(tensor: Tensor, change: Callable[[Tensor], Tensor] = Tensor.float) -> float:
+    """||change(tensor)||^2 of the whole tensor, in float32, with no more memory than a slice takes."""
+    total = torch.zeros((), device=tensor.device)
+    for (part,) in slices(tensor):
+        total += change(part).square().sum()
+    return summed(total, tensor).item()
+
+
 def exact_dtype(tensor: Tensor) -> torch.dtype:
     """The smallest of the tensor's own type, float16 and bfloat16 that holds its values without loss."""
     alone = tensor.dtype == torch.float32 and local(tensor) is tensor  # processes might not agree on that of shards
     halves = (torch.float16, torch.bfloat16) if alone else ()
-    return next((half for half in halves if torch.equal(tensor.to(half).to(tensor.dtype), tensor)), tensor.dtype)
+    for half in halves:
+        if all(torch.equal(part.to(half).to(part.dtype), part) for (part,) in slices(tensor)):
+            return half
+    return tensor.dtype
 
 
+def rounding_error(tensor: Tensor, dtype: torch.dtype) -> float:
+    """The root mean square, over the tensor's elements, of what rounding them to `dtype` changes."""
+    squares = _squared_norm(tensor, lambda part: part.to(dtype).float() - part.float())
+    return (squares / max(1, tensor.numel())) ** 0.5
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; compared in slices, so that nothing large is copied."""
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return all(torch.equal(a.to(wide), b.to(a.device, wide)) for a, b in slices(one, other))
+
+
+@torch.no_grad()
 def _equal(name: str, parameter: Tensor, stored: Tensor | None) -> Tensor:
-    if stored is None or stored.shape != parameter.shape or not torch.equal(stored.to(parameter), parameter):
-        raise ValueError(f"{name}: the stored weights are not those of the module: is it another model?")
+    """The stored tensor, if it holds what the parameter does."""
+    if local(parameter) is not parameter:
+        raise ValueError(f"{name} is sharded: stored weights, which are whole, cannot be its teacher.")
+    if stored is None or not (stored.shape == parameter.shape and _same(parameter, stored)):
+        raise ValueError(f"{name}: the stored weights are not those of the module: is it another model, or a converted one?")
     return stored
 
 
@@ -54,15 +81,16 @@ class TeacherSnapshot:
         names: The parameters to copy. Default: all that require a gradient; then the module must keep exactly these
             trainable, so that no parameter escapes the penalty unnoticed.
         dtype: Floating-point type to store. Default: the smallest that loses nothing, which for a checkpoint that was
-            stored in float16 is that; a coarser one pulls the model towards a rounded copy of itself.
-        device: Where to store, for example `"cpu"` to spare GPU memory; such a teacher is brought to the parameter in
-            slices. Default: beside each parameter, and a module that moves away afterwards is an error.
-        stored: The pretrained weights by name, held as they are in place of copies; `safetensors.torch.load_file` maps
-            them from the disk, and then the teacher takes no memory.
+            stored in float16 is that; a coarser one pulls the model towards a rounded copy of itself, off by
+            `rounding_error`.
+        device: Where to store, for example `"cpu"` to spare GPU memory; such a teacher is pinned and brought to the
+            parameter in slices. Default: beside each parameter, and a module that moves away afterwards is an error.
+        stored: The pretrained weights by name, held as and where they are in place of copies;
+            `safetensors.torch.load_file` maps them from the disk, and then the teacher takes no memory.
 
     Raises:
-        ValueError: No parameter to copy, a name that the module does not have, a dtype that is not floating point, or
-            a stored tensor that is missing or not equal to the parameter.
+        ValueError: No parameter to copy, a name that the module does not have, a dtype that is not floating point, a
+            stored tensor that is missing or not equal to the parameter, or a dtype or device beside `stored`.
     """
 
     reductions = REDUCTIONS
@@ -85,22 +113,25 @@ class TeacherSnapshot:
             raise ValueError("There is nothing to copy: no parameter requires a gradient and no names were given.")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"Expected a floating-point dtype, got {dtype}.")
+        if stored is not None and (dtype is not None or device is not None):
+            raise ValueError("Stored weights are held as they are: give a dtype or device, or `stored`, not both.")
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
         if stored is None:
             self._teacher = {name: self._kept(parameters[name]) for name in chosen}
         else:
-            self.device = torch.device("cpu") if device is None else self.device
+            self.device = torch.device("cpu")
             self._teacher = {name: _equal(name, parameters[name], stored.get(name)) for name in chosen}
 
     def _kept(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        return tensor.to(device=self.device, dtype=self.dtype or exact_dtype(tensor), copy=True)
+        kept = tensor.to(device=self.device, dtype=self.dtype or exact_dtype(tensor), copy=True)
+        return kept.pin_memory() if tensor.is_cuda and kept.device.type == "cpu" and local(kept) is kept else kept
 
     @cached_property
     def squared_norm(self) -> float:
         """||theta_0||^2, what a drift is relative to."""
-        return sum(summed(local(t).float().square().sum(), t).item() for t in self._teacher.values())
+        return sum(map(_squared_norm, self._teacher.values()))
 
     def pairs(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter of `module` with its teacher; a name, shape or device that does not fit raises ValueError."""

@@ -204,6 +204,7 @@ VALIDATION = "--validation_prompt dog"
 NO_IMAGE = "there is no image in it that can be read"
 MODEL = "--pretrained_model_name_or_path"
 RESUME = "--max_train_steps 9 --resume_from_checkpoint"
+BF16 = "--lipreg_teacher_dtype bf16"
 MISTAKES = [
     # photos
     Mistake(1, "--instance_data_dir {missing}", "--instance_data_dir {missing}: there is no such folder"),
@@ -242,7 +243,8 @@ MISTAKES = [
     Mistake(2, "--lipreg_reduction product", "--lipreg_reduction product needs a --lipreg_weight", "sdxl"),
     Mistake(2, "--lipreg_reduction product --lipreg_weight 1", "product is not for full fine-tuning", "sd"),
     Mistake(2, "--rank 2 --lipreg_reduction sum --lipreg_weight 1", "sum is not for --rank", "sd"),
-    Mistake(2, "--rank 2 --lipreg_teacher_device cpu", "adapters need no teacher", "sd"),
+    Mistake(2, "--rank 2 --lipreg_teacher_device disk", "adapters need no teacher"),
+    Mistake(2, "--lipreg_teacher_device disk --lipreg_teacher_dtype fp16", "which keeps the file's type", "sd"),
     Mistake(2, "--rank 2 --extract_lora_rank 2", "--extract_lora_rank is for full fine-tuning", "sd"),
     Mistake(2, "--lora_alpha 4", "--lora_alpha is about adapters: it needs --rank", "sd"),
     Mistake(2, "--use_dora", "--use_dora is about adapters: it needs --rank", "sd"),
@@ -257,7 +259,7 @@ MISTAKES = [
     Mistake(2, "--dataloader_num_workers -1", "--dataloader_num_workers must be 0 or more, got -1"),
     Mistake(2, "--seed -1", "--seed must be from 0 to 4294967295, got -1"),
     Mistake(2, "--seed 4294967296", "--seed must be from 0 to 4294967295, got 4294967296"),
-    Mistake(1, "--lipreg_teacher_device attic", "--lipreg_teacher_device attic: "),
+    Mistake(1, "--lipreg_teacher_device attic", "--lipreg_teacher_device attic: ", "sd"),
     Mistake(1, f"--validation_images {{missing}} {VALIDATION}", "--validation_images {missing}: ", "sd"),
     Mistake(1, "--resolution 4", "--resolution 4: the VAE makes one latent of 8 x 8 pixels", loads=True),
     # paths
@@ -294,6 +296,8 @@ MISTAKES = [
     Mistake(1, "--tokenizer_name {missing}", "--tokenizer_name {missing}", "sd", loads=True),
     Mistake(1, "--tokenizer_max_length 500", "--tokenizer_max_length 500: the text encoder takes", "sd", loads=True),
     Mistake(1, "--pretrained_vae_model_name_or_path {empty}", "_vae_model_name_or_path {empty}", "sdxl", loads=True),
+    Mistake(1, f"{BF16} --learning_rate 2e-6", "--lipreg_teacher_dtype bf16: ", "sd", loads=True),
+    Mistake(1, f"{BF16} --learning_rate 2e-6", "more than 0.1 of an update's step at a learning rate of 2e-06", "sd", loads=True),
     # checkpoints
     Mistake(1, f"--output_dir {{with_others}} {RESUME} checkpoint-5", "there is no such checkpoint; {with_others} has ch"),
     Mistake(1, f"--output_dir {{without_checkpoints}} {RESUME} checkpoint-best", "{without_checkpoints} has none"),
@@ -709,7 +713,8 @@ def test_a_cached_model_trains_offline(hub: LoopbackHub, tmp_path: Path, out: Pa
     api.upload_folder(repo_id="alice/model", folder_path=PARITY / "pipeline")
     for offline in ("0", "1"):  # the first run fills the cache
         environment = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": offline}
-        done = command(out, "--pretrained_model_name_or_path", "alice/model", env=environment)
+        more = ("--lipreg_teacher_device", "disk")  # straight from the cache
+        done = command(out, "--pretrained_model_name_or_path", "alice/model", *more, env=environment)
         assert done.returncode == 0, done.stderr
 
 

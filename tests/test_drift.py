@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusers_lipreg.drift as drift_module
+from diffusers_lipreg import TeacherSnapshot
 from diffusers_lipreg.drift import REDUCTIONS, add_drift_gradient_, drift
 
 # Two tensors of different sizes. Their differences are [[1, -2], [0, 1]] and [3, -1]: ||d||^2 is 6 and 10, so
@@ -161,3 +162,32 @@ def test_half_precision_parameters_and_gradients(dtype, teacher_dtype):
     parameter.grad = None
     (0.25 * drift([(parameter, teacher)], "sum")).backward()
     assert torch.equal(parameter.grad, exact.to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_teacher_in_host_memory_gives_the_same_bits_on_a_gpu(monkeypatch, dtype):
+    """Streamed in many chunks, again and again, with no more device memory than a few of them."""
+    monkeypatch.setattr(drift_module, "ELEMENTS", 2**18)
+    module = nn.ModuleList(nn.Linear(size, 1024) for size in [1000, 7, 3000, 64, 64, 5000] * 2).to("cuda")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.to(dtype))
+    beside, host = TeacherSnapshot(module), TeacherSnapshot(module, device="cpu")
+    assert all(teacher.is_pinned() and teacher.dtype == dtype for teacher in host.state_dict().values())
+    for _ in range(20):
+        met, gradients = [], []
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1e-3 * torch.randn_like(parameter))
+        for snapshot in (beside, host):
+            for parameter in module.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            met.append(snapshot.add_gradient_(module, "sum", weight=0.5))
+            assert torch.cuda.max_memory_allocated() - before < 12 * 4 * 2**18  # of 74 MB
+            gradients.append([parameter.grad for parameter in module.parameters()])
+        assert met[0] == met[1]
+        assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

@@ -19,7 +19,7 @@ CORE = {  # beside the standard library; another core module states here what it
     "adapters.py": {"torch", "peft", *SNAPSHOT},
     "losses.py": {"torch", "diffusers_lipreg.adapters", *SNAPSHOT},
     "callbacks.py": {"torch", "transformers", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.snapshot"},
-    "penalties.py": {"torch", "diffusers_lipreg.callbacks"},
+    "penalties.py": {"torch", "diffusers_lipreg.callbacks", "diffusers_lipreg.snapshot"},
     "probe.py": {"torch", "diffusers", "diffusers_lipreg.sharding"},
     "budget.py": {
         *("torch", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.sharding"),

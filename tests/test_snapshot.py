@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
+from diffusers_lipreg.snapshot import rounding_error
 
 
 class Model(nn.Module):
@@ -107,6 +108,25 @@ def test_stored_weights_of_another_model_are_an_error(model, change):
         del stored["head.bias"]
     with pytest.raises(ValueError, match="head.bias: the stored weights are not those of the module"):
         TeacherSnapshot(model, stored=stored)
+
+
+def test_stored_weights_have_a_type_and_a_place_of_their_own(model):
+    for option in ({"dtype": torch.float16}, {"device": "cpu"}):
+        with pytest.raises(ValueError, match="held as they are"):
+            TeacherSnapshot(model, stored=weights(model), **option)
+
+
+def test_stored_weights_that_training_would_round_are_not_the_modules(model):
+    with pytest.raises(ValueError, match="not those of the module"):
+        TeacherSnapshot(deepcopy(model).half(), stored=weights(model))
+
+
+def test_rounding_error_by_hand():
+    """bfloat16 has 8 significant bits: next to 1 its numbers are 1/128 apart. Off by 1/512, 0, 0 and -1/256."""
+    tensor = torch.tensor([[1 + 1 / 512, 1.0], [-2.0, 2 + 3 / 256]])
+    assert rounding_error(tensor, torch.float32) == 0
+    assert rounding_error(tensor, torch.bfloat16) == pytest.approx((((1 / 512) ** 2 + (1 / 256) ** 2) / 4) ** 0.5)
+    assert rounding_error(torch.tensor([1e5]), torch.float16) == float("inf")
 
 
 @pytest.mark.parametrize("unknown", ["head.weigth", "norm.running_mean", "head"])

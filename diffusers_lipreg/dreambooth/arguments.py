@@ -220,7 +220,7 @@ def add_lipreg_arguments(
     flag("--drift_budget", type=float, help="Find the weight that ends at this relative output drift, such as 0.02.")
     flag("--lipreg_reduction", default=reduction, choices=reductions, help="How squared drift becomes one number.")
     flag("--lipreg_text_encoder_weight", type=float, help="Weight for a trained text encoder; default: the UNet's.")
-    flag("--lipreg_teacher_device", help='Where pretrained weights are kept, for example "cpu"; adapters need none.')
+    flag("--lipreg_teacher_device", help='Where pretrained weights are kept: "cpu", "disk"; adapters need none.')
     flag("--lipreg_teacher_dtype", choices=["fp32", "fp16", "bf16"], help="Their type; default: the smallest that is exact.")
     flag = parser.add_argument_group("output drift").add_argument
     flag("--probe_steps", type=int, default=250, help="Updates between measurements of output drift; 0: never.")
@@ -312,8 +312,6 @@ def check_sd(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         for flag in ("lora_alpha", "lora_dropout", "use_dora"):
             if vars(args)[flag]:
                 parser.error(f"--{flag} is about adapters: it needs --rank")
-    elif args.lipreg_teacher_device is not None or args.lipreg_teacher_dtype is not None:
-        parser.error("--lipreg_teacher_device and --lipreg_teacher_dtype do nothing with --rank: adapters need no teacher")
     elif args.extract_lora_rank is not None:
         parser.error("--extract_lora_rank is for full fine-tuning: with --rank there are adapters already")
 
@@ -330,6 +328,11 @@ def check_sdxl(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def check_lipreg(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Keeps weight and reduction together, and weight decay from pulling the other way."""
+    teacher = (args.lipreg_teacher_device, args.lipreg_teacher_dtype)
+    if args.rank is not None and teacher != (None, None):
+        parser.error("--lipreg_teacher_device and --lipreg_teacher_dtype are for full fine-tuning: adapters need no teacher")
+    if args.lipreg_teacher_device == "disk" and args.lipreg_teacher_dtype is not None:
+        parser.error("--lipreg_teacher_dtype does nothing with --lipreg_teacher_device disk, which keeps the file's type")
     # argparse hands out the default object itself, so `is` tells a default from the same number given by the user.
     weight_is_default = args.lipreg_weight is parser.get_default("lipreg_weight")
     if args.drift_budget is not None:

@@ -130,7 +130,7 @@ def check_surroundings(args: Namespace) -> None:
     for package, (flag, wanted) in needed.items():
         if wanted and find_spec(package) is None:
             raise RunError(f"{flag} needs {package}: pip install {package}")
-    if args.lipreg_teacher_device is not None:
+    if args.lipreg_teacher_device not in (None, "disk"):
         try:
             torch.empty(0, device=args.lipreg_teacher_device)
         except (RuntimeError, AssertionError) as error:
@@ -186,15 +186,20 @@ def load_part(part_class: Any, model: str, **options: Any) -> Any:
     return part
 
 
+MODEL_FLAGS = (
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name", "revision", "variant"
+)  # fmt: skip
+TEACHER_FLAGS = ("lipreg_teacher_device", "lipreg_teacher_dtype")
+
+
 @contextmanager
-def loading(args: Namespace) -> Iterator[None]:
-    """Turns what `from_pretrained` raises in the block into one line that names the flags that led there."""
+def loading(args: Namespace, flags: Sequence[str] = MODEL_FLAGS) -> Iterator[None]:
+    """Turns what `from_pretrained` or a teacher raises in the block into one line that names the flags that led there."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        models = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name")
-        given = [f"--{name} {vars(args)[name]}" for name in (*models, "revision", "variant") if vars(args).get(name)]
-        raise RunError(f"{' '.join(given)}: {one_line(error)}") from error
+        given = [f"--{name} {vars(args)[name]}" for name in flags if vars(args).get(name)]
+        raise RunError(": ".join([" ".join(given), one_line(error)] if given else [one_line(error)])) from error
 
 
 def check_models(args: Namespace, noise_scheduler: Any, vae: Any) -> None:

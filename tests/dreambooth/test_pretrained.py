@@ -1,0 +1,55 @@
+"""Weights mapped from a checkpoint: under the module's names, from any of its forms, and no memory."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffusers_lipreg import TeacherSnapshot
+from diffusers_lipreg.dreambooth.pretrained import mapped_weights
+
+
+def anonymous_memory() -> float:
+    """What this process holds beside files, in MB."""
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux counts it")
+def test_a_mapped_teacher_takes_no_memory(tmp_path: Path) -> None:
+    """Stored in float16 beside float32 parameters: neither the check, nor the norm, nor the gradient copies it."""
+    with torch.no_grad():
+        module = nn.Linear(4096, 8192, bias=False).half().float()  # 134 MB, 67 MB in the file
+    (tmp_path / "text_encoder").mkdir()
+    save_file({"weight": module.weight.half()}, tmp_path / "text_encoder" / "model.safetensors")
+    module.weight.grad = torch.ones_like(module.weight)
+    before = anonymous_memory()
+    snapshot = TeacherSnapshot(module, stored=mapped_weights(module, str(tmp_path), "text_encoder", None, None))
+    assert snapshot.squared_norm > 0
+    snapshot.add_gradient_(module, "sum", weight=1.0)
+    assert anonymous_memory() - before < 30
+    del snapshot
+    copied = TeacherSnapshot(module)
+    assert anonymous_memory() - before > 60 and copied.squared_norm > 0
+
+
+def test_names_with_the_prefix_of_released_checkpoints(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    save_file({f"text_model.{name}": p for name, p in module.state_dict().items()}, tmp_path / "model.safetensors")
+    assert mapped_weights(module, str(tmp_path), "", None, None).keys() == {"0.weight", "0.bias"}
+
+
+def test_a_parameter_that_is_not_in_the_file_is_an_error(tmp_path: Path) -> None:
+    module = nn.Linear(2, 2)
+    save_file({"weight": module.weight, "beta": module.bias}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="bias under another name in its file, or not at all"):
+        mapped_weights(module, str(tmp_path), "", None, None)
+
+
+def test_a_variant_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    save_file(nn.Linear(2, 2).state_dict(), tmp_path / "model.safetensors")
+    assert load_file(tmp_path / "model.safetensors")
+    with pytest.raises(OSError, match="model.safetensors.index.fp16.json"):
+        mapped_weights(nn.Linear(2, 2), str(tmp_path), "", None, "fp16")
