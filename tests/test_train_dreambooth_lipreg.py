@@ -314,4 +314,4 @@ def test_a_file_of_probe_prompts_that_is_none(content, tmp_path):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RunError, match="--probe_prompts"):
-        runtime.probe_prompts(argparse.Namespace(probe_prompts=str(path)))
+        runtime.probe_prompts(argparse.Namespace(probe_prompts=str(path), probe_steps=1), ())

@@ -23,9 +23,9 @@ MANY = (*FULL, "--gradient_accumulation_steps", "2", "--train_text_encoder", "--
 FIXED = (*FULL[:-1], "100", "--adam_epsilon", "1e-2")
 
 
-def fixed_loss(args: Namespace, models: script.Models, pixels: Tensor, text_states: Callable) -> Tensor:
+def fixed_loss(args: Namespace, models: script.Models, batch: dict, text_states: Callable, *_: object) -> Tensor:
     """The script's loss, of noise and timesteps that belong to a photo and not to a process."""
-    latents = models.vae.encode(pixels).latent_dist.mode()
+    latents = batch["moments"].chunk(2, dim=1)[0]  # the photos are squares
     noise = latents.flip(-1)
     timesteps = torch.full((len(latents),), 500)
     noisy = models.noise_scheduler.add_noise(latents, noise, timesteps)

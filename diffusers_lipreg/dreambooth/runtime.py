@@ -115,10 +115,12 @@ def check_surroundings(args: Namespace) -> None:
             raise RunError(f"--validation_images {path}: {one_line(error)}") from error
 
 
-def probe_prompts(args: Namespace) -> list[str] | None:
-    """The lines of `--probe_prompts` that are not empty; `None` without the flag."""
+def probe_prompts(args: Namespace, default: Sequence[str]) -> Sequence[str]:
+    """The lines of `--probe_prompts` that are not empty, or the default; none where nothing is measured."""
+    if args.probe_steps == 0 and args.drift_budget is None:
+        return ()
     if args.probe_prompts is None:
-        return None
+        return default
     try:
         lines = Path(args.probe_prompts).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
