@@ -295,7 +295,7 @@ def main(args: argparse.Namespace) -> None:
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     parameters = [p for model in bare.values() for p in model.parameters() if p.requires_grad]
-    optimizer = optimization.create_adamw(args, parameters)
+    optimizer = optimization.create_adamw(args, parameters, accelerator.device)
     runtime.check_disk(args, parameters)
     lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
     if args.rank is None:

@@ -323,10 +323,17 @@ class ResumableDataset(Dataset):
     (accelerate reads one batch ahead), and now. The last is in accelerate's checkpoint, the others are `state_dict()`,
     with that of the generator that several processes share for their order. What was seen is loaded once more and
     dropped, for that is what brings back the random states that workers have of their own.
+
+    Workers that stay for all epochs (`persistent_workers`) draw as new ones would: each epoch has a seed for them, drawn
+    where the loader would draw it, which reaches them in shared memory.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, persistent_workers: bool = False) -> None:
         self.dataset = dataset
+        self.persistent_workers = persistent_workers
+        self.worker_seed = torch.zeros((), dtype=torch.int64).share_memory_()  # 0: the one that workers began with
+        self.seeded = 0
+        self.epochs = 0
         self.sampler = _Order(self)
         self.loader: Any = None
         self.skip = self.first = self.batch = 0
@@ -370,6 +377,12 @@ class ResumableDataset(Dataset):
         if self.sampler.generator is not None:
             self.state["order"] = self.sampler.generator.get_state()
 
+    def order_begins(self) -> None:
+        """Called by the sampler before it draws."""
+        if self.persistent_workers and self.epochs > 0:
+            self.worker_seed.random_()
+        self.epochs += 1
+
     def order_is_drawn(self) -> None:
         """Called by the sampler: with workers, this process draws nothing more for the epoch."""
         if self.saved:
@@ -377,7 +390,12 @@ class ResumableDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """The items of a batch."""
-        resumed = self.saved and self.batch == self.first and get_worker_info() is None
+        worker = get_worker_info()
+        if worker is not None and self.seeded != self.worker_seed.item():
+            self.seeded = int(self.worker_seed.item())
+            random.seed(self.seeded + worker.id)
+            torch.manual_seed(self.seeded + worker.id)
+        resumed = self.saved and self.batch == self.first and worker is None
         if resumed:
             torch.set_rng_state(self.saved["before_batch"])
         self.batch += 1
@@ -392,6 +410,7 @@ class _Order(RandomSampler):
     """A shuffle that says when it is drawn."""
 
     def __iter__(self) -> Iterator[int]:
+        self.data_source.order_begins()
         for number, index in enumerate(super().__iter__()):
             if number == 0:
                 self.data_source.order_is_drawn()
@@ -408,11 +427,13 @@ def make_loader(
 
     With `layouts` the images are encoded already, and workers have nothing to do.
     """
-    resumable = ResumableDataset(dataset)
+    workers = args.dataloader_num_workers if layouts is None else 0
+    resumable = ResumableDataset(dataset, persistent_workers=workers > 0)
     return DataLoader(
         resumable,
         batch_size=args.train_batch_size,
         sampler=resumable.sampler,
         collate_fn=partial(collate_fn, layouts=layouts),
-        num_workers=args.dataloader_num_workers if layouts is None else 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,  # an epoch is five photos: starting new ones takes longer
     )
