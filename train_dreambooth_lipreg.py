@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from diffusers_lipreg.dreambooth import (
     data,
     hub,
     lora,
+    moments,
     optimization,
     prior,
     runtime,
@@ -92,6 +93,7 @@ class Models:
         self.vae = load(AutoencoderKL, subfolder="vae") if has_vae(args) else None
         self.unet = load(UNet2DConditionModel, subfolder="unet")
         self.unet_channels = self.unet.config.in_channels
+        self.dtype = runtime.weight_dtype(accelerator)
         self.trained_names = ["unet", "text_encoder"] if args.train_text_encoder else ["unet"]
         if args.enable_xformers_memory_efficient_attention:
             self.unet.enable_xformers_memory_efficient_attention()
@@ -108,7 +110,7 @@ class Models:
                 model.float().requires_grad_(True)
         else:
             for model in self.trained.values():
-                model.to(accelerator.device, dtype=runtime.weight_dtype(accelerator))
+                model.to(accelerator.device, dtype=self.dtype)
             lora.add_adapters(args, self.trained, alpha=args.lora_alpha or args.rank)
 
     @property
@@ -121,10 +123,10 @@ class Models:
         """The weights that change."""
         return [p for model in self.trained.values() for p in model.parameters() if p.requires_grad]
 
-    def place_frozen(self, accelerator: Accelerator) -> None:
-        for name in {"vae", "text_encoder"} - set(self.trained_names):
+    def place_frozen(self, accelerator: Accelerator, names: Sequence[str]) -> None:
+        for name in set(names) - set(self.trained_names):
             if getattr(self, name) is not None:
-                getattr(self, name).to(accelerator.device, dtype=runtime.weight_dtype(accelerator))
+                getattr(self, name).to(accelerator.device, dtype=self.dtype)
 
 
 def has_vae(args: argparse.Namespace) -> bool:
@@ -136,24 +138,22 @@ def has_vae(args: argparse.Namespace) -> bool:
 def encode_prompts(
     args: argparse.Namespace, models: Models, device: torch.device
 ) -> tuple[text.TextStates, dict[str, Any]]:
-    """The text states of a batch by its size, and what a pipeline takes for the validation prompt."""
+    """The text states of a batch by its size, and what a pipeline takes for the validation prompt.
+
+    A frozen text encoder is run here for the last time, and let go.
+    """
     options = {"max_length": args.tokenizer_max_length, "use_mask": args.text_encoder_use_attention_mask}
     prompts = [args.instance_prompt, *([args.class_prompt] if args.with_prior_preservation else [])]
     encoder = text.Prompts(models.tokenizer, prompts, **options)
-
-    def states(batch_size: int) -> torch.Tensor:
-        return encoder.encode(models.text_encoder, batch_size)
-
     if args.train_text_encoder:
-        return states, {"prompt": args.validation_prompt}
-    if not args.pre_compute_text_embeddings:
-        # Prompts and encoder never change. One entry a size: other matrix shapes may round otherwise.
-        return cache(states), {"prompt": args.validation_prompt}
-    of_batch = encoder.precompute(models.text_encoder, device)
-    validation_prompt = {
-        name: text.Prompts(models.tokenizer, [prompt], **options).precompute(models.text_encoder, device)(1)
-        for name, prompt in (("prompt_embeds", args.validation_prompt or ""), ("negative_prompt_embeds", ""))
-    }
+        return lambda size: encoder.encode(models.text_encoder, size), {"prompt": args.validation_prompt}
+    batch_size = None if args.pre_compute_text_embeddings else moments.rows(args)
+    of_batch = encoder.precompute(models.text_encoder, device, batch_size)
+    validation_prompt = {}
+    if args.validation_prompt is not None:
+        for name, prompt in (("prompt_embeds", args.validation_prompt), ("negative_prompt_embeds", "")):
+            alone = text.Prompts(models.tokenizer, [prompt], **options)
+            validation_prompt[name] = alone.precompute(models.text_encoder, device)(1)
     models.text_encoder = models.tokenizer = None
     return of_batch, validation_prompt
 
@@ -162,14 +162,16 @@ def probe_denoiser(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, prompts: Sequence[str]
 ) -> Denoiser:
     """The bare models as the probe calls them; call it while they are bare, and the text encoder is there."""
-    unet, channels, encoder = models.unet, models.unet_channels, models.text_encoder
-    dtype, device = runtime.weight_dtype(accelerator), accelerator.device
+    unet, channels, encoder, dtype = models.unet, models.unet_channels, models.text_encoder, models.dtype
     options = {"max_length": args.tokenizer_max_length, "use_mask": args.text_encoder_use_attention_mask}
     tokens = {prompt: text.Prompts(models.tokenizer, [prompt], **options) for prompt in prompts}
-    known = {} if args.train_text_encoder else {one: tokens[one].precompute(encoder, device)(1) for one in prompts}
+    if args.train_text_encoder:
+        states_of = {prompt: partial(tokens[prompt].encode, encoder) for prompt in prompts}
+    else:  # holds no encoder
+        states_of = {prompt: tokens[prompt].precompute(encoder, accelerator.device) for prompt in prompts}
 
     def denoise(noisy: torch.Tensor, timestep: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        states = torch.cat([known[one] if known else tokens[one].encode(encoder, 1) for one in texts])
+        states = torch.cat([states_of[prompt](1) for prompt in texts])
         return predict(args, unet, channels, noisy.to(dtype), timestep.expand(len(noisy)), states.to(dtype))
 
     return Denoiser(denoise, list(models.trained.values()))
@@ -190,8 +192,8 @@ def validate(
         tokenizer=models.tokenizer,
         revision=args.revision,
         variant=args.variant,
-        dtype=runtime.weight_dtype(accelerator),
-        **({} if models.vae is None else {"vae": models.vae}),
+        dtype=models.dtype,
+        **({} if models.vae is None or moments.dropped(models.vae) else {"vae": models.vae}),
     )
     validation.set_scheduler(pipeline, args.validation_scheduler)
     images = validation.sample_images(args, accelerator, pipeline, prompt, steps=25)
@@ -253,13 +255,18 @@ def predict(
 
 
 def denoising_loss(
-    args: argparse.Namespace, models: Models, pixels: torch.Tensor, text_states: text.TextStates
+    args: argparse.Namespace,
+    models: Models,
+    batch: dict[str, torch.Tensor],
+    text_states: text.TextStates,
+    prior_weight: float | None,
 ) -> torch.Tensor:
     """|| eps - eps_theta(z_t, t, c) ||^2 of one batch at random timesteps, as the flags shape it."""
     scheduler = models.noise_scheduler
-    latents = pixels
-    if models.vae is not None:
-        latents = models.vae.encode(pixels).latent_dist.sample() * models.vae.config.scaling_factor
+    if models.vae is None:
+        latents = batch["pixel_values"].to(models.dtype)
+    else:
+        latents = moments.draw(models.vae, batch) * models.vae.config.scaling_factor
     noise = torch.randn_like(latents)
     if args.offset_noise:
         noise = noise + 0.1 * torch.randn(*latents.shape[:2], 1, 1, device=latents.device)
@@ -269,38 +276,45 @@ def denoising_loss(
         predict(args, models.unet, models.unet_channels, noisy, timesteps, text_states(len(latents))),
         optimization.diffusion_target(scheduler, latents, noise, timesteps),
         None if args.snr_gamma is None else optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma),
-        args.prior_loss_weight if args.with_prior_preservation else None,
+        prior_weight,
     )
 
 
 def held_out_loss(
-    args: argparse.Namespace, models: Models, crops: torch.Tensor, text_states: text.TextStates
+    args: argparse.Namespace, models: Models, batch: dict[str, torch.Tensor], text_states: text.TextStates
 ) -> torch.Tensor:
-    """The denoising loss on crops that are not trained on."""
-    if args.with_prior_preservation:  # a batch has two halves there; the second does not count
-        crops, args = crops.repeat(2, 1, 1, 1), argparse.Namespace(**{**vars(args), "prior_loss_weight": 0.0})
-    return denoising_loss(args, models, crops, text_states)
+    """The denoising loss on crops that are not trained on; of the text states it needs the instance half."""
+    halves = moments.halves(args)
+    return denoising_loss(args, models, batch, lambda size: text_states(halves * size)[:size], prior_weight=None)
 
 
 def main(args: argparse.Namespace) -> None:
     accelerator = runtime.start_accelerator(args)
     instance_images = data.find_instance_images(args.instance_data_dir)
     runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=False)
-    probe_prompts = PROMPTS if args.probe_prompts is None else arguments.read_lines(args.probe_prompts, "--probe_prompts")
+    probe_prompts = runtime.probe_prompts(args, PROMPTS)
     checkpoint, repo_id = runtime.open_output(args, accelerator)
     with runtime.loading(args):
         class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
+        transform = data.PhotoTransform(args.resolution, args.center_crop)
+        images_seen = [*instance_images, *class_images]
+        cached = moments.cacheable(args, len(images_seen), images_seen, transform, has_vae(args))
         models = Models(args, accelerator)
     runtime.check_models(args, models.noise_scheduler, models.vae)
     bare = models.trained
+    models.place_frozen(accelerator, ["vae"] if args.pre_compute_text_embeddings else ["vae", "text_encoder"])
     denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
     text_states, validation_prompt = encode_prompts(args, models, accelerator.device)
-    transform = data.PhotoTransform(args.resolution, args.center_crop)
     dataset = data.DreamBoothDataset(instance_images, class_images, transform)
-    loader = data.make_loader(args, dataset, data.collate)
+    crops = {}
+    if args.keep_best:
+        crops = data.held_out_crops(map(data.open_image, instance_images[:4]), args.resolution)
+        crops = moments.of_crops(models.vae, crops, accelerator.device)
+    layouts = moments.cache(args, accelerator, models.vae, dataset) if cached else None
+    loader = data.make_loader(args, dataset, data.collate, layouts)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
-    optimizer = optimization.create_adamw(args, models.parameters)
+    optimizer = optimization.create_adamw(args, models.parameters, accelerator.device)
     runtime.check_disk(args, models.parameters)
     lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
     if args.rank is None:
@@ -311,7 +325,6 @@ def main(args: argparse.Namespace) -> None:
     optimizer, loader, lr_scheduler = runtime.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
-    models.place_frozen(accelerator)
     parameters = models.parameters  # others than before, where FSDP has divided them
 
     with runtime.loading(args, runtime.TEACHER_FLAGS):
@@ -321,8 +334,6 @@ def main(args: argparse.Namespace) -> None:
             args.lipreg_reduction,
             partial(teacher_options, args, bare),
         )
-    crops = data.held_out_crops(map(data.open_image, instance_images[:4]), args.resolution)
-    crops = crops.to(accelerator.device, runtime.weight_dtype(accelerator))
     monitor = watch(
         args,
         accelerator,
@@ -336,6 +347,7 @@ def main(args: argparse.Namespace) -> None:
     )
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
     accelerator.init_trackers("dreambooth", config=runtime.tracker_config(args))
+    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)
     check_finite = partial(runtime.check_finite, args, accelerator, lr_scheduler)
@@ -347,8 +359,7 @@ def main(args: argparse.Namespace) -> None:
             model.train()
         for batch in loader:
             with accelerator.accumulate(*models.trained.values()):
-                pixels = batch["pixel_values"].to(runtime.weight_dtype(accelerator))
-                loss = denoising_loss(args, models, pixels, text_states)
+                loss = denoising_loss(args, models, batch, text_states, prior_weight)
                 check_finite(step, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

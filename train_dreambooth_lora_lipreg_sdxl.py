@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from diffusers_lipreg.dreambooth import (
     data,
     hub,
     lora,
+    moments,
     optimization,
     prior,
     runtime,
@@ -79,7 +80,9 @@ class Models:
         model, revision = args.pretrained_model_name_or_path, args.revision
         load = partial(runtime.load_part, revision=revision, variant=args.variant)
         dtype = runtime.weight_dtype(accelerator)
-        self.tokenizers = [text.load_tokenizer(model, revision, name) for name in ("tokenizer", "tokenizer_2")]
+        self.tokens = text.read_once(
+            [text.load_tokenizer(model, revision, name) for name in ("tokenizer", "tokenizer_2")]
+        )
         self.noise_scheduler = noise_scheduler_class(args).from_pretrained(
             model, subfolder="scheduler", revision=revision
         )
@@ -88,12 +91,7 @@ class Models:
             encoder_class = text.text_encoder_class(model, revision, name)
             encoder = load(encoder_class, model, subfolder=name)
             setattr(self, name, encoder.requires_grad_(False).to(accelerator.device, dtype=dtype))
-        if args.pretrained_vae_model_name_or_path is None:
-            self.vae = load(AutoencoderKL, model, subfolder="vae")
-        else:
-            self.vae = runtime.load_part(AutoencoderKL, args.pretrained_vae_model_name_or_path)
-        # Always in float32, for the VAE of SDXL overflows in float16.
-        self.vae.requires_grad_(False).to(accelerator.device, dtype=torch.float32)
+        self.vae = load_vae(args).to(accelerator.device)
         self.unet = load(UNet2DConditionModel, model, subfolder="unet")
         self.unet.requires_grad_(False).to(accelerator.device, dtype=dtype)
         if args.enable_xformers_memory_efficient_attention:
@@ -116,6 +114,16 @@ class Models:
         return {name: getattr(self, name) for name in self.trained_names}
 
 
+def load_vae(args: argparse.Namespace) -> AutoencoderKL:
+    """Always in float32, for the VAE of SDXL overflows in float16."""
+    if args.pretrained_vae_model_name_or_path is not None:
+        vae = runtime.load_part(AutoencoderKL, args.pretrained_vae_model_name_or_path)
+    else:
+        source = {"model": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant}
+        vae = runtime.load_part(AutoencoderKL, subfolder="vae", **source)
+    return vae.requires_grad_(False).to(dtype=torch.float32)
+
+
 def noise_scheduler_class(args: argparse.Namespace) -> type:
     """EDM's where the model was trained with it, Euler's for training in EDM's terms, else DDPM's."""
     config = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
@@ -129,21 +137,25 @@ def noise_scheduler_class(args: argparse.Namespace) -> type:
 TextStates = Callable[[int, Sequence[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
-def encode_prompts(args: argparse.Namespace, models: Models) -> TextStates:
-    """The text states of a batch from its size and its captions: instance rows first, then class rows."""
+def encode_prompts(args: argparse.Namespace, models: Models, captions: Iterable[str]) -> TextStates:
+    """The text states of a batch from its size and its captions: instance rows first, then class rows.
 
-    def encode(prompts: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        if args.train_text_encoder or args.caption_column is not None:
-            return text.encode_sdxl(models.tokenizers, models.text_encoders, prompts)
-        alone = [text.encode_sdxl(models.tokenizers, models.text_encoders, [prompt]) for prompt in prompts]
-        states, pooled = zip(*alone, strict=True)
-        return torch.cat(states), torch.cat(pooled)
+    Frozen text encoders are run here for the last time, and let go.
+    """
+    if args.train_text_encoder:
 
-    if not args.train_text_encoder and args.caption_column is None:
-        # The prompts and the encoders never change: encode now, and let go of the encoders.
-        encode = cache(encode)
-        encode((args.instance_prompt, args.class_prompt) if args.with_prior_preservation else (args.instance_prompt,))
+        def encode(prompts: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+            # The encoders as they are then: what DDP has put around them averages their gradients.
+            return text.encode_sdxl(models.tokens, models.text_encoders, prompts)
+
+    else:
+        prompts = {*captions, *([args.class_prompt] if args.with_prior_preservation else [])}
+        known = {prompt: text.encode_sdxl(models.tokens, models.text_encoders, [prompt]) for prompt in sorted(prompts)}
         models.text_encoder = models.text_encoder_2 = None
+
+        def encode(prompts: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+            states, pooled = zip(*(known[prompt] for prompt in prompts), strict=True)
+            return torch.cat(states), torch.cat(pooled)
 
     def text_states(batch_size: int, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         prompts = tuple(captions) if args.caption_column is not None else (args.instance_prompt,)
@@ -158,23 +170,25 @@ def encode_prompts(args: argparse.Namespace, models: Models) -> TextStates:
 
 def probe_denoiser(args: argparse.Namespace, models: Models, prompts: Sequence[str], dtype: torch.dtype) -> Denoiser:
     """The bare models as the probe calls them; call it while they are bare, and the text encoders are there."""
-    unet, encode = models.unet, partial(text.encode_sdxl, models.tokenizers, models.text_encoders)
-    with torch.no_grad():
-        known = {} if args.train_text_encoder else {prompt: encode([prompt]) for prompt in prompts}
+    unet, encode = models.unet, partial(text.encode_sdxl, models.tokens, models.text_encoders)
+    if not args.train_text_encoder:  # holds no encoder
+        encode = {(prompt,): encode([prompt]) for prompt in prompts}.__getitem__
     time_ids = [float(args.resolution), float(args.resolution), 0.0, 0.0, float(args.resolution), float(args.resolution)]
 
     def denoise(noisy: torch.Tensor, timestep: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        pairs = [known[prompt] if known else encode([prompt]) for prompt in texts]
-        states, pooled = (torch.cat(parts).to(dtype) for parts in zip(*pairs, strict=True))
+        alone = [encode((prompt,)) for prompt in texts]
+        states, pooled = (torch.cat(parts).to(dtype) for parts in zip(*alone, strict=True))
         conditions = {"time_ids": noisy.new_tensor([time_ids] * len(noisy), dtype=dtype), "text_embeds": pooled}
         return unet(noisy.to(dtype), timestep, states, added_cond_kwargs=conditions, return_dict=False)[0]
 
     return Denoiser(denoise, list(models.trained.values()))
 
 
-def encode_images(args: argparse.Namespace, vae: AutoencoderKL, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Latents (B, 4, H/8, W/8) of pixels (B, 3, H, W), of the mean and scale that the UNet was trained on."""
-    latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample()
+def draw_latents(
+    args: argparse.Namespace, vae: AutoencoderKL, batch: dict[str, Any], dtype: torch.dtype
+) -> torch.Tensor:
+    """Latents (B, 4, H/8, W/8) of a batch, of the mean and scale that the UNet was trained on."""
+    latents = moments.draw(vae, batch)
     if vae.config.latents_mean is not None and vae.config.latents_std is not None:
         mean, std = (
             torch.tensor(values).view(1, -1, 1, 1).to(latents)
@@ -186,11 +200,16 @@ def encode_images(args: argparse.Namespace, vae: AutoencoderKL, pixels: torch.Te
 
 
 def denoising_loss(
-    args: argparse.Namespace, models: Models, batch: dict[str, Any], text_states: TextStates, dtype: torch.dtype
+    args: argparse.Namespace,
+    models: Models,
+    batch: dict[str, Any],
+    text_states: TextStates,
+    dtype: torch.dtype,
+    prior_weight: float | None,
 ) -> torch.Tensor:
     """|| eps - eps_theta(z_t, t, c) ||^2 of one batch at random timesteps, or its counterpart in EDM's terms."""
     scheduler = models.noise_scheduler
-    latents = encode_images(args, models.vae, batch["pixel_values"], dtype)
+    latents = draw_latents(args, models.vae, batch, dtype)
     noise = torch.randn_like(latents)
     steps = scheduler.config.num_train_timesteps
     if models.edm:
@@ -219,27 +238,28 @@ def denoising_loss(
         prediction,
         target,
         None if args.snr_gamma is None else optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma),
-        args.prior_loss_weight if args.with_prior_preservation else None,
+        prior_weight,
         noise_weights,
     )
 
 
 def held_out_loss(
-    args: argparse.Namespace, models: Models, crops: torch.Tensor, prompts: list[str], text_states: TextStates, dtype: torch.dtype
+    args: argparse.Namespace, models: Models, batch: dict[str, Any], text_states: TextStates, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The denoising loss on crops that are not trained on."""
-    if args.with_prior_preservation:  # a batch has two halves there; the second does not count
-        crops, args = crops.repeat(2, 1, 1, 1), argparse.Namespace(**{**vars(args), "prior_loss_weight": 0.0})
-    time_ids = torch.tensor([[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]] * len(crops))
-    batch = {"pixel_values": crops, "prompts": prompts, "time_ids": time_ids}
-    return denoising_loss(args, models, batch, text_states, dtype)
+    """The denoising loss on crops that are not trained on; of the text states it needs the instance half."""
+
+    def instance_states(size: int, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        states, pooled = text_states(moments.halves(args) * size, captions)
+        return states[:size], pooled[:size]
+
+    return denoising_loss(args, models, batch, instance_states, dtype, prior_weight=None)
 
 
 def load_pipeline(args: argparse.Namespace, models: Models, dtype: torch.dtype, **parts: Any) -> DiffusionPipeline:
     """The base pipeline with parts exchanged, ready to sample."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
-        vae=models.vae,
+        vae=load_vae(args) if moments.dropped(models.vae) else models.vae,
         revision=args.revision,
         variant=args.variant,
         dtype=dtype,
@@ -257,29 +277,36 @@ def save_weights(models: Mapping[str, nn.Module], folder: str) -> None:
 def main(args: argparse.Namespace) -> None:
     accelerator = runtime.start_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
     runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=True)
-    probe_prompts = PROMPTS if args.probe_prompts is None else arguments.read_lines(args.probe_prompts, "--probe_prompts")
+    probe_prompts = runtime.probe_prompts(args, PROMPTS)
     photos = data.photos_with_prompts(args)
     checkpoint, repo_id = runtime.open_output(args, accelerator)
     with runtime.loading(args):
         class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
+        transform = data.PhotoTransform(
+            args.resolution, args.center_crop, args.image_interpolation_mode, args.random_flip
+        )
+        images_to_encode = len(photos) * args.repeats + len(class_images)  # photos are cropped once in any case
+        cached = moments.cacheable(args, images_to_encode, class_images, transform, has_vae=True)
         models = Models(args, accelerator)
     runtime.check_models(args, models.noise_scheduler, models.vae)
     bare = models.trained
     dtype = runtime.weight_dtype(accelerator)
     denoiser = probe_denoiser(args, models, probe_prompts, dtype)
-    text_states = encode_prompts(args, models)
-    transform = data.PhotoTransform(
-        args.resolution, args.center_crop, args.image_interpolation_mode, args.random_flip
-    )
+    text_states = encode_prompts(args, models, (prompt for _, prompt in photos))
     dataset = data.PreparedPhotos(photos, args.repeats, class_images, transform)
-    crops = data.held_out_crops((image for image, _ in photos[:4]), args.resolution).to(accelerator.device)
-    captions = [prompt for _, prompt in photos[:4]]
+    crops = {}
+    if args.keep_best:
+        pixels = data.held_out_crops((image for image, _ in photos[:4]), args.resolution)
+        time_ids = torch.tensor([[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]])
+        crops = moments.of_crops(models.vae, pixels, accelerator.device)
+        crops |= {"prompts": [prompt for _, prompt in photos[:4]], "time_ids": time_ids.repeat(len(pixels), 1)}
     del photos  # the crops are kept, the originals may be large
-    loader = data.make_loader(args, dataset, data.collate_prepared)
+    layouts = moments.cache(args, accelerator, models.vae, dataset) if cached else None
+    loader = data.make_loader(args, dataset, data.collate_prepared, layouts)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in bare.items()}
-    optimizer = optimization.create_lora_optimizer(args, trainable)
+    optimizer = optimization.create_lora_optimizer(args, trainable, accelerator.device)
     parameters = [p for adapters in trainable.values() for p in adapters]
     runtime.check_disk(args, parameters)
     lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
@@ -301,7 +328,7 @@ def main(args: argparse.Namespace) -> None:
         data.latent_shape(models.vae, args.resolution),
         probe_prompts,
         {penalty.loss: models.trained[name] for name, penalty in penalties.items()},
-        subject_loss=partial(held_out_loss, args, models, crops, captions, text_states, dtype),
+        subject_loss=partial(held_out_loss, args, models, crops, text_states, dtype),
         save_best=partial(checkpoints.save_best, accelerator, args.output_dir, bare, save_weights),
     )
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
@@ -309,6 +336,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.init_trackers(
         "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=runtime.tracker_config(args)
     )
+    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)
     check_finite = partial(runtime.check_finite, args, accelerator, lr_scheduler)
@@ -320,7 +348,7 @@ def main(args: argparse.Namespace) -> None:
             model.train()
         for batch in loader:
             with accelerator.accumulate(*models.trained.values()):
-                loss = denoising_loss(args, models, batch, text_states, dtype)
+                loss = denoising_loss(args, models, batch, text_states, dtype, prior_weight)
                 check_finite(step, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

@@ -163,10 +163,11 @@ def watch(
 ) -> DriftMonitor:
     """The monitor that a script's flags ask for, in its checkpoints where it steers: call it before one is loaded.
 
-    `scheduler`, `shape` and `prompts` are those of `OutputProbe`, `penalties` those of `DriftBudget`.
+    `scheduler`, `shape` and `prompts` are those of `OutputProbe`, `penalties` those of `DriftBudget`. Without prompts
+    nothing is measured.
     """
     probe = budget = None
-    if args.probe_steps > 0 or args.drift_budget is not None:
+    if prompts:
         probe = OutputProbe(denoiser, scheduler, shape, prompts=prompts, device=accelerator.device)
     if args.drift_budget is not None:
         budget = DriftBudget(args.drift_budget, args.max_train_steps, penalties)

@@ -71,6 +71,10 @@ class Things:
     def class_images(self, path: Path) -> None:
         copytree(PARITY / "class_images", path)
 
+    def wide_class_images(self, path: Path) -> None:
+        path.mkdir()
+        Image.new("RGB", (96, 64)).save(path / "0.png")
+
     # folders of photos
 
     def missing(self, path: Path) -> None:
@@ -262,6 +266,8 @@ MISTAKES = [
     Mistake(1, "--lipreg_teacher_device attic", "--lipreg_teacher_device attic: ", "sd"),
     Mistake(1, f"--validation_images {{missing}} {VALIDATION}", "--validation_images {missing}: ", "sd"),
     Mistake(1, "--resolution 4", "--resolution 4: the VAE makes one latent of 8 x 8 pixels", loads=True),
+    Mistake(1, "--cache_latents", "is no square, and cropped at random whenever it is seen. Add --center_crop", "sd"),
+    Mistake(1, f"--cache_latents {PRIOR} {{wide_class_images}} --num_class_images 1", "Add --center_crop", "sdxl"),
     # paths
     Mistake(2, "--output_dir ''", "--output_dir is empty"),
     Mistake(2, "--instance_data_dir ''", "--instance_data_dir is empty"),

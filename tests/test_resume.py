@@ -32,6 +32,7 @@ VARIANTS = {
     "accumulation that does not divide the epoch": ("train", (1, 3), ("--gradient_accumulation_steps", "3")),
     "text encoder": ("train", (1, 3), ("--train_text_encoder", "--gradient_accumulation_steps", "2")),
     "class images": ("train", (1,), (*PRIOR, "--train_batch_size", "2")),
+    "cached images": ("train", (3,), (*PRIOR, "--train_batch_size", "2", "--center_crop", "--cache_latents")),
     "workers": ("train", (2, 5), ("--dataloader_num_workers", "2")),
     "SD adapters": ("train", (3,), ("--rank", "2", "--use_dora", "--train_text_encoder")),
     "SDXL": ("train_sdxl", (3,), (*PRODUCT, *SCHEDULE, "--lora_dropout", "0.5")),

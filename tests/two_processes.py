@@ -34,9 +34,11 @@ SHARDED += ("--validation_prompt", "a dog", "--validation_steps", "2", "--num_va
 ADAPTERS = (*FULL, "--max_train_steps", "2", "--train_text_encoder", "--lipreg_weight", "1", "--probe_steps", "2")
 
 
-def fixed_loss(args: Namespace, models: train_dreambooth_lipreg.Models, pixels: Tensor, text_states: Callable) -> Tensor:
+def fixed_loss(
+    args: Namespace, models: train_dreambooth_lipreg.Models, batch: dict, text_states: Callable, *_: object
+) -> Tensor:
     """The script's loss, of noise and timesteps that belong to a photo and not to a process."""
-    latents = models.vae.encode(pixels).latent_dist.mode()
+    latents = batch["moments"].chunk(2, dim=1)[0]  # the photos are squares
     noise = latents.flip(-1)
     timesteps = torch.full((len(latents),), 500)
     noisy = models.noise_scheduler.add_noise(latents, noise, timesteps)

@@ -98,6 +98,11 @@ def _add_training(parser: argparse.ArgumentParser, output_dir: str) -> None:
     flag("--checkpoints_total_limit", type=int, help="Keep at most this many checkpoints.")
     flag("--resume_from_checkpoint", help='A checkpoint of this output folder, or "latest".')
     flag("--snr_gamma", type=float, help="Gamma of Min-SNR loss weights (arXiv 2303.09556); 5.0 is usual.")
+    flag(
+        "--cache_latents",
+        action=argparse.BooleanOptionalAction,
+        help="Encode images once, then drop the VAE; default: where that changes nothing.",
+    )
 
 
 def _add_optimizer(parser: argparse.ArgumentParser, learning_rate: float, weight_decay: float) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from .arguments import RunError, one_line
 logger = get_logger(__name__)
 # What Pillow's decoders raise on damaged files; AVIF's raises RuntimeError.
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
+Encode = Callable[[Iterable[Tensor]], Iterable[Tensor]]  # of pixels (3, size, size) moments (2C, h, w)
+Layouts = Mapping[int, torch.memory_format]  # by batch size
 
 
 def as_photo(image: Image.Image) -> Image.Image:
@@ -90,6 +93,10 @@ class PhotoTransform:
         self.resampling = Image.Resampling[interpolation.removesuffix("_exact").upper()]
         self.random_flip = random_flip
 
+    def without_flip(self) -> PhotoTransform:
+        """The same for class images, which are never mirrored."""
+        return PhotoTransform(self.size, self.center_crop, self.interpolation)
+
     def __call__(self, image: Image.Image) -> Tensor:
         return self.crop(image)[0]
 
@@ -112,14 +119,28 @@ class PhotoTransform:
         return pixels.float().div_(255).sub_(0.5).div_(0.5), (top, left)
 
     def resize(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
+        size = self.resized(*image.size)
+        return image if size == image.size else image.resize(size, self.resampling)
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after `resize`."""
         if min(width, height) == self.size:
-            return image
+            return width, height
         if width < height:
-            size = self.size, int(self.size * height / width)
-        else:
-            size = int(self.size * width / height), self.size
-        return image.resize(size, self.resampling)
+            return self.size, int(self.size * height / width)
+        return int(self.size * width / height), self.size
+
+
+def first_random_crop(images: Sequence[Path], transform: PhotoTransform) -> Path | None:
+    """The first of the files that the transform does not make the same pixels of each time; `None` if there is none."""
+    if transform.center_crop:
+        return None
+    for path in images:
+        with Image.open(path) as image:  # reads the header only
+            width, height = transform.resized(*image.size)
+        if width != height:
+            return path
+    return None
 
 
 def latent_shape(vae: AutoencoderKL | None, size: int) -> tuple[int, int, int]:
@@ -152,25 +173,43 @@ class DreamBoothDataset(Dataset):
     ) -> None:
         self.instance_images = instance_images
         self.class_images = class_images
-        self.transform = transform
+        self.load: Callable[[Path], Tensor] = partial(load, transform)
+
+    def encode(self, encode: Encode) -> None:
+        """Puts what `encode` makes of the images in place of their pixels."""
+        self.load = encoded([*self.instance_images, *self.class_images], self.load, encode)
 
     def __len__(self) -> int:
         return max(len(self.instance_images), len(self.class_images))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        item = {"instance": self._load(self.instance_images, index)}
+        item = {"instance": self.load(self.instance_images[index % len(self.instance_images)])}
         if self.class_images:
-            item["class"] = self._load(self.class_images, index)
+            item["class"] = self.load(self.class_images[index % len(self.class_images)])
         return item
 
-    def _load(self, images: Sequence[Path], index: int) -> Tensor:
-        return self.transform(open_image(images[index % len(images)]))
+
+def load(transform: PhotoTransform, path: Path) -> Tensor:
+    """The transformed image of a file."""
+    return transform(open_image(path))
 
 
-def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stacks items to {"pixel_values": (B, 3, size, size)}: the instance half first, then the class half, if any."""
-    pixels = [item[kind] for kind in ("instance", "class") for item in items if kind in item]
-    return {"pixel_values": torch.stack(pixels).contiguous().float()}
+def encoded(images: Sequence[Path], load: Callable[[Path], Tensor], encode: Encode) -> Callable[[Path], Tensor]:
+    """`load`, but of what `encode` makes of the pixels, once."""
+    images = list(dict.fromkeys(images))
+    return dict(zip(images, encode(map(load, images)), strict=True)).__getitem__
+
+
+def collate(items: Sequence[dict[str, Tensor]], layouts: Layouts | None = None) -> dict[str, Tensor]:
+    """Stacks items to {"pixel_values": (B, 3, size, size)}: the instance half first, then the class half, if any.
+
+    Of items with moments in place of pixels it makes {"moments": (B, 2C, h, w)}, in the order in memory that `layouts`
+    has for their number: noise is drawn in that order.
+    """
+    images = torch.stack([item[kind] for kind in ("instance", "class") for item in items if kind in item])
+    if layouts is None:
+        return {"pixel_values": images}
+    return {"moments": images.contiguous(memory_format=layouts[len(images)])}
 
 
 class PreparedPhotos(Dataset):
@@ -189,12 +228,18 @@ class PreparedPhotos(Dataset):
     ) -> None:
         self.items: list[dict] = []
         self.class_images = class_images
-        self.class_transform = PhotoTransform(transform.size, transform.center_crop, transform.interpolation)
+        self.load_class: Callable[[Path], Tensor] = partial(load, transform.without_flip())
         for image, prompt in photos:
             for _ in range(repeats):
                 pixels, corner = transform.crop(image)
                 time_ids = (image.height, image.width, *corner, transform.size, transform.size)
                 self.items.append({"instance": pixels, "prompt": prompt, "time_ids": time_ids})
+
+    def encode(self, encode: Encode) -> None:
+        """Puts what `encode` makes of the images in place of their pixels."""
+        for item, instance in zip(self.items, encode(item["instance"] for item in self.items), strict=True):
+            item["instance"] = instance
+        self.load_class = encoded(self.class_images, self.load_class, encode)
 
     def __len__(self) -> int:
         return max(len(self.items), len(self.class_images))
@@ -202,16 +247,15 @@ class PreparedPhotos(Dataset):
     def __getitem__(self, index: int) -> dict:
         item = dict(self.items[index % len(self.items)])
         if self.class_images:
-            item["class"] = self.class_transform(open_image(self.class_images[index % len(self.class_images)]))
+            item["class"] = self.load_class(self.class_images[index % len(self.class_images)])
         return item
 
 
-def collate_prepared(items: Sequence[dict]) -> dict:
+def collate_prepared(items: Sequence[dict], layouts: Layouts | None = None) -> dict:
     """As `collate`, with "prompts", a list of the instance half, and "time_ids" (B, 6), for both halves the same."""
-    batch: dict = collate(items)
+    batch: dict = collate(items, layouts)
     batch["prompts"] = [item["prompt"] for item in items]
-    halves = len(batch["pixel_values"]) // len(items)
-    batch["time_ids"] = torch.tensor([item["time_ids"] for item in items] * halves)
+    batch["time_ids"] = torch.tensor([item["time_ids"] for item in items] * (2 if "class" in items[0] else 1))
     return batch
 
 
@@ -279,10 +323,17 @@ class ResumableDataset(Dataset):
     (accelerate reads one batch ahead), and now. The last is in accelerate's checkpoint, the others are `state_dict()`,
     with that of the generator that several processes share for their order. What was seen is loaded once more and
     dropped, for that is what brings back the random states that workers have of their own.
+
+    Workers that stay for all epochs (`persistent_workers`) draw as new ones would: each epoch has a seed for them, drawn
+    where the loader would draw it, which reaches them in shared memory.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, persistent_workers: bool = False) -> None:
         self.dataset = dataset
+        self.persistent_workers = persistent_workers
+        self.worker_seed = torch.zeros((), dtype=torch.int64).share_memory_()  # 0: the one that workers began with
+        self.seeded = 0
+        self.epochs = 0
         self.sampler = _Order(self)
         self.loader: Any = None
         self.skip = self.first = self.batch = 0
@@ -326,6 +377,12 @@ class ResumableDataset(Dataset):
         if self.sampler.generator is not None:
             self.state["order"] = self.sampler.generator.get_state()
 
+    def order_begins(self) -> None:
+        """Called by the sampler before it draws."""
+        if self.persistent_workers and self.epochs > 0:
+            self.worker_seed.random_()
+        self.epochs += 1
+
     def order_is_drawn(self) -> None:
         """Called by the sampler: with workers, this process draws nothing more for the epoch."""
         if self.saved:
@@ -333,7 +390,12 @@ class ResumableDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """The items of a batch."""
-        resumed = self.saved and self.batch == self.first and get_worker_info() is None
+        worker = get_worker_info()
+        if worker is not None and self.seeded != self.worker_seed.item():
+            self.seeded = int(self.worker_seed.item())
+            random.seed(self.seeded + worker.id)
+            torch.manual_seed(self.seeded + worker.id)
+        resumed = self.saved and self.batch == self.first and worker is None
         if resumed:
             torch.set_rng_state(self.saved["before_batch"])
         self.batch += 1
@@ -348,6 +410,7 @@ class _Order(RandomSampler):
     """A shuffle that says when it is drawn."""
 
     def __iter__(self) -> Iterator[int]:
+        self.data_source.order_begins()
         for number, index in enumerate(super().__iter__()):
             if number == 0:
                 self.data_source.order_is_drawn()
@@ -355,14 +418,22 @@ class _Order(RandomSampler):
 
 
 def make_loader(
-    args: Namespace, dataset: Dataset, collate_fn: Callable[[Sequence[dict]], dict]
+    args: Namespace,
+    dataset: Dataset,
+    collate_fn: Callable[[Sequence[dict], Layouts | None], dict],
+    layouts: Layouts | None,
 ) -> DataLoader[ResumableDataset]:
-    """The loader of a run, whose data set knows the place in the epoch, which checkpoints need."""
-    resumable = ResumableDataset(dataset)
+    """The loader of a run, whose data set knows the place in the epoch, which checkpoints need.
+
+    With `layouts` the images are encoded already, and workers have nothing to do.
+    """
+    workers = args.dataloader_num_workers if layouts is None else 0
+    resumable = ResumableDataset(dataset, persistent_workers=workers > 0)
     return DataLoader(
         resumable,
         batch_size=args.train_batch_size,
         sampler=resumable.sampler,
-        collate_fn=collate_fn,
-        num_workers=args.dataloader_num_workers,
+        collate_fn=partial(collate_fn, layouts=layouts),
+        num_workers=workers,
+        persistent_workers=workers > 0,  # an epoch is five photos: starting new ones takes longer
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from accelerate.logging import get_logger
@@ -87,7 +88,9 @@ def edm_denoised(scheduler, prediction: Tensor, noisy: Tensor, sigmas: Tensor) -
     return prediction * (-sigmas) + noisy
 
 
-def create_lora_optimizer(args: Namespace, adapters: Mapping[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
+def create_lora_optimizer(
+    args: Namespace, adapters: Mapping[str, list[nn.Parameter]], device: torch.device
+) -> torch.optim.Optimizer:
     """The optimizer of `--optimizer` over adapters; those of text encoders have a rate and decay of their own."""
     text_encoders = [parameters for name, parameters in adapters.items() if name != "unet"]
     name = args.optimizer.lower()
@@ -105,7 +108,7 @@ def create_lora_optimizer(args: Namespace, adapters: Mapping[str, list[nn.Parame
         for parameters in text_encoders
     ]
     if name != "prodigy":
-        return create_adamw(args, groups)
+        return create_adamw(args, groups, device)
     if args.use_8bit_adam:
         logger.warning("--use_8bit_adam is for AdamW only: not used.")
     from prodigyopt import Prodigy
@@ -122,11 +125,15 @@ def create_lora_optimizer(args: Namespace, adapters: Mapping[str, list[nn.Parame
     )
 
 
-def create_adamw(args: Namespace, parameters: Sequence[nn.Parameter] | Sequence[dict]) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit one, over parameters or groups of them."""
-    optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
+def create_adamw(
+    args: Namespace, parameters: Sequence[nn.Parameter] | Sequence[dict], device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW, fused where they are trained on a GPU, or bitsandbytes' 8-bit one, over parameters or groups of them."""
+    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
+    elif device.type == "cuda":  # on the CPU one step for all rounds otherwise than the official scripts' steps
+        optimizer_class = partial(torch.optim.AdamW, fused=True)
     return optimizer_class(
         parameters,
         lr=args.learning_rate,

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import checkpoints, hub, optimization
-from .arguments import RunError, one_line, printable
+from .arguments import RunError, one_line, printable, read_lines
 from .data import UNREADABLE, open_image
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
@@ -140,6 +140,13 @@ def check_surroundings(args: Namespace) -> None:
             open_image(path)
         except UNREADABLE as error:
             raise RunError(f"--validation_images {path}: {one_line(error)}") from error
+
+
+def probe_prompts(args: Namespace, default: Sequence[str]) -> Sequence[str]:
+    """The lines of `--probe_prompts`, or the default; none where nothing is measured."""
+    if args.probe_steps == 0 and args.drift_budget is None:
+        return ()
+    return default if args.probe_prompts is None else read_lines(args.probe_prompts, "--probe_prompts")
 
 
 def check_pipeline(model: str, revision: str | None, sdxl: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import transformers
@@ -62,18 +63,23 @@ def encode(text_encoder: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
     return text_encoder(ids.to(device), attention_mask=None if mask is None else mask.to(device))[0]
 
 
+def read_once(tokenizers: Sequence[PreTrainedTokenizerBase]) -> Callable[[str], list[Tensor]]:
+    """Token ids (1, length) of a prompt by each of the tokenizers, which see every prompt only once."""
+    return cache(lambda prompt: [tokenize(tokenizer, prompt, None)[0] for tokenizer in tokenizers])
+
+
 def encode_sdxl(
-    tokenizers: Sequence[PreTrainedTokenizerBase], text_encoders: Sequence[nn.Module], prompts: Sequence[str]
+    tokens: Callable[[str], list[Tensor]], text_encoders: Sequence[nn.Module], prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
     """States (B, length, sum of widths) and pooled states (B, width) of prompts, as SDXL's UNet takes them.
 
     The states are those before the last layer of each encoder, side by side; pooled are those of the second encoder.
+    `tokens` is what `read_once` gave.
     """
     states = []
-    for tokenizer, text_encoder in zip(tokenizers, text_encoders, strict=True):
-        ids = torch.cat([tokenize(tokenizer, prompt, None)[0] for prompt in prompts])
+    for ids, text_encoder in zip(zip(*map(tokens, prompts), strict=True), text_encoders, strict=True):
         device = next(text_encoder.parameters()).device
-        output = text_encoder(ids.to(device), output_hidden_states=True, return_dict=False)
+        output = text_encoder(torch.cat(ids).to(device), output_hidden_states=True, return_dict=False)
         pooled = output[0]
         states.append(output[-1][-2])
     return torch.cat(states, dim=-1), pooled
@@ -95,7 +101,20 @@ class Prompts:
         return encode(text_encoder, ids, mask if self.use_mask else None)
 
     @torch.no_grad()
-    def precompute(self, text_encoder: nn.Module, device: torch.device) -> TextStates:
-        """States by batch size, from one pass of each prompt alone; the encoder is not needed any more."""
-        alone = [encode(text_encoder, ids, mask if self.use_mask else None).to(device) for ids, mask in self.tokens]
-        return lambda batch_size: torch.cat([states.repeat(batch_size // len(alone), 1, 1) for states in alone])
+    def precompute(self, text_encoder: nn.Module, device: torch.device, batch_size: int | None = None) -> TextStates:
+        """States by batch size, from one pass; the encoder is not needed any more.
+
+        The pass is that of a batch of `batch_size`, for matrices of another shape may round otherwise, or by default
+        one of each prompt alone.
+        """
+        if batch_size is None:
+            blocks = [encode(text_encoder, ids, mask if self.use_mask else None) for ids, mask in self.tokens]
+        else:
+            blocks = list(self.encode(text_encoder, batch_size).chunk(len(self.tokens)))
+        blocks = [block.to(device) for block in blocks]
+
+        def states(size: int) -> Tensor:
+            rows = torch.arange(size // len(blocks), device=device)
+            return torch.cat([block[rows % len(block)] for block in blocks])
+
+        return cache(states)

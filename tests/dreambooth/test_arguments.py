@@ -17,12 +17,14 @@ OFFICIAL: dict[str, list[dict[str, Any]]] = {
     name: json.loads(Path(__file__).parent.with_name(f"flags_{name}.json").read_text()) for name in SCRIPTS
 }
 OWN = {
-    "sd": {"--rank", "--lora_alpha", "--lora_dropout", "--use_dora", "--extract_lora_rank", "--debug"},
-    "sdxl": {"--debug"},
+    "sd": {"--rank", "--lora_alpha", "--lora_dropout", "--use_dora", "--extract_lora_rank"},
+    "sdxl": set(),
 }
 # To the official parser these are --use_8bit_adam, --enable_xformers... and --dataloader_num_workers; --use_dora,
 # --extract_lora_rank, --debug and --drift_budget end that.
-TAKEN = {"--u", "--us", "--use", "--use_", "--e", "--d"}
+# To the SDXL script's they are --cache_dir; --cache_latents ends that.
+TAKEN = {"sd": {"--u", "--us", "--use", "--use_", "--e", "--d"}, "sdxl": {"--ca", "--cac", "--cach", "--cache", "--cache_"}}
+OWN_TO_BOTH = {"--debug", "--cache_latents", "--no-cache_latents"}
 LIPREG = {
     "--lipreg_weight",
     "--lipreg_reduction",
@@ -94,7 +96,7 @@ def test_an_official_flag_means_the_same(script: str, official: dict[str, Any]) 
 def test_there_are_our_flags_and_no_others(script: str, count: int) -> None:
     official = {flag["flag"] for flag in OFFICIAL[script]}
     assert len(official) == count
-    assert options(SCRIPTS[script].build_parser()).keys() - official == LIPREG | OWN[script] | {"-h", "--help"}
+    assert options(SCRIPTS[script].build_parser()).keys() - official == LIPREG | OWN[script] | OWN_TO_BOTH | {"-h", "--help"}
 
 
 def abbreviations(script: str, flag: str) -> set[str]:
@@ -111,7 +113,7 @@ def test_an_official_abbreviation_still_works(script: str, official: dict[str, A
     values = [] if official["action"] == "StoreTrueAction" else [value]
     expected = parser.parse_args([*REQUIRED, official["flag"], *values])
     assert expected != parser.parse_args(REQUIRED)
-    for prefix in abbreviations(script, official["flag"]) - (TAKEN if script == "sd" else set()):
+    for prefix in abbreviations(script, official["flag"]) - TAKEN[script]:
         assert parser.parse_args([*REQUIRED, prefix, *values]) == expected
 
 

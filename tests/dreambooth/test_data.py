@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -343,11 +344,11 @@ def photos(tmp_path: Path) -> list[Path]:
 
 
 def resumable(
-    accelerator: Accelerator, photos: list[Path], size: int = 16, **options: int
+    accelerator: Accelerator, photos: list[Path], size: int = 16, **options: Any
 ) -> DataLoader[ResumableDataset]:
     """The loader as the script makes it."""
     dataset = DreamBoothDataset(photos, [], PhotoTransform(size, center_crop=False))
-    resumable = ResumableDataset(dataset)
+    resumable = ResumableDataset(dataset, options.get("persistent_workers", False))
     loader = DataLoader(resumable, batch_size=2, sampler=resumable.sampler, collate_fn=collate, **options)
     return accelerator.prepare(loader)
 
@@ -385,7 +386,7 @@ def test_order_crops_and_draws_are_those_of_torchs_shuffle(
 class Uninterrupted:
     """Two epochs in one go, and after each step what a checkpoint would hold."""
 
-    def __init__(self, accelerator: Accelerator, photos: list[Path], **options: int) -> None:
+    def __init__(self, accelerator: Accelerator, photos: list[Path], **options: Any) -> None:
         loader = resumable(accelerator, photos, **options)
         torch.manual_seed(0)
         self.seen: list[tuple[Tensor, Tensor]] = []
@@ -445,13 +446,22 @@ def test_a_state_is_not_changed_by_the_batches_after_it(accelerator: Accelerator
     torch.testing.assert_close(state, kept, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("step", [1, 2, BATCHES + 1])
+def test_workers_that_stay_draw_as_new_ones(accelerator: Accelerator, photos: list[Path]) -> None:
+    """Which is how the official script's loader has them."""
+    new, stay = (Uninterrupted(accelerator, photos, num_workers=2, persistent_workers=on) for on in (False, True))
+    assert_same_run(stay.seen, new.seen)
+    assert torch.equal(stay.final_state, new.final_state)
+    assert not torch.equal(new.seen[0][0], new.seen[BATCHES][0])
+
+
+@pytest.mark.parametrize("step", [1, BATCHES + 1])
 def test_with_workers_a_resumed_run_is_the_uninterrupted_one(
     accelerator: Accelerator, photos: list[Path], step: int
 ) -> None:
     """Their crops, too, which come from random states of their own."""
-    whole = Uninterrupted(accelerator, photos, num_workers=2)
-    loader = resumable(accelerator, photos, num_workers=2)
+    workers = {"num_workers": 2, "persistent_workers": True}
+    whole = Uninterrupted(accelerator, photos, **workers)
+    loader = resumable(accelerator, photos, **workers)
     resume(loader, step, whole.saved[step - 1])
     assert_same_run(train(loader, epochs=2 - step // BATCHES), whole.seen[step:])
     assert torch.equal(torch.get_rng_state(), whole.final_state)

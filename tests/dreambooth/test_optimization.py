@@ -132,12 +132,13 @@ def arguments(**changes: object) -> Namespace:
     return Namespace(**{**defaults, **changes})
 
 
+CPU = torch.device("cpu")
 GIVEN = {"lr": 1e-4, "betas": (0.8, 0.95), "weight_decay": 0.03, "eps": 1e-7}
 
 
 def test_adamw_gets_what_the_flags_say() -> None:
     parameter = nn.Parameter(torch.zeros(1))
-    optimizer = create_adamw(arguments(), [parameter])
+    optimizer = create_adamw(arguments(), [parameter], CPU)
     assert type(optimizer) is torch.optim.AdamW
     (group,) = optimizer.param_groups
     assert group["params"] == [parameter]
@@ -149,7 +150,13 @@ def test_8bit_adam_gets_what_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> N
     optim.AdamW8bit = lambda parameters, **options: (parameters, options)
     monkeypatch.setitem(sys.modules, "bitsandbytes", bitsandbytes)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
-    assert create_adamw(arguments(use_8bit_adam=True), ["parameter"]) == (["parameter"], GIVEN)
+    assert create_adamw(arguments(use_8bit_adam=True), ["parameter"], CPU) == (["parameter"], GIVEN)
+
+
+def test_adamw_is_fused_on_a_gpu_alone() -> None:
+    for kind in ("cpu", "cuda", "mps"):
+        optimizer = create_adamw(arguments(), [nn.Parameter(torch.zeros(2))], torch.device(kind))
+        assert bool(optimizer.defaults["fused"]) is (kind == "cuda")
 
 
 @pytest.mark.parametrize(("scale_lr", "factor"), [(False, 1), (True, 2 * 3 * 4)])
@@ -181,7 +188,7 @@ def test_plan_steps(batches: int, accumulation: int, max_steps: int | None, epoc
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_warmup_and_decay_are_counted_in_updates(num_processes: int) -> None:
     args = arguments(lr_scheduler="linear", lr_warmup_steps=2, max_train_steps=6)
-    optimizer = create_adamw(args, [nn.Parameter(torch.zeros(1))])
+    optimizer = create_adamw(args, [nn.Parameter(torch.zeros(1))], CPU)
     schedule = create_lr_scheduler(args, optimizer, num_processes)
     rates = []
     for _ in range(args.max_train_steps):
@@ -197,7 +204,7 @@ def test_power_and_cycles_reach_the_schedule() -> None:
     rates = {}
     for name, changes in {"polynomial": {"lr_power": 2.0}, "cosine_with_restarts": {"lr_num_cycles": 2}}.items():
         args = arguments(lr_scheduler=name, max_train_steps=4, **changes)
-        optimizer = create_adamw(args, [nn.Parameter(torch.zeros(1))])
+        optimizer = create_adamw(args, [nn.Parameter(torch.zeros(1))], CPU)
         schedule = create_lr_scheduler(args, optimizer, num_processes=1)
         for _ in range(2):
             optimizer.step()
