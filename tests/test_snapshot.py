@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
@@ -254,6 +256,13 @@ def test_wrappers_change_neither_names_nor_pairs(process_group, model, wrap: Cal
         assert_pairs(snapshot, wrapped, bare)
         assert_pairs(snapshot, bare, bare)
     assert list(TeacherSnapshot(wrapped, names=["layer.bias"]).state_dict()) == ["layer.bias"]
+
+
+def test_stored_weights_are_no_teacher_of_shards(process_group, model):
+    stored = weights(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="layer.weight is sharded: stored weights, which are whole"):
+        TeacherSnapshot(model, stored=stored)
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])

@@ -15,6 +15,8 @@ def mapped_weights(
 ) -> dict[str, Tensor]:
     """What `from_pretrained` read `part` from, under the names of its parameters, mapped: no copy is in memory.
 
+    The files have to stay as they are meanwhile.
+
     Args:
         part: A bare model of diffusers or transformers.
         model, subfolder, revision, variant: As `from_pretrained` took them; on the Hub or in a folder.
