@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HAS_FSDP2
 from diffusers import DDPMScheduler
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
@@ -19,7 +20,7 @@ from diffusers_lipreg.probe import Denoiser, OutputProbe
 STEPS, WORLD = 6, 2
 UNEVEN = {"bins": 1, "batch_size": 1}
 ROUTES = ["in place", "autograd"]
-WRAPPERS = {"DDP": DistributedDataParallel, "FSDP2": fully_shard}
+WRAPPERS = {"DDP": DistributedDataParallel, **({"FSDP2": fully_shard} if HAS_FSDP2 else {})}
 
 
 def train(route: str, wrapper: str, rank: int, world: int) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ def worker(rank: int, folder: Path) -> None:
     store = f"file://{folder / 'store'}"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     results = {case: train(*case, rank, WORLD) for case in product(ROUTES, WRAPPERS)}
-    probes = {"probe": probe(batch_size=2), "uneven": probe(shard=True, **UNEVEN)}
+    probes = {"probe": probe(batch_size=2), "uneven": probe(shard=HAS_FSDP2, **UNEVEN)}
     torch.save({**results, **probes}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
