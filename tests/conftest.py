@@ -24,6 +24,7 @@ import train_dreambooth_lora_lipreg_sdxl
 
 ROOT = Path(__file__).parent.parent
 PARITY = Path(__file__).parent / "parity"
+HAS_FSDP2 = hasattr(torch.cpu.Stream, "record_event")  # on CPUs: torch 2.6 has it on GPUs alone
 ACCOUNTS = {"hf_alice": Account("alice"), "hf_reader": Account("alice", role="read"), "hf_bob": Account("bob")}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HAS_FSDP2
 from diffusers import DDPMScheduler
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
@@ -17,8 +18,9 @@ from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
 from diffusers_lipreg.probe import Denoiser, OutputProbe
 
 STEPS, WORLD = 6, 2
+UNEVEN = {"bins": 1, "batch_size": 1}
 ROUTES = ["in place", "autograd"]
-WRAPPERS = {"DDP": DistributedDataParallel, "FSDP2": fully_shard}
+WRAPPERS = {"DDP": DistributedDataParallel, **({"FSDP2": fully_shard} if HAS_FSDP2 else {})}
 
 
 def train(route: str, wrapper: str, rank: int, world: int) -> dict[str, Tensor]:
@@ -49,14 +51,17 @@ def train(route: str, wrapper: str, rank: int, world: int) -> dict[str, Tensor]:
     return {**weights, "norm": norm, **penalty.measure(wrapped)._asdict(), "loss": penalty(wrapped).detach()}
 
 
-def probe() -> Tensor:
-    """What a probe of three chains, in batches of two, measures of a model that was moved."""
+def probe(shard: bool = False, **options: int) -> Tensor:
+    """What a probe of three chains measures of a model that was moved."""
     model = nn.Conv2d(2, 2, 3, padding=1)
     for number, parameter in enumerate(model.parameters()):
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
     denoiser = Denoiser(lambda sample, timestep, prompts: model(sample), [model])
-    taken = OutputProbe(denoiser, DDPMScheduler(), (2, 4, 4), prompts=["a", "b", "c"], batch_size=2)
-    model.weight.data += 0.1
+    if shard:
+        fully_shard(model)
+    taken = OutputProbe(denoiser, DDPMScheduler(), (2, 4, 4), prompts=["a", "b", "c"], **options)
+    with torch.no_grad():
+        model.weight.add_(0.1)
     return taken.measure(denoiser).differences
 
 
@@ -65,7 +70,8 @@ def worker(rank: int, folder: Path) -> None:
     store = f"file://{folder / 'store'}"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     results = {case: train(*case, rank, WORLD) for case in product(ROUTES, WRAPPERS)}
-    torch.save({**results, "probe": probe()}, folder / f"{rank}.pt")
+    probes = {"probe": probe(batch_size=2), "uneven": probe(shard=HAS_FSDP2, **UNEVEN)}
+    torch.save({**results, **probes}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -87,7 +93,14 @@ def test_ranks_do_not_drift_apart(ranks, case):
 def test_processes_share_the_probes_and_agree_to_the_last_bit(ranks):
     first, second = (rank["probe"] for rank in ranks)
     assert first.min() > 0
-    assert torch.equal(first, second) and torch.equal(first, probe())
+    assert torch.equal(first, second) and torch.equal(first, probe(batch_size=2))
+
+
+def test_shards_are_probed_where_the_probes_cannot_be_shared_out_evenly(ranks):
+    """Three calls for two processes; who has none left joins in, and the weights are shards again when they change."""
+    first, second = (rank["uneven"] for rank in ranks)
+    assert first.min() > 0
+    assert torch.equal(first, second) and torch.equal(first, probe(**UNEVEN))
 
 
 @pytest.mark.parametrize("case", list(product(ROUTES, WRAPPERS)))

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config import load_config_from_file
 from conftest import ACCOUNTS, PARITY, ROOT
 from loopback_hub import LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file
-from two_processes import FIXED, FULL, Run, fixed_loss
+from two_processes import FIXED, FULL, RUNS_FSDP2, Run, fixed_loss
 
-HAS_FSDP2 = hasattr(FullyShardedDataParallelPlugin, "fsdp_version")
-needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="accelerate without FSDP2")
+needs_fsdp2 = pytest.mark.skipif(not RUNS_FSDP2, reason="torch without FSDP2 on CPUs, or accelerate without it")
 SHARDS = [pytest.param(name, marks=needs_fsdp2) for name in ("shards", "sharded")]
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -13,7 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import flags, forget_accelerate
+from conftest import HAS_FSDP2, flags, forget_accelerate
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
@@ -22,6 +22,7 @@ import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.dreambooth import runtime
 
+RUNS_FSDP2 = HAS_FSDP2 and hasattr(FullyShardedDataParallelPlugin, "fsdp_version")
 FULL = ("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--max_train_steps", "6", "--checkpointing_steps", "1")
 # Accumulation that does not divide the epoch: five photos on two processes are three batches each, one of them twice.
 MANY = (*FULL, "--gradient_accumulation_steps", "2", "--train_text_encoder", "--drift_budget", "1e-3", "--keep_best")
@@ -140,7 +141,7 @@ def main(folder: Path) -> None:
     more = ("--resume_from_checkpoint", str(folder / "sdxl" / "checkpoint-1"))
     Run(folder / "again", *photos, *ADAPTERS, *more, sdxl=True).save(folder / f"sdxl-from-1-{rank}.pt")
 
-    if hasattr(FullyShardedDataParallelPlugin, "fsdp_version"):
+    if RUNS_FSDP2:
         with fsdp2():
             Run(folder / "shards", *FIXED, "--instance_data_dir", str(folder / "squares"), loss=fixed_loss).save(
                 folder / f"shards-{rank}.pt"
