@@ -2,13 +2,13 @@
 
 The weight lambda is 0 until the measured drift r comes near the budget b. It starts where the penalty's gradient is a
 fixed share of the loss's, which needs no knowledge of the model, its size or the reduction. From then on, at every
-update, a proportional and integral controller of its logarithm takes over: with e = log(r / (AIM b)), T updates in all,
+update, a proportional and integral controller of its logarithm takes over: with e = log(r / b) - s, T updates in all,
 
     I <- I + INTEGRAL e / T        log lambda <- I + e        (e at most 1 in I, log lambda moves by at most RATE)
 
 Between two measurements r grows as ||theta - theta_0||^2 does, which the penalty knows anyway. What is above the budget at
-the end is taken off by `settle`, which scales theta - theta_0 (as WiSE-FT does, arXiv 2109.01903); what noise leaves below
-it would be lost to the subject, so the aim is higher than the budget.
+the end is taken off by `settle`, which scales theta - theta_0 (as WiSE-FT does, arXiv 2109.01903). What is below it would be
+lost to the subject, so the aim is above the budget by s, the scatter of log r: its mean change between measurements.
 """
 
 import math
@@ -26,7 +26,7 @@ from .snapshot import TeacherSnapshot
 NEAR = 0.25  # share of the budget at which the weight starts
 SHARE = 0.3  # of the loss's gradient, that the penalty's has to start with
 INTEGRAL = 40.0  # e-folds of the weight in a whole run, at one e-fold off the budget
-AIM = 1.4  # times the budget
+MEMORY = 4  # measurements that the scatter remembers
 RATE = 0.5  # e-folds of the weight in an update
 MEASUREMENTS = 20  # in a run, evenly, beside those at its beginning
 TOLERANCE = 0.02  # how far below the budget `settle` may end
@@ -123,6 +123,8 @@ class DriftBudget:
         self._due = measurement_steps(steps)
         self._integral: float | None = None
         self._per_distance = 0.0  # relative output drift over ||theta - theta_0||^2, as last measured
+        self._measured = 0.0  # relative output drift, the last time
+        self._scatter = 0.0  # of its logarithm
         self._distance = 0.0  # ||theta - theta_0||^2 that a checkpoint knew
         self._set_weight(0.0)
 
@@ -149,19 +151,26 @@ class DriftBudget:
         if drift is not None:
             distance = sum(penalty.measure(module).squared_distance.item() for penalty, module in self.penalties.items())
             self._per_distance = drift / distance if distance > 0 else 0.0
+            if self._integral is not None:
+                self._scatter += (abs(self._excess(drift) - self._excess(self._measured)) - self._scatter) / MEMORY
+            self._measured = drift
         else:
             drift = self._per_distance * self._last_distance()
-        error = math.log(max(drift, 1e-6 * self.budget) / (AIM * self.budget))
+        error = self._excess(drift) - self._scatter
         if self._integral is None:
             share = balance(self.penalties, scale) if drift >= NEAR * self.budget else None
             if share is not None:
-                # at the aim the penalty's gradient is larger as the distance is: as the root of the drift
+                # at the budget the penalty's gradient is larger as the distance is: as the root of the drift
                 self._integral = math.log(SHARE * share) + error / 2
                 self._set_weight(math.exp(self._integral + min(0.0, error)))
         else:
             self._integral += INTEGRAL * max(-1.0, min(1.0, error)) / self.steps
             change = self._integral + error - math.log(self.weight)
             self._set_weight(self.weight * math.exp(max(-RATE, min(RATE, change))))
+
+    def _excess(self, drift: float) -> float:
+        """log(r / b), of a drift that may be zero."""
+        return math.log(max(drift, 1e-6 * self.budget) / self.budget)
 
     def _last_distance(self) -> float:
         """||theta - theta_0||^2 as the penalties last met it, or the checkpoint before them."""
@@ -185,6 +194,8 @@ class DriftBudget:
         return {
             "integral": self._integral,
             "per_distance": self._per_distance,
+            "measured": self._measured,
+            "scatter": self._scatter,
             "weight": self.weight,
             "distance": self._last_distance(),
         }
@@ -193,6 +204,8 @@ class DriftBudget:
         """Takes up what `state_dict` gave."""
         self._integral = state["integral"]
         self._per_distance = state["per_distance"] or 0.0
+        self._measured = state["measured"] or 0.0
+        self._scatter = state["scatter"] or 0.0
         self._distance = state["distance"] or 0.0
         self._set_weight(state["weight"] or 0.0)
 
