@@ -109,8 +109,8 @@ def test_shards_are_saved_as_a_whole_model_is(ranks, folder: Path) -> None:
 
 
 def test_the_configuration_files_are_those_of_accelerate() -> None:
-    """Of which the runs on shards use what concerns FSDP; both start two processes."""
-    for name, kind in {"ddp.yaml": "MULTI_GPU", "fsdp2.yaml": "FSDP"}.items():
+    """Of which the runs on shards use what concerns FSDP; all start two processes."""
+    for name, kind in {"ddp.yaml": "MULTI_GPU", "fsdp2.yaml": "FSDP", "zero2.yaml": "DEEPSPEED"}.items():
         loaded = load_config_from_file(str(ROOT / "tests" / "accelerate" / name))
         assert (loaded.distributed_type, loaded.num_processes) == (kind, 2)
 
