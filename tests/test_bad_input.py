@@ -716,10 +716,13 @@ def test_the_command_in_the_message_survives_any_folder_name(run: Run, hub: Loop
 def test_a_cached_model_trains_offline(hub: LoopbackHub, tmp_path: Path, out: Path) -> None:
     api = HfApi(endpoint=hub.url, token=TOKEN)
     api.create_repo("alice/model")
-    api.upload_folder(repo_id="alice/model", folder_path=PARITY / "pipeline")
+    first = api.upload_folder(repo_id="alice/model", folder_path=PARITY / "pipeline").oid
+    weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(PARITY / "pipeline" / UNET).items()}
+    save_file(weights, tmp_path / "others.safetensors")
+    api.upload_file(repo_id="alice/model", path_in_repo=UNET, path_or_fileobj=tmp_path / "others.safetensors")
     for offline in ("0", "1"):  # the first run fills the cache
         environment = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": offline}
-        more = ("--lipreg_teacher_device", "disk")  # straight from the cache
+        more = ("--revision", first, "--lipreg_teacher_device", "disk")  # straight from the cache
         done = command(out, "--pretrained_model_name_or_path", "alice/model", *more, env=environment)
         assert done.returncode == 0, done.stderr
 

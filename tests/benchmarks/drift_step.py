@@ -1,130 +1,196 @@
-"""The drift step of a full fine-tune against its limits: a plain copy of the bytes it must move, and the naive loop.
+"""The drift step at full size: against a plain copy of the bytes it must move, and against the naive loop.
 
-    python tests/benchmarks/drift_step.py --model sd15 --repeats 5
-    python tests/benchmarks/drift_step.py --model sdxl --device cuda --dtype bfloat16
+    python tests/benchmarks/drift_step.py
+    python tests/benchmarks/drift_step.py --device cuda
+    python tests/benchmarks/drift_step.py --models sd15 --ranks 16 --repeats 1
+    python tests/benchmarks/drift_step.py --models sdxl --ranks 0 --dtype bfloat16
 
-The step adds the gradient of the penalty to gradients that are there and returns the drift: it reads parameters, teacher
-and gradients, and writes gradients. Two copies of as many numbers read and write the same bytes. Parameters have the
-exact shapes of the published UNets and random values; no weights and no network are needed. SD1.5 in float32 takes 14
-GiB with the naive loop, which keeps every difference for backward.
+One Markdown table: the UNets of SD1.5 and SDXL, trained whole, with each place where the teacher may be kept, and by
+LoRA on their attention. The step adds the gradient of the penalty to gradients that are there and returns the drift; of
+a whole model it reads parameters, teacher and gradients and writes gradients, and two copies of as many numbers move as
+many bytes. The naive loop sums over tensors (of adapters: over the products s B A) in Python and differentiates that.
+
+Shapes are those of the published UNets, values are random; no weights and no network are needed. Each row has a process
+of its own, for its peak memory, and is left out with a line that says so where memory is short: whole, SD1.5 in float32
+takes 10 GiB and SDXL 29 GiB, a third less with the teacher on the disk; the naive loop half as much again.
 """
 
 import argparse
-import resource
+import json
+import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import diffusers
+import peft
+import psutil
 import torch
-from published import UNETS, conditions, make_unet
+from published import PARAMETERS, UNETS, conditions, make_unet
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from diffusers_lipreg.snapshot import TeacherSnapshot
+from diffusers_lipreg import AdapterSnapshot, TeacherSnapshot
 
 WEIGHT = 0.1
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+Forms = dict[str, Callable[[], Any]]
 
 
-def trained(model: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, TeacherSnapshot]:
-    """The UNet a little away from its teacher, with gradients."""
-    unet = make_unet(model).to(dtype).to_empty(device=device)
+class Row(NamedTuple):
+    """What is trained (`rank` is 0 for the whole model), and where its teacher is."""
+
+    model: str
+    rank: int
+    teacher: str
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    places = ["beside", "disk"] if args.device == "cpu" else ["beside", "host", "disk"]
+    for model in args.models:
+        for rank in args.ranks:
+            yield from (Row(model, rank, teacher) for teacher in (["none needed"] if rank else places))
+
+
+def whole(row: Row, args: argparse.Namespace) -> Forms:
+    """The forms for a UNet a little away from its teacher, with gradients."""
+    unet = make_unet(row.model).to(args.dtype).to_empty(device=args.device)
     torch.manual_seed(0)
     for parameter in unet.parameters():
         nn.init.normal_(parameter, std=0.02)
-    snapshot = TeacherSnapshot(unet)
+    if row.teacher == "disk":
+        with tempfile.TemporaryDirectory() as folder:  # what is mapped stays when the name is gone
+            save_file(dict(unet.named_parameters()), Path(folder, "unet.safetensors"))
+            snapshot = TeacherSnapshot(unet, stored=load_file(Path(folder, "unet.safetensors")))
+    else:
+        snapshot = TeacherSnapshot(unet, device="cpu" if row.teacher == "host" else None)
     for parameter in unet.parameters():
         parameter.grad = torch.full_like(parameter, 1e-4)
         parameter.data.add_(parameter.grad)
-    return unet, snapshot
+
+    @torch.no_grad()
+    def copies() -> None:
+        for parameter, teacher in snapshot.pairs(unet):
+            parameter.grad.copy_(parameter)
+            parameter.grad.copy_(teacher)
+
+    def naive() -> None:
+        squares = [(p - teacher.to(p.device)).square().sum() for p, teacher in snapshot.pairs(unet)]
+        (WEIGHT * torch.stack(squares).sum()).backward()
+
+    return {"copies": copies, "step": lambda: snapshot.add_gradient_(unet, "sum", WEIGHT), "naive": naive}
 
 
-def ours(unet: nn.Module, snapshot: TeacherSnapshot) -> float:
-    """What the training script does before each step of the optimizer."""
-    return snapshot.add_gradient_(unet, "sum", WEIGHT).value.item()
+def adapters(row: Row, args: argparse.Namespace) -> Forms:
+    """The forms for LoRA as it is after some training; the frozen weights are shapes only."""
+    unet = make_unet(row.model).requires_grad_(False)
+    unet.add_adapter(peft.LoraConfig(r=row.rank, lora_alpha=row.rank, target_modules=list(ATTENTION)))
+    layers = [module for name, module in unet.named_modules() if name.endswith(ATTENTION)]
+    torch.manual_seed(0)
+    for layer in layers:
+        for factor, std in ((layer.lora_A["default"], 1 / row.rank), (layer.lora_B["default"], 0.0)):
+            nn.init.normal_(factor.to_empty(device=args.device).weight, std=std)
+            factor.weight.grad = torch.zeros_like(factor.weight)
+    snapshot = AdapterSnapshot(unet)
+    for layer in layers:
+        nn.init.normal_(layer.lora_B["default"].weight, std=1e-3)
+
+    def naive() -> None:
+        """One layer after another: the least memory that products can do with."""
+        for layer in layers:
+            product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            (WEIGHT * (layer.scaling["default"] * product).square().sum()).backward()
+
+    return {"step": lambda: snapshot.add_gradient_(unet, "product", WEIGHT), "naive": naive}
 
 
-def naive(unet: nn.Module, snapshot: TeacherSnapshot) -> float:
-    """A loss that is summed over tensors in Python, and differentiated."""
-    loss = torch.zeros((), device=next(unet.parameters()).device)
-    for parameter, teacher in snapshot.pairs(unet):
-        loss = loss + (parameter - teacher).square().sum()
-    (WEIGHT * loss).backward()
-    return loss.item()
+def seconds(call: Callable[[], Any], device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1000
 
 
-@torch.no_grad()
-def copy(unet: nn.Module, snapshot: TeacherSnapshot) -> float:
-    """As many bytes read and written, and no arithmetic."""
-    for parameter, teacher in snapshot.pairs(unet):
-        parameter.grad.copy_(parameter)
-        parameter.grad.copy_(teacher)
-    return float("nan")
+def memory(field: str) -> float:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-FORMS: dict[str, Callable[[nn.Module, TeacherSnapshot], float]] = {"copy": copy, "ours": ours, "naive": naive}
+def extra_mib(call: Callable[[], Any], device: str) -> float:
+    """How much the call adds to the peak memory."""
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        before = memory("VmRSS")
+        call()
+        return memory("VmHWM") - before
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def extra_mib(form: str, args: argparse.Namespace) -> float:
-    """How much one call adds to the peak memory, beyond parameters, gradients and teacher."""
-    if args.device == "cuda":
-        unet, snapshot = trained(args.model, args.device, args.dtype)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.max_memory_allocated()
-        FORMS[form](unet, snapshot)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    command = [sys.executable, __file__, "--model", args.model, "--dtype", str(args.dtype).split(".")[1]]
-    done = subprocess.run([*command, "--memory-of", form], stdout=subprocess.PIPE, text=True, check=True)
-    return float(done.stdout.split()[-1])
+def measure(row: Row, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Milliseconds, median of turns, and extra MiB of each form there is memory for."""
+    free = psutil.virtual_memory().available if args.device == "cpu" else torch.cuda.mem_get_info()[0]
+    size = 0 if row.rank else PARAMETERS[row.model] * args.dtype.itemsize
+    needed = size * (3 if row.teacher == "beside" else 2)
+    if needed > 0.95 * free:
+        sys.exit(f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
+    forms = adapters(row, args) if row.rank else whole(row, args)
+    if needed + 1.5 * size > 0.95 * free:
+        del forms["naive"]
+    small = nn.Linear(4, 4, device=args.device)
+    TeacherSnapshot(small).add_gradient_(small, "sum", WEIGHT)  # what torch sets up once is not to count
+    extra = {form: extra_mib(call, args.device) for form, call in forms.items()}  # and warms up
+    turns = [{form: seconds(call, args.device) for form, call in forms.items()} for _ in range(args.repeats)]
+    return {form: (1000 * statistics.median(turn[form] for turn in turns), extra[form]) for form in forms}
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
-
-
-def seconds(form: str, unet: nn.Module, snapshot: TeacherSnapshot, device: str) -> float:
-    start = time.perf_counter()
-    FORMS[form](unet, snapshot)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def cells(found: dict[str, list[float]]) -> str:
+    step, extra = found["step"]
+    copies, naive = (found.get(form, [float("nan"), float("nan")]) for form in ("copies", "naive"))
+    times = f"{step:.0f} | {copies[0]:.0f} | {step / copies[0]:.2f} | {naive[0]:.0f} | {naive[0] / step:.1f}"
+    return f"{times} | {extra:.0f} | {naive[1]:.0f}".replace("nan", "-")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=UNETS, default="sd15")
+    parser.add_argument("--models", choices=UNETS, nargs="*", default=list(UNETS))
+    parser.add_argument("--ranks", type=int, nargs="*", default=[0, 4, 16, 64], help="of LoRA; 0: the whole model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="of whole models")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory-of", choices=FORMS, help=argparse.SUPPRESS)  # for the processes it starts itself
+    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # for the processes it starts itself
     args = parser.parse_args()
-    if args.memory_of:
-        unet, snapshot = trained(args.model, args.device, args.dtype)
-        small = nn.Linear(4, 4)
-        FORMS[args.memory_of](small, TeacherSnapshot(small)) if args.memory_of != "copy" else None  # torch's set-up
-        before = peak_mib()
-        FORMS[args.memory_of](unet, snapshot)
-        print(peak_mib() - before)
+    if args.row:
+        print(json.dumps(measure(Row(*args.row), args)))
         return
-
-    memory = {form: extra_mib(form, args) for form in FORMS}  # first: a process inherits the peak of its parent
-    unet, snapshot = trained(args.model, args.device, args.dtype)
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
-    for _ in range(args.repeats + 1):
-        for form in FORMS:
-            times[form].append(seconds(form, unet, snapshot, args.device))
-    median = {form: statistics.median(measured[1:]) for form, measured in times.items()}  # the first one warms up
-
-    count = sum(parameter.numel() for parameter in unet.parameters())
-    print(f"UNet of {args.model}: {count / 1e6:.1f} M parameters in {len(list(unet.parameters()))} tensors, {args.dtype}.")
-    print(f"{conditions(args.device)}; median of {args.repeats} turns.\n")
-    print("| drift step | ms | of the copy | faster than naive | extra memory, MiB |")
-    print("|---|---|---|---|---|")
-    for form in FORMS:
-        ratios = f"{median[form] / median['copy']:.2f} | {median['naive'] / median[form]:.1f}"
-        print(f"| {form} | {1000 * median[form]:.0f} | {ratios} | {memory[form]:.0f} |")
+    versions = f"diffusers {diffusers.__version__}, peft {peft.__version__}"
+    print(f"{conditions(args.device)}, {versions}; {args.dtype}, median of {args.repeats} turns, "
+          f"load of the machine before: {os.getloadavg()[0]:.1f}.\n")  # fmt: skip
+    print("| UNet | trained | teacher | step, ms | two copies, ms | of copies | naive, ms | faster than naive | "
+          "extra memory, MiB | naive's |\n" + 10 * "|---" + "|")  # fmt: skip
+    for row in rows(args):
+        command = [sys.executable, __file__, *sys.argv[1:], "--row", json.dumps(row)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        trained = f"rank {row.rank}" if row.rank else "whole"
+        if done.returncode:
+            result = f"left out: {done.stderr.splitlines()[-1]}" + 6 * " | "
+        else:
+            result = cells(json.loads(done.stdout.splitlines()[-1]))
+        print(f"| {row.model} | {trained} | {row.teacher} | {result} |", flush=True)
 
 
 if __name__ == "__main__":
