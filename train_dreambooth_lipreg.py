@@ -306,6 +306,8 @@ def main(args: argparse.Namespace) -> None:
     optimizer, loader, lr_scheduler = runtime.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
+    if args.torch_compile:
+        bare["unet"].compile()  # in place: the names of its weights stay
     penalties = take_teachers(  # of the pretrained model: before a checkpoint is loaded
         models.trained,
         {"unet": args.lipreg_weight, "text_encoder": args.lipreg_text_encoder_weight},

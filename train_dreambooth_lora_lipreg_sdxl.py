@@ -310,6 +310,8 @@ def main(args: argparse.Namespace) -> None:
     optimizer, loader, lr_scheduler = runtime.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
+    if args.torch_compile:
+        bare["unet"].compile()  # in place: the names of its weights stay
     text_weight = args.lipreg_text_encoder_weight
     penalties = take_teachers(  # of the adapters as they start: before a checkpoint is loaded
         models.trained,
