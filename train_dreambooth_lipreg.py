@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import release_memory
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
@@ -149,6 +150,7 @@ def encode_prompts(
             alone = text.Prompts(models.tokenizer, [prompt], **options)
             validation_prompt[name] = alone.precompute(models.text_encoder, device)(1)
     models.text_encoder = models.tokenizer = None
+    release_memory()
     return of_batch, validation_prompt
 
 
@@ -288,8 +290,8 @@ def main(args: argparse.Namespace) -> None:
     dataset = data.DreamBoothDataset(instance_images, class_images, transform)
     crops = {}
     if args.keep_best:
-        crops = data.held_out_crops(map(data.open_image, instance_images[:4]), args.resolution)
-        crops = moments.of_crops(models.vae, crops, accelerator.device)
+        pixels = data.held_out_crops(map(data.open_image, instance_images[:4]), args.resolution)
+        crops = moments.of_crops(models.vae, pixels, accelerator.device)
     layouts = moments.cache(args, accelerator, models.vae, dataset) if cached else None
     loader = data.make_loader(args, dataset, data.collate, layouts)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))

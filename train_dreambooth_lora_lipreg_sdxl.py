@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
+from accelerate.utils import release_memory
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -148,6 +149,7 @@ def encode_prompts(args: argparse.Namespace, models: Models, captions: Iterable[
         prompts = {*captions, *([args.class_prompt] if args.with_prior_preservation else [])}
         known = {prompt: text.encode_sdxl(models.tokens, models.text_encoders, [prompt]) for prompt in sorted(prompts)}
         models.text_encoder = models.text_encoder_2 = None
+        release_memory()
 
         def encode(prompts: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
             states, pooled = zip(*(known[prompt] for prompt in prompts), strict=True)
