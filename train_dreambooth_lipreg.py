@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import release_memory
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
@@ -155,6 +156,7 @@ def encode_prompts(
             alone = text.Prompts(models.tokenizer, [prompt], **options)
             validation_prompt[name] = alone.precompute(models.text_encoder, device)(1)
     models.text_encoder = models.tokenizer = None
+    release_memory()
     return of_batch, validation_prompt
 
 
@@ -308,8 +310,8 @@ def main(args: argparse.Namespace) -> None:
     dataset = data.DreamBoothDataset(instance_images, class_images, transform)
     crops = {}
     if args.keep_best:
-        crops = data.held_out_crops(map(data.open_image, instance_images[:4]), args.resolution)
-        crops = moments.of_crops(models.vae, crops, accelerator.device)
+        pixels = data.held_out_crops(map(data.open_image, instance_images[:4]), args.resolution)
+        crops = moments.of_crops(models.vae, pixels, accelerator.device)
     layouts = moments.cache(args, accelerator, models.vae, dataset) if cached else None
     loader = data.make_loader(args, dataset, data.collate, layouts)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
@@ -325,6 +327,8 @@ def main(args: argparse.Namespace) -> None:
     optimizer, loader, lr_scheduler = runtime.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
+    if args.torch_compile:
+        bare["unet"].compile()  # in place: the names of its weights stay
     parameters = models.parameters  # others than before, where FSDP has divided them
 
     with runtime.loading(args, runtime.TEACHER_FLAGS):

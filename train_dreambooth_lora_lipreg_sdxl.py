@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
+from accelerate.utils import release_memory
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -152,6 +153,7 @@ def encode_prompts(args: argparse.Namespace, models: Models, captions: Iterable[
         prompts = {*captions, *([args.class_prompt] if args.with_prior_preservation else [])}
         known = {prompt: text.encode_sdxl(models.tokens, models.text_encoders, [prompt]) for prompt in sorted(prompts)}
         models.text_encoder = models.text_encoder_2 = None
+        release_memory()
 
         def encode(prompts: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
             states, pooled = zip(*(known[prompt] for prompt in prompts), strict=True)
@@ -314,6 +316,8 @@ def main(args: argparse.Namespace) -> None:
     optimizer, loader, lr_scheduler = runtime.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
+    if args.torch_compile:
+        bare["unet"].compile()  # in place: the names of its weights stay
     text_weight = args.lipreg_text_encoder_weight
     penalties = take_teachers(  # of the adapters as they start: before a checkpoint is loaded
         models.trained,

@@ -53,7 +53,7 @@ class Denoiser(NamedTuple):
         try:
             for module in self.modules:
                 module.eval()
-            with torch.no_grad():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled for training, not for this
                 yield self.predict
         finally:
             for part, mode in modes.items():

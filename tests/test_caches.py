@@ -3,6 +3,7 @@
 import gc
 import weakref
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,27 @@ def test_each_image_is_encoded_once_in_the_shape_of_a_batch(photos, monkeypatch)
     assert len(dataset) == 5 and torch.equal(dataset[4]["instance"], batch[0]) and torch.equal(dataset[4]["class"], batch[2])
     with pytest.raises((RuntimeError, NotImplementedError)):
         vae.encode(torch.zeros(1, 3, 16, 16)).latent_dist.sample().sum().item()
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train", pytest.param("train_sdxl", marks=pytest.mark.slow)])
+def test_a_compiled_run_is_saved_and_resumed_under_the_same_names(script, request, tmp_path, monkeypatch):
+    """With a backend that changes no arithmetic the weights are those of a plain run; nothing but training is compiled."""
+    train, graphs = request.getfixturevalue(script), []
+    backend = lambda graph, inputs: (graphs.append(graph), graph.forward)[1]  # noqa: E731
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    plain = load(train(tmp_path / "plain") / WEIGHTS[script])
+    assert not graphs
+    more = ("--torch_compile", "--checkpointing_steps", "1", "--probe_steps", "1", "--validation_prompt", "a dog")
+    more += ("--num_validation_images", "1", *(("--validation_steps", "1") if script == "train" else ()))
+    train(tmp_path / "compiled", *more, "--max_train_steps", "1")
+    compiled = load(train(tmp_path / "compiled", *more, "--resume_from_checkpoint", "latest") / WEIGHTS[script])
+    assert len(graphs) == 1
+    assert plain.keys() == compiled.keys()
+    assert [name for name in plain if not torch.equal(plain[name], compiled[name])] == []
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

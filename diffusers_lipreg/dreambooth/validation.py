@@ -46,7 +46,7 @@ def sample_images(
     in_training = [part for part in pipeline.components.values() if isinstance(part, nn.Module) and part.training]
     for part in in_training:  # an adapter's dropout is not for samples
         part.eval()
-    with accelerator.autocast():
+    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # compiled for training, not for this
         images = [pipeline(**prompt, **extra, generator=generator).images[0] for extra in inputs]
     for part in in_training:
         part.train()

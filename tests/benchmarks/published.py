@@ -1,10 +1,21 @@
-"""The UNets of Stable Diffusion by their published sizes, without weights; and the machine that a figure is from."""
+"""Stable Diffusion by its published sizes: UNets without weights, pipelines with random ones; and the machine of a figure."""
 
 import platform
 from pathlib import Path
 
+import accelerate
+import diffusers
+import peft
 import torch
-from diffusers import UNet2DConditionModel
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 # unet/config.json of stable-diffusion-v1-5 and stabilityai/stable-diffusion-xl-base-1.0: what differs from the class's
 # defaults.
@@ -24,6 +35,32 @@ UNETS = {
         "use_linear_projection": True,
     },
 }
+# vae/config.json of both; the scaling factors differ.
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SCALING = {"sd15": 0.18215, "sdxl": 0.13025}
+# text_encoder/config.json of both (CLIP ViT-L/14), and text_encoder_2/config.json of SDXL (OpenCLIP ViT-bigG/14).
+CLIP_L = {
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+}
+CLIP_BIG_G = {
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
+TOKENIZER = Path(__file__).resolve().parents[1] / "parity" / "pipeline" / "tokenizer"  # few words, 77 tokens a prompt
 PARAMETERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684}
 
 
@@ -31,6 +68,34 @@ def make_unet(name: str) -> UNet2DConditionModel:
     """On the meta device: shapes only."""
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(UNETS[name])
+
+
+def save_pipeline(name: str, folder: Path) -> None:
+    """A pipeline of the published sizes with random weights, in half precision on the disk (SD1.5 2 GiB, SDXL 6.5 GiB)."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    parts = {
+        "unet": UNet2DConditionModel.from_config(UNETS[name]),
+        "vae": AutoencoderKL.from_config({**VAE, "scaling_factor": SCALING[name]}),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L, **ends)),
+    }
+    if name == "sdxl":
+        parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_BIG_G, **ends))
+    parts = {part: model.half() for part, model in parts.items()}
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    if name == "sdxl":
+        pipeline = StableDiffusionXLPipeline(tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, **parts)
+    else:
+        checkers = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline(tokenizer=tokenizer, scheduler=scheduler, **parts, **checkers)
+    pipeline.save_pretrained(folder)
+
+
+def versions() -> str:
+    """Of the libraries beside torch."""
+    libraries = (diffusers, transformers, accelerate, peft)
+    return ", ".join(f"{library.__name__} {library.__version__}" for library in libraries)
 
 
 def conditions(device: torch.device | str | None = None) -> str:

@@ -79,6 +79,17 @@ def test_precomputed_batches_have_the_same_blocks(
         torch.testing.assert_close(of_batch(batch_size), prompts.encode(text_encoder, batch_size))
 
 
+def test_states_of_a_batch_are_those_of_its_own_shape(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
+) -> None:
+    """To the last bit; other sizes take their rows from it, again and again where they need more."""
+    prompts = Prompts(tokenizer, [INSTANCE, CLASS], None, use_mask=False)
+    of_batch = prompts.precompute(text_encoder, torch.device("cpu"), 4)
+    equal(of_batch(4), prompts.encode(text_encoder, 4))
+    equal(of_batch(2), of_batch(4)[[0, 2]])
+    equal(of_batch(6), of_batch(4)[[0, 1, 0, 2, 3, 2]])
+
+
 def test_precomputed_states_outlive_the_encoder(
     tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
 ) -> None:
