@@ -5,6 +5,7 @@ import os
 # One thread and one instruction set, before torch is loaded: recorded results are then equal to the last bit.
 os.environ.update(OMP_NUM_THREADS="1", ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
 
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,7 +56,9 @@ def assert_equal_weights(one: Path, other: Path) -> None:
 
 
 def forget_accelerate() -> None:
-    """accelerate keeps its state for the life of a process; each run here is to find none."""
+    """accelerate keeps its state for the life of a process, and loaders their workers; each run here is to find none."""
+    for worker in multiprocessing.active_children():  # the garbage collector would wait five seconds for each
+        worker.terminate()
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
