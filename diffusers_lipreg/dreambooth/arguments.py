@@ -229,7 +229,7 @@ def add_lipreg_arguments(
     flag("--lipreg_teacher_device", help='Where pretrained weights are kept: "cpu", "disk"; adapters need none.')
     flag("--lipreg_teacher_dtype", choices=["fp32", "fp16", "bf16"], help="Their type; default: the smallest that is exact.")
     flag = parser.add_argument_group("output drift").add_argument
-    flag("--probe_steps", type=int, default=250, help="Updates between measurements of output drift; 0: never.")
+    flag("--probe_steps", type=int, default=500, help="Updates between measurements of output drift; 0: never.")
     flag("--probe_prompts", help="File with a prompt in each line to measure it on; default: a few generic ones.")
     flag("--keep_best", action="store_true", help="Write checkpoint-best: the best mean of likeness and retention.")
 

@@ -49,6 +49,7 @@ CAPTIONS = [
 ]  # fmt: skip
 KINDS = {"full": ["--learning_rate", "2e-4"], "lora": ["--learning_rate", "1e-3", "--rank", "8"]}
 REDUCTION = {"full": "sum", "lora": "product"}
+PROBE_STEPS = script.build_parser().get_default("probe_steps")
 WEIGHTS = {"full": (0.01, 0.05, 0.2, 1, 4, 20), "lora": (0.0003, 0.002, 0.01, 0.04, 0.2)}
 
 
@@ -208,22 +209,24 @@ def cost(args: argparse.Namespace) -> list[str]:
         probe.measure(denoiser)
     marks.append(time.process_time())
     take, measure = marks[1] - marks[0], (marks[2] - marks[1]) / 5
+    encoding, cached, *probing = sd15()
     return [
         "| | updates | taking the probe | once measured | default | with a budget |", "|---" * 6 + "|",
         shares("testbed, batch 4", 400, update, take, measure, "s"), shares("testbed, batch 4", 1000, update, take, measure, "s"),
-        shares("SD1.5, batch 1, 512 pixels, counted", 1000, *sd15(), "TFLOP"),
+        shares("SD1.5, batch 1, 512 pixels, counted", 1000, encoding + cached, *probing, "TFLOP"),
+        shares("the same with cached images, counted", 1000, cached, *probing, "TFLOP"),
     ]  # fmt: skip
 
 
 def shares(name: str, steps: int, update: float, take: float, measure: float, unit: str) -> str:
-    default = take + measure * (steps // 250 + (steps % 250 > 0))
-    budget = take + measure * (len(measurement_steps(steps) | set(range(250, steps, 250))) + 1)
+    default = take + measure * math.ceil(steps / PROBE_STEPS)
+    budget = take + measure * (len(measurement_steps(steps) | set(range(PROBE_STEPS, steps, PROBE_STEPS))) + 1)
     costs = f"{steps} of {update:.3g} {unit} | {take:.3g} {unit} | {measure:.3g} {unit}"
     return f"| {name} | {costs} | {default / (steps * update):.1%} | {budget / (steps * update):.1%} |"
 
 
-def sd15() -> tuple[float, float, float]:
-    """Floating-point operations, in 1e12, of an update, of taking the probe and of measuring, on models without weights."""
+def sd15() -> tuple[float, float, float, float]:
+    """1e12 floating-point operations of encoding an image, of an update, of taking the probe and of measuring; counted."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         channels, blocks = (128, 256, 512, 512), ["DownEncoderBlock2D"] * 4
@@ -235,7 +238,7 @@ def sd15() -> tuple[float, float, float]:
         with FlopCounterMode(display=False) as both:
             unet(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)).sample.sum().backward()
     row = forward.get_total_flops() / 1e12
-    return (encoding.get_total_flops() + both.get_total_flops()) / 1e12, 64 * row, 32 * row
+    return encoding.get_total_flops() / 1e12, both.get_total_flops() / 1e12, 64 * row, 32 * row
 
 
 def main() -> None:
