@@ -9,8 +9,8 @@ Differences are taken in float32 at least, and before anything is multiplied: w 
 digits that carry the drift. Source: Kim, Park, Kim, "Preserve and Personalize", ICLR 2026, arXiv 2505.19519.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, reduce
 from itertools import chain
 from typing import NamedTuple
 
@@ -21,11 +21,24 @@ from .sharding import local, summed
 
 REDUCTIONS = ("sum", "tensor_mean")
 
-# Elements handled at a time (or one row, if that is longer): on a CPU so few that scratch stays in its cache, and memory
-# is read and written no more than it must be; elsewhere so many that starting kernels costs little.
-CPU_ELEMENTS, ELEMENTS = 2**19, 2**24
+# Elements handled at a time (or one row, if that is longer): so few that scratch stays in the cache, and memory is read
+# and written no more than it must be; on a GPU, where starting kernels costs, more.
+CPU_ELEMENTS, ELEMENTS = 2**19, 2**23
 
-Batch = list[tuple[int, tuple[Tensor, ...]]]  # the number of a pair, and slices of parameter, teacher and gradient
+
+class Batch(NamedTuple):
+    """Small pairs, or a slice of a large one, of equal types and devices."""
+
+    coefficient: float  # what a squared difference in them counts for
+    pairs: list[tuple[Tensor, ...]]  # parameter, teacher and, if it gets one, gradient
+
+    @property
+    def device(self) -> torch.device:
+        return self.pairs[0][0].device
+
+    @property
+    def elements(self) -> int:
+        return sum(parameter.numel() for parameter, *_ in self.pairs)
 
 
 class Drift(NamedTuple):
@@ -36,7 +49,7 @@ class Drift(NamedTuple):
 
 
 def _coefficient(parameter: Tensor, reduction: str) -> float:
-    """What a squared difference in this tensor counts for."""
+    """What a squared difference in this whole tensor counts for."""
     return 1.0 / max(1, parameter.numel()) if reduction == "tensor_mean" else 1.0
 
 
@@ -51,55 +64,80 @@ def _limit(tensor: Tensor) -> int:
 
 
 def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of equally shaped tensors along their first dimension, whatever their memory format."""
-    whole = [torch.atleast_1d(local(tensor)) for tensor in tensors]
-    rows = max(1, _limit(tensors[0]) // max(1, whole[0][:1].numel()))
+    """Equally shaped tensors as they are if they are small, else views along their first dimension."""
+    whole = tuple(local(tensor) for tensor in tensors)
+    if whole[0].numel() <= _limit(whole[0]):
+        return iter([whole])
+    rows = max(1, _limit(whole[0]) // whole[0][:1].numel())
     return zip(*(tensor.split(rows) for tensor in whole), strict=True)
 
 
-def _batches(groups: Iterable[tuple[Tensor, ...]]) -> Iterator[Batch]:
-    """Slices of equally shaped tensors, each with the number of its group: a large tensor's alone, small ones together."""
-    batch: Batch = []
-    for number, group in enumerate(groups):
-        for views in slices(*group):
-            elements = sum(first.numel() for _, (first, *_) in batch) + views[0].numel()
-            if batch and (elements > _limit(views[0]) or len(views) != len(batch[0][1])):
-                yield batch
-                batch = []
-            batch.append((number, views))
+def _batches(coefficient: float, pairs: Iterable[tuple[Tensor, ...]]) -> Iterator[Batch]:
+    """As many as may be handled at a time."""
+    batch, elements = Batch(coefficient, []), 0
+    for pair in pairs:
+        elements += pair[0].numel()
+        if batch.pairs and elements > _limit(pair[0]):
+            yield batch
+            batch, elements = Batch(coefficient, []), pair[0].numel()
+        batch.pairs.append(pair)
     yield batch
 
 
+def _views(scratch: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """As much of the flat `scratch` as the tensors need, whole and in their shapes and memory formats."""
+    sizes = [tensor.numel() for tensor in tensors]
+    flat = scratch[: sum(sizes)]
+
+    def view(part: Tensor, like: Tensor) -> Tensor:
+        if like.is_contiguous():
+            return part.view(like.shape)
+        return part.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+
+    return flat, [view(part, tensor) for part, tensor in zip(flat.split(sizes), tensors, strict=True)]
+
+
 @cache
-def _copies(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which teachers come to this GPU: one for all steps, for memory is kept by stream."""
-    return torch.cuda.Stream(device)
+def _copies(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event]:
+    """The stream on which teachers come to this GPU, one for all steps, for memory is kept by stream; and what it awaits."""
+    return torch.cuda.Stream(device), torch.cuda.Event()
 
 
-def _prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches with their teachers on the GPU: while one is worked on, the next comes from (pinned) host memory.
+def _brought(batch: Batch) -> tuple[Batch, torch.cuda.Event | None]:
+    """A batch with its teachers on its device, at once or, from host memory to a GPU, when the event has come."""
+    (parameter, teacher, *_), device = batch.pairs[0], batch.device
+    if not parameter.is_cuda or teacher.is_cuda:
+        return batch, None
+    stream, worked = _copies(device)
+    stream.wait_event(worked)
+    with torch.cuda.stream(stream):
+        pairs = [(p, teacher.to(device, non_blocking=True), *gradient) for p, teacher, *gradient in batch.pairs]
+        return batch._replace(pairs=pairs), stream.record_event()
+
+
+def _prefetched(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches with their teachers: while a GPU works on one, the next comes from (pinned) host memory.
 
     Two events order the streams: work on a batch waits until its copy is there, and a copy waits for the work before
-    the batch that is worked on, whose memory it may get. So no more than three batches of the teacher are there at a time.
+    the batch that is worked on, whose memory it may get; the first two come while the GPU is still busy with backward.
+    No more than three batches of the teacher are there at a time.
     """
-    copies, work = _copies(device), torch.cuda.current_stream(device)
-
-    def bring(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
-        copies.wait_stream(work)
-        with torch.cuda.stream(copies):
-            moved = [(n, (p, teacher.to(p.device, non_blocking=True), *g)) for n, (p, teacher, *g) in batch]
-            return moved, copies.record_event()
-
     coming = None
     for batch in chain(batches, [None]):
-        ready, coming = coming, bring(batch) if batch is not None else None
-        if ready is not None:
-            work.wait_event(ready[1])
-            yield ready[0]
+        ready, coming = coming, _brought(batch) if batch is not None else None
+        if ready is None:
+            continue
+        here, arrived = ready
+        if arrived is not None:
+            torch.cuda.current_stream(here.device).wait_event(arrived)
+        yield here
+        if arrived is not None:
+            _copies(here.device)[1].record(torch.cuda.current_stream(here.device))
 
 
-def _total(terms: list[Tensor]) -> Tensor:
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum()  # a model may be spread over devices
+def _total(terms: Sequence[Tensor], coefficients: Sequence[float] | None = None) -> Tensor:
+    stacked = torch.stack([term.to(terms[0].device) for term in terms])  # a model may be spread over devices
+    return (stacked if coefficients is None else stacked * stacked.new_tensor(coefficients)).sum()
 
 
 def drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str) -> Tensor:
@@ -121,28 +159,28 @@ def add_drift_gradient_(
     sharded by FSDP2 are worked on where they lie, with one all-reduce of the sums. `weight` is the paper's lambda,
     `scale` a factor on the gradient alone: the loss scale, while the gradients it joins are still scaled (fp16).
     """
-    groups: list[tuple[Tensor, ...]] = []
-    coefficients = []
-    for parameter, teacher in pairs:
-        coefficients.append(_coefficient(parameter, reduction))
+    listed = list(pairs)
+    kinds: dict[tuple, list[tuple[Tensor, ...]]] = {}
+    for parameter, teacher in listed:
+        pair = [parameter, teacher]
         if weight != 0 and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            groups.append((parameter, teacher, parameter.grad))
-        else:
-            groups.append((parameter, teacher))
-    # Made before the loop: small tensors kept between large ones that are freed would leave holes in memory.
-    distances = [torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device) for p, *_ in groups]
-    streamed = groups[0][0].is_cuda and groups[0][1].device.type == "cpu"
-    batches = _prefetched(_batches(groups), groups[0][0].device) if streamed else _batches(groups)
-    for batch in batches:
-        numbers, views = zip(*batch, strict=True)
-        parameters, teachers, *gradients = zip(*views, strict=True)
-        anchors = [_wide(t, p) for t, p in zip(teachers, parameters, strict=True)]
-        differences = torch._foreach_sub([_wide(p, p) for p in parameters], anchors)
-        for number, square in zip(numbers, torch._foreach_mul(differences, differences), strict=True):
-            distances[number] += square.sum()
+            pair.append(parameter.grad)
+        kind = (_coefficient(parameter, reduction), *((tensor.dtype, tensor.device) for tensor in pair))
+        kinds.setdefault(kind, []).extend(slices(*pair))
+    batches = [batch for (coefficient, *_), alike in kinds.items() for batch in _batches(coefficient, alike)]
+    dtype = reduce(torch.promote_types, {parameter.dtype for parameter, _ in listed}, torch.float32)
+    # All that the loop needs is made before it: small tensors that stay between large ones that go would leave holes.
+    squares = [torch.empty((), dtype=dtype, device=batch.device) for batch in batches]
+    longest = {batch.device: batch.elements for batch in sorted(batches, key=lambda batch: batch.elements)}
+    scratch = {device: torch.empty(elements, dtype=dtype, device=device) for device, elements in longest.items()}
+    for batch, square in zip(_prefetched(batches), squares, strict=True):
+        parameters, teachers, *gradients = zip(*batch.pairs, strict=True)
+        flat, differences = _views(scratch[batch.device], parameters)
+        torch._foreach_copy_(differences, teachers, non_blocking=True)
+        torch._foreach_sub_(differences, parameters)  # theta_0 - theta: either may be of the narrower type
+        torch.dot(flat, flat, out=square)
         if gradients:
-            torch._foreach_mul_(differences, [2.0 * scale * weight * coefficients[number] for number in numbers])
-            torch._foreach_add_(gradients[0], differences)
-    value = _total([d * c for d, c in zip(distances, coefficients, strict=True)])
-    return Drift(*summed(torch.stack([value, _total(distances)]), groups[0][0]))
+            torch._foreach_add_(gradients[0], differences, alpha=-2.0 * scale * weight * batch.coefficient)
+    value = _total(squares, [batch.coefficient for batch in batches])
+    return Drift(*summed(torch.stack([value, _total(squares)]), listed[0][0]))

@@ -22,7 +22,7 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         else:
             break
     # Submodules that were compiled one by one have the wrapper's name inside theirs.
-    return {".".join(part for part in n.split(".") if part != "_orig_mod"): p for n, p in module.named_parameters()}
+    return {n.replace("_orig_mod.", ""): p for n, p in module.named_parameters()}
 
 
 def _few(names: Iterable[str]) -> str:

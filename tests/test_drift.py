@@ -1,5 +1,7 @@
 """Squared drift and its gradient: by hand, against float64, whatever the dtype, the layout and the slices."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -121,6 +123,55 @@ def test_scratch_memory_is_one_slice(monkeypatch, dtype):
     with Allocations():
         add_drift_gradient_([(parameter, teacher)], "sum", weight=1.0)
     assert max(allocated) == 4 * 1000
+
+
+def test_a_parameter_with_gaps_in_its_memory():
+    parameter, teacher = nn.Parameter(torch.randn(6, 8)[:, ::2]), torch.randn(6, 4)
+    met = add_drift_gradient_([(parameter, teacher), random_pair((5,))], "sum", weight=3.0)
+    torch.testing.assert_close(parameter.grad, exact_gradient(parameter, teacher, "sum", 3.0).float())
+    assert met.value > (parameter - teacher).square().sum()
+
+
+@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_small_tensors_are_worked_on_together(reduction, teacher_dtype):
+    """A GPU starts as many kernels for 400 of them as for 8, and Python's own work grows as their number does."""
+
+    def pairs(number: int) -> list[tuple[nn.Parameter, Tensor]]:
+        listed = [random_pair((3, 1 + i % 2)) for i in range(number)]
+        for parameter, _ in listed:
+            parameter.grad = torch.zeros_like(parameter)
+        return [(parameter, teacher.to(teacher_dtype)) for parameter, teacher in listed]
+
+    class Kernels(TorchDispatchMode):
+        started = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.started += function.overloadpacket not in (torch.ops.aten.view, torch.ops.aten.split_with_sizes)
+            return function(*args, **(kwargs or {}))
+
+    def kernels(number: int) -> int:
+        with Kernels() as mode:
+            add_drift_gradient_(pairs_of[number], reduction, weight=1.0)
+        return mode.started
+
+    def calls(number: int) -> int:
+        count = 0
+
+        def counted(frame, event, argument):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(counted)
+        try:
+            add_drift_gradient_(pairs_of[number], reduction, weight=1.0)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    pairs_of = {number: pairs(number) for number in (8, 100, 400)}
+    assert kernels(400) == kernels(8)
+    assert calls(400) < 4.1 * calls(100)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
