@@ -316,7 +316,7 @@ def main(args: argparse.Namespace) -> None:
     loader = data.make_loader(args, dataset, data.collate, layouts)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
-    optimizer = optimization.create_adamw(args, models.parameters, accelerator.device)
+    optimizer = optimization.create_adamw(args, models.parameters, runtime.fuses_adamw(accelerator))
     runtime.check_disk(args, models.parameters)
     lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
     if args.rank is None:

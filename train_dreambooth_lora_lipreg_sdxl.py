@@ -308,7 +308,7 @@ def main(args: argparse.Namespace) -> None:
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in bare.items()}
-    optimizer = optimization.create_lora_optimizer(args, trainable, accelerator.device)
+    optimizer = optimization.create_lora_optimizer(args, trainable, runtime.fuses_adamw(accelerator))
     parameters = [p for adapters in trainable.values() for p in adapters]
     runtime.check_disk(args, parameters)
     lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)

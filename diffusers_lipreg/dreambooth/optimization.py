@@ -89,7 +89,7 @@ def edm_denoised(scheduler, prediction: Tensor, noisy: Tensor, sigmas: Tensor) -
 
 
 def create_lora_optimizer(
-    args: Namespace, adapters: Mapping[str, list[nn.Parameter]], device: torch.device
+    args: Namespace, adapters: Mapping[str, list[nn.Parameter]], fused: bool
 ) -> torch.optim.Optimizer:
     """The optimizer of `--optimizer` over adapters; those of text encoders have a rate and decay of their own."""
     text_encoders = [parameters for name, parameters in adapters.items() if name != "unet"]
@@ -108,7 +108,7 @@ def create_lora_optimizer(
         for parameters in text_encoders
     ]
     if name != "prodigy":
-        return create_adamw(args, groups, device)
+        return create_adamw(args, groups, fused)
     if args.use_8bit_adam:
         logger.warning("--use_8bit_adam is for AdamW only: not used.")
     from prodigyopt import Prodigy
@@ -126,13 +126,13 @@ def create_lora_optimizer(
 
 
 def create_adamw(
-    args: Namespace, parameters: Sequence[nn.Parameter] | Sequence[dict], device: torch.device
+    args: Namespace, parameters: Sequence[nn.Parameter] | Sequence[dict], fused: bool
 ) -> torch.optim.Optimizer:
-    """AdamW, fused where they are trained on a GPU, or bitsandbytes' 8-bit one, over parameters or groups of them."""
+    """AdamW, all of a step in one kernel if `fused`, or bitsandbytes' 8-bit one, over parameters or groups of them."""
     optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
-    elif device.type == "cuda":  # on the CPU one step for all rounds otherwise than the official scripts' steps
+    elif fused:
         optimizer_class = partial(torch.optim.AdamW, fused=True)
     return optimizer_class(
         parameters,

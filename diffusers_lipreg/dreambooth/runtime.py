@@ -280,6 +280,15 @@ def loss_scale(accelerator: Accelerator) -> float:
     return 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
 
 
+def fuses_adamw(accelerator: Accelerator) -> bool:
+    """Whether AdamW is fused: on a GPU, for on the CPU that rounds otherwise than the official scripts do.
+
+    Not where gradients are scaled: accelerate takes a fused step that overflowed for one that was made, and goes on
+    with the learning rate's schedule.
+    """
+    return accelerator.device.type == "cuda" and accelerator.scaler is None
+
+
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """The type of the weights that are not trained."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)

@@ -121,7 +121,7 @@ def official_work(on: bool) -> Iterator[None]:
         return states
 
     if on:
-        optimization.create_adamw = lambda args, parameters, device: adamw(args, parameters, torch.device("cpu"))
+        optimization.create_adamw = lambda args, parameters, fused: adamw(args, parameters, fused=False)
         text.Prompts.precompute = at_each_step
     try:
         yield

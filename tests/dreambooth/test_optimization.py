@@ -2,7 +2,7 @@
 
 import sys
 from argparse import Namespace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from diffusers_lipreg.dreambooth.optimization import (
     plan_steps,
     scale_learning_rate,
 )
+from diffusers_lipreg.dreambooth.runtime import fuses_adamw
 
 
 def scheduler(prediction_type: str) -> DDPMScheduler:
@@ -132,13 +133,12 @@ def arguments(**changes: object) -> Namespace:
     return Namespace(**{**defaults, **changes})
 
 
-CPU = torch.device("cpu")
 GIVEN = {"lr": 1e-4, "betas": (0.8, 0.95), "weight_decay": 0.03, "eps": 1e-7}
 
 
 def test_adamw_gets_what_the_flags_say() -> None:
     parameter = nn.Parameter(torch.zeros(1))
-    optimizer = create_adamw(arguments(), [parameter], CPU)
+    optimizer = create_adamw(arguments(), [parameter], fused=False)
     assert type(optimizer) is torch.optim.AdamW
     (group,) = optimizer.param_groups
     assert group["params"] == [parameter]
@@ -150,13 +150,14 @@ def test_8bit_adam_gets_what_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> N
     optim.AdamW8bit = lambda parameters, **options: (parameters, options)
     monkeypatch.setitem(sys.modules, "bitsandbytes", bitsandbytes)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
-    assert create_adamw(arguments(use_8bit_adam=True), ["parameter"], CPU) == (["parameter"], GIVEN)
+    assert create_adamw(arguments(use_8bit_adam=True), ["parameter"], fused=False) == (["parameter"], GIVEN)
 
 
-def test_adamw_is_fused_on_a_gpu_alone() -> None:
-    for kind in ("cpu", "cuda", "mps"):
-        optimizer = create_adamw(arguments(), [nn.Parameter(torch.zeros(2))], torch.device(kind))
-        assert bool(optimizer.defaults["fused"]) is (kind == "cuda")
+@pytest.mark.parametrize(("kind", "scaler", "fused"), [("cpu", None, False), ("cuda", None, True), ("cuda", object(), False)])
+def test_adamw_is_fused_on_a_gpu_without_loss_scale(kind: str, scaler: object, fused: bool) -> None:
+    accelerator = SimpleNamespace(device=torch.device(kind), scaler=scaler)
+    optimizer = create_adamw(arguments(), [nn.Parameter(torch.zeros(2))], fuses_adamw(accelerator))
+    assert bool(optimizer.defaults["fused"]) is fused
 
 
 @pytest.mark.parametrize(("scale_lr", "factor"), [(False, 1), (True, 2 * 3 * 4)])
@@ -188,7 +189,7 @@ def test_plan_steps(batches: int, accumulation: int, max_steps: int | None, epoc
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_warmup_and_decay_are_counted_in_updates(num_processes: int) -> None:
     args = arguments(lr_scheduler="linear", lr_warmup_steps=2, max_train_steps=6)
-    optimizer = create_adamw(args, [nn.Parameter(torch.zeros(1))], CPU)
+    optimizer = create_adamw(args, [nn.Parameter(torch.zeros(1))], fused=False)
     schedule = create_lr_scheduler(args, optimizer, num_processes)
     rates = []
     for _ in range(args.max_train_steps):
@@ -204,7 +205,7 @@ def test_power_and_cycles_reach_the_schedule() -> None:
     rates = {}
     for name, changes in {"polynomial": {"lr_power": 2.0}, "cosine_with_restarts": {"lr_num_cycles": 2}}.items():
         args = arguments(lr_scheduler=name, max_train_steps=4, **changes)
-        optimizer = create_adamw(args, [nn.Parameter(torch.zeros(1))], CPU)
+        optimizer = create_adamw(args, [nn.Parameter(torch.zeros(1))], fused=False)
         schedule = create_lr_scheduler(args, optimizer, num_processes=1)
         for _ in range(2):
             optimizer.step()
