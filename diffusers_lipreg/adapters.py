@@ -42,6 +42,8 @@ LORA_BY_NAME_ONLY = (AdaLoraLayer, LoraParallelLinear, MultiheadAttention, Param
 DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)  # the first has embeddings, too
 MAGNITUDE = "lora_magnitude_vector"
 
+Stacks = dict[tuple[int, str], Tensor]  # by the place of an adapter in its layer, and the tensor's name
+
 # Adapter elements in one batch of layers: enough to keep a GPU busy, at 4 MiB of float32.
 BATCH_ELEMENTS = 2**20
 
@@ -85,13 +87,10 @@ def trained_adapters(module: nn.Module) -> list[list[Adapter]]:
         ValueError: A layer without a formula, anything else that is trained, or no adapter at all.
     """
     names = {parameter: name for name, parameter in named_parameters(module).items()}
-    others = {parameter: "no adapter" for parameter in names if parameter.requires_grad}
+    others = {parameter: name for parameter, name in names.items() if parameter.requires_grad}
+    tuners = [tuner for tuner in module.modules() if isinstance(tuner, BaseTunerLayer)]
     layers: list[list[Adapter]] = []
-    for tuner in module.modules():
-        if not isinstance(tuner, BaseTunerLayer):
-            continue
-        kind = f"{type(tuner).__module__}.{type(tuner).__name__}"
-        others |= {parameter: kind for parameter in tuner.parameters() if parameter in others}
+    for tuner in tuners:
         if not isinstance(tuner, SUPPORTED) or isinstance(tuner, LORA_BY_NAME_ONLY):
             continue
         active = [a for name in tuner.active_adapters if (a := _adapter(tuner, name, names)).tensors]
@@ -99,18 +98,23 @@ def trained_adapters(module: nn.Module) -> list[list[Adapter]]:
         if not trained:
             continue
         if objection := _objection(tuner, active, trained):
-            raise ValueError(f"{trained[0].layer}: no exact drift is known for this {kind}, which {objection}.")
+            raise ValueError(f"{trained[0].layer}: no exact drift is known for this {_kind(tuner)}, which {objection}.")
         layers.append(trained)
         for tensor in _tensors(trained):
             others.pop(tensor, None)
-    for parameter, kind in others.items():
+    for parameter, name in others.items():
+        kind = next((_kind(tuner) for tuner in tuners if any(p is parameter for p in tuner.parameters())), "no adapter")
         raise ValueError(
-            f"{names[parameter]} is trained, but no exact drift is known for it: it is part of {kind}, not of an "
-            "active LoRA, DoRA, LoHa, LoKr or OFT adapter."
+            f"{name} is trained, but no exact drift is known for it: it is part of {kind}, not of an active LoRA, DoRA, "
+            "LoHa, LoKr or OFT adapter."
         )
     if not layers:
         raise ValueError("There is nothing to measure: the module trains no adapter.")
     return layers
+
+
+def _kind(tuner: BaseTunerLayer) -> str:
+    return f"{type(tuner).__module__}.{type(tuner).__name__}"
 
 
 def _adapter(tuner: Any, name: str, names: Mapping[Tensor, str]) -> Adapter:
@@ -194,11 +198,9 @@ def _sum(changes: list[tuple[float, Tensor, Tensor]]) -> tuple[float, Tensor, Te
     return 1.0, torch.cat([s * p for s, p, _ in changes], dim=1), torch.cat([q for _, _, q in changes])
 
 
-def low_rank(changes: list[tuple[float, Tensor, Tensor]]) -> Tensor:
-    """Sum over layers of ||s P Q||^2 = s^2 sum((P^T P) o (Q Q^T)): one batch of layers with equal s and shapes."""
-    (scale, *_), *_ = changes
-    p, q = torch.stack([p for _, p, _ in changes]), torch.stack([q for _, _, q in changes])
-    return scale**2 * ((p.mT @ p) * (q @ q.mT)).sum()
+def low_rank(scale: float, p: Tensor, q: Tensor) -> Tensor:
+    """||s P Q||^2 = s^2 sum((P^T P) o (Q Q^T))."""
+    return scale**2 * ((p.T @ p) * (q @ q.T)).sum()
 
 
 def dora(adapter: Adapter, start: Adapter) -> Tensor:
@@ -299,7 +301,7 @@ class AdapterSnapshot:
         Raises:
             ValueError: Adapters or shapes that are not those of the snapshot; an unknown reduction.
         """
-        return _total([self._value(layers, reduction) for layers in self._groups(module)])
+        return _total([self._value(layers, _stacked(_alike(layers)), reduction) for layers in self._groups(module)])
 
     @torch.no_grad()
     def drift_by_layer(self, module: nn.Module) -> dict[str, float]:
@@ -308,16 +310,17 @@ class AdapterSnapshot:
         Raises:
             ValueError: As for `drift`.
         """
-        layers = [layer for layers in self._groups(module) for layer in layers]
-        return {layer[0].layer: max(0.0, self._value([layer], "product").item()) for layer in layers}
+        alone = [[layer] for layers in self._groups(module) for layer in layers]
+        values = [self._value(layer, _stacked(_alike(layer)), "product").item() for layer in alone]
+        return {layer[0][0].layer: max(0.0, value) for layer, value in zip(alone, values, strict=True)}
 
     def add_gradient_(
         self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0
     ) -> Drift:
         """Adds scale * weight * d(drift)/d(parameter) to each adapter parameter's `.grad` and returns the drift.
 
-        A parameter that has no gradient yet gets one; a frozen one, or any with weight 0, is only measured. Layers are
-        taken in batches, so that scratch memory stays at a few times 4 MiB for LoRA; DoRA takes one layer at a time.
+        A parameter that has no gradient yet gets one; a frozen one, or any with weight 0, is only measured. Layers of
+        LoRA and LoHa that are alike are stacked, in batches of 4 MiB; others are taken one by one.
 
         Args:
             weight: The paper's lambda.
@@ -328,47 +331,50 @@ class AdapterSnapshot:
         """
         values, squares = [], []
         for layers in self._groups(module):
-            # leaves in float32: weight and scale are to reach a gradient before fp16 rounds it to zero
-            leaves = {
-                tensor: tensor.detach()
-                .to(torch.promote_types(tensor.dtype, torch.float32))
-                .requires_grad_(tensor.requires_grad and weight != 0)
-                for adapters in layers
-                for tensor in _tensors(adapters)
-            }
-            layers = [[a._replace(tensors={n: leaves[t] for n, t in a.tensors.items()}) for a in x] for x in layers]
+            alike = _alike(layers)
+            with torch.no_grad():  # float32: weight and scale are to reach a gradient before fp16 rounds it to zero
+                leaves = _stacked(alike)
+            trained = [key for key, parameters in alike.items() if parameters[0].requires_grad and weight != 0]
             with torch.enable_grad():
-                value = self._value(layers, reduction)
+                value = self._value(layers, leaves | {key: leaves[key].requires_grad_() for key in trained}, reduction)
             if value.requires_grad:
-                trained = {parameter: leaf for parameter, leaf in leaves.items() if leaf.requires_grad}
-                gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
-                for parameter, gradient in zip(trained, gradients, strict=True):
+                gradients = torch.autograd.grad(value, [leaves[key] for key in trained], allow_unused=True)
+                for key, gradient in zip(trained, gradients, strict=True):
                     if gradient is not None:  # as for DoRA's magnitude, which is no factor
-                        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                        parameter.grad.add_(gradient, alpha=scale * weight)
+                        _add_gradient(alike[key], gradient, scale * weight)
             with torch.no_grad():
-                squares.append(value.detach() if reduction == "product" else self._value(layers, "product"))
+                squares.append(value.detach() if reduction == "product" else self._value(layers, leaves, "product"))
             values.append(value.detach())
         # Gram matrices can round a distance of zero to one just below.
         return Drift(_total(values).clamp(min=0), _total(squares).clamp(min=0))
 
-    def _value(self, layers: list[list[Adapter]], reduction: str) -> Tensor:
-        """The drift of layers that `_groups` put together."""
+    def _value(self, layers: list[list[Adapter]], stacks: Stacks, reduction: str) -> Tensor:
+        """The drift of layers that `_groups` put together, whose tensors are in `stacks`."""
         if reduction not in self.reductions:
             raise ValueError(f"reduction must be one of {', '.join(self.reductions)}, got {reduction!r}.")
-        (adapter, *_), *_ = layers
-        start = self._starts[adapter.layer, adapter.name]
-        with torch.autocast(adapter.device.type, enabled=False):
-            if reduction == "factors":
-                factors = [factor for adapters in layers for a in adapters for factor in a.factors]
-                return torch.cat([factor.to(adapter.dtype).flatten() for factor in factors]).square().sum()
-            if isinstance(adapter.module, OFTLinear):
-                return rotated(adapter, start, self._grams[adapter.layer])
-            if isinstance(adapter.module, LoKrLayer):
-                return kronecker(adapter, start)
-            if MAGNITUDE in adapter.tensors:
-                return dora(adapter, start)
-            return low_rank([_sum([_change(a, self._starts[a.layer, a.name]) for a in x]) for x in layers])
+        starts = [[self._starts[a.layer, a.name] for a in adapters] for adapters in layers]
+        stacks_0 = _stacked(_alike(starts))
+
+        def of_layer(tensors: Stacks, tensors_0: Stacks) -> Tensor:
+            return self._of_layer(_holding(layers[0], tensors), _holding(starts[0], tensors_0), reduction)
+
+        with torch.autocast(layers[0][0].device.type, enabled=False):
+            if len(layers) > 1:
+                return torch.vmap(of_layer)(stacks, stacks_0).sum()
+            return of_layer(*({key: stack[0] for key, stack in of.items()} for of in (stacks, stacks_0)))
+
+    def _of_layer(self, adapters: list[Adapter], starts: list[Adapter], reduction: str) -> Tensor:
+        """The drift of one layer, by the formula of its kind."""
+        adapter, start = adapters[0], starts[0]
+        if reduction == "factors":
+            return torch.stack([factor.square().sum() for a in adapters for factor in a.factors]).sum()
+        if isinstance(adapter.module, OFTLinear):
+            return rotated(adapter, start, self._grams[adapter.layer])
+        if isinstance(adapter.module, LoKrLayer):
+            return kronecker(adapter, start)
+        if MAGNITUDE in adapter.tensors:
+            return dora(adapter, start)
+        return low_rank(*_sum([_change(now, then) for now, then in zip(adapters, starts, strict=True)]))
 
     def _groups(self, module: nn.Module) -> Iterator[list[list[Adapter]]]:
         """The layers, if they are those of the snapshot: low-rank ones batched by shape and place, others alone."""
@@ -382,12 +388,41 @@ class AdapterSnapshot:
         groups: dict[Hashable, list[list[Adapter]]] = {}
         for adapters in layers:
             alone = isinstance(adapters[0].module, (OFTLinear, LoKrLayer)) or MAGNITUDE in adapters[0].tensors
-            scales = tuple((a.scale, bool(self._starts[a.layer, a.name].factors)) for a in adapters)
-            tensors = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in _tensors(adapters))
+            starts = [self._starts[a.layer, a.name] for a in adapters]
+            scales = tuple((a.scale, b.scale, bool(b.factors)) for a, b in zip(adapters, starts, strict=True))
+            tensors = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in _tensors(adapters))
             groups.setdefault(adapters[0].layer if alone else (scales, tensors), []).append(adapters)
         for group in groups.values():
             size = max(1, BATCH_ELEMENTS // sum(tensor.numel() for tensor in _tensors(group[0])))
             yield from (group[i : i + size] for i in range(0, len(group), size))
+
+
+def _alike(layers: list[list[Adapter]]) -> dict[tuple[int, str], list[Tensor]]:
+    """The tensors of layers that have the same ones, by the place of the adapter in its layer, and by name."""
+    keys = [(place, name) for place, adapter in enumerate(layers[0]) for name in adapter.tensors]
+    return {(place, name): [adapters[place].tensors[name] for adapters in layers] for place, name in keys}
+
+
+def _stacked(alike: dict[tuple[int, str], list[Tensor]]) -> Stacks:
+    """Each list as one tensor, in float32 at least, with the layers as its first dimension."""
+    stacks = {key: torch.stack(tensors) for key, tensors in alike.items()}
+    return {key: stack.to(torch.promote_types(stack.dtype, torch.float32)) for key, stack in stacks.items()}
+
+
+def _holding(adapters: list[Adapter], tensors: Stacks) -> list[Adapter]:
+    """The adapters of one layer with other tensors."""
+    return [
+        adapter._replace(tensors={name: tensors[place, name] for name in adapter.tensors})
+        for place, adapter in enumerate(adapters)
+    ]
+
+
+def _add_gradient(parameters: list[Tensor], gradient: Tensor, factor: float) -> None:
+    """Adds factor * gradient, stacked, to each parameter's `.grad`; one that has none gets one."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    torch._foreach_add_(gradients, gradient.unbind(), alpha=factor)
+    for parameter, total in zip(parameters, gradients, strict=True):
+        parameter.grad = total
 
 
 def _shapes(layers: list[list[Adapter]]) -> dict[str, tuple[int, ...]]:

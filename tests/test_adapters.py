@@ -483,6 +483,29 @@ def test_layers_of_a_shape_are_taken_in_batches(monkeypatch, batch_elements, siz
     assert_close(gradients(net), expected)
 
 
+@pytest.mark.parametrize("start", [True, False], ids=["zero", "random"])
+def test_layers_of_a_shape_are_worked_on_together(start):
+    """A GPU starts as many kernels for 40 of them as for 4."""
+
+    class Kernels(TorchDispatchMode):
+        started = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.started += 1
+            return function(*args, **(kwargs or {}))
+
+    def kernels(number: int) -> int:
+        names = [str(i) for i in range(number)]
+        net = inject_adapter_in_model(lora(names, init_lora_weights=start), nn.ModuleList(nn.Linear(8, 12) for _ in names))
+        snapshot = AdapterSnapshot(net)
+        snapshot.add_gradient_(net, "product", 1.0)
+        with Kernels() as mode:
+            snapshot.add_gradient_(net, "product", 1.0)
+        return mode.started
+
+    assert kernels(40) == kernels(4)
+
+
 def test_layers_of_a_shape_with_different_starts():
     net = inject_adapter_in_model(lora(["0", "1"]), nn.ModuleList(nn.Linear(8, 12) for _ in range(2)))
     nn.init.normal_(net[1].lora_B["default"].weight)
