@@ -107,5 +107,6 @@ def test_shards_are_probed_where_the_probes_cannot_be_shared_out_evenly(ranks):
 def test_two_processes_equal_one_with_the_whole_batch(ranks, case):
     """But for the order of sums."""
     alone = train(*case, rank=0, world=1)
-    assert 0 < alone["squared_distance"] < alone["norm"] and alone["loss"] == 5 * alone["value"]
+    assert 0 < alone["squared_distance"] < alone["norm"]
+    torch.testing.assert_close(alone["loss"], 5 * alone["value"])  # two routes, and two orders of sums
     torch.testing.assert_close(ranks[0][case], alone, rtol=1e-6, atol=1e-6)
