@@ -84,6 +84,19 @@ def _batches(coefficient: float, pairs: Iterable[tuple[Tensor, ...]]) -> Iterato
     yield batch
 
 
+def _batched(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str, with_gradients: bool) -> list[Batch]:
+    """All pairs, small ones of a kind together; if asked, with the gradients of those that are trained."""
+    kinds: dict[tuple, list[tuple[Tensor, ...]]] = {}
+    for parameter, teacher in pairs:
+        pair = [parameter, teacher]
+        if with_gradients and parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            pair.append(parameter.grad)
+        kind = (_coefficient(parameter, reduction), *((tensor.dtype, tensor.device) for tensor in pair))
+        kinds.setdefault(kind, []).extend(slices(*pair))
+    return [batch for (coefficient, *_), alike in kinds.items() for batch in _batches(coefficient, alike)]
+
+
 def _views(scratch: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """As much of the flat `scratch` as the tensors need, whole and in their shapes and memory formats."""
     sizes = [tensor.numel() for tensor in tensors]
@@ -160,15 +173,7 @@ def add_drift_gradient_(
     `scale` a factor on the gradient alone: the loss scale, while the gradients it joins are still scaled (fp16).
     """
     listed = list(pairs)
-    kinds: dict[tuple, list[tuple[Tensor, ...]]] = {}
-    for parameter, teacher in listed:
-        pair = [parameter, teacher]
-        if weight != 0 and parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            pair.append(parameter.grad)
-        kind = (_coefficient(parameter, reduction), *((tensor.dtype, tensor.device) for tensor in pair))
-        kinds.setdefault(kind, []).extend(slices(*pair))
-    batches = [batch for (coefficient, *_), alike in kinds.items() for batch in _batches(coefficient, alike)]
+    batches = _batched(listed, reduction, with_gradients=weight != 0)
     dtype = reduce(torch.promote_types, {parameter.dtype for parameter, _ in listed}, torch.float32)
     # All that the loop needs is made before it: small tensors that stay between large ones that go would leave holes.
     squares = [torch.empty((), dtype=dtype, device=batch.device) for batch in batches]
