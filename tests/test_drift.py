@@ -1,6 +1,7 @@
 """Squared drift and its gradient: by hand, against float64, whatever the dtype, the layout and the slices."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -213,6 +214,54 @@ def test_half_precision_parameters_and_gradients(dtype, teacher_dtype):
     parameter.grad = None
     (0.25 * drift([(parameter, teacher)], "sum")).backward()
     assert torch.equal(parameter.grad, exact.to(dtype))
+
+
+class OnGPU(Tensor):
+    """A tensor that says so, and is not."""
+
+    is_cuda = True
+
+
+def test_the_order_of_copies_and_work_where_a_gpu_streams_its_teacher(monkeypatch):
+    """Work awaits its copy; a copy awaits the work two batches before, and the first two nothing of this step's backward."""
+    order: list[tuple] = []
+
+    class Event:
+        at = None
+
+        def record(self, stream: str) -> None:
+            self.at = len(order)
+            order.append(("recorded", stream))
+
+    class Stream(str):
+        def wait_event(self, event: Event) -> None:
+            order.append(("awaits", self, event.at))
+
+        def record_event(self) -> Event:
+            event = Event()
+            event.record(self)
+            return event
+
+    copies, worked = Stream("copies"), Event()
+    monkeypatch.setattr(drift_module, "_copies", lambda device: (copies, worked))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("work"))
+    monkeypatch.setattr(drift_module, "CPU_ELEMENTS", 12)
+    parameter, teacher = torch.randn(4, 12).as_subclass(OnGPU).requires_grad_(), torch.randn(4, 12)
+    add_drift_gradient_([(parameter, teacher)], "sum", weight=1.0)
+    torch.testing.assert_close(parameter.grad, exact_gradient(parameter, teacher, "sum", 1.0).float())
+    copy, work, batch = ("recorded", "copies"), ("recorded", "work"), [("awaits", "copies", None), ("recorded", "copies")]
+    assert order == [
+        *batch,
+        *batch,
+        *[("awaits", "work", 1), work, ("awaits", "copies", 5), copy],
+        *[("awaits", "work", 3), work, ("awaits", "copies", 9), copy],
+        *[("awaits", "work", 7), work],
+        *[("awaits", "work", 11), work],
+    ]
+    order.clear()
+    add_drift_gradient_([(parameter, teacher)], "sum", weight=1.0)
+    assert order[:4] == [("awaits", "copies", 15), copy, ("awaits", "copies", 15), copy]  # the step before
 
 
 @pytest.mark.gpu
