@@ -390,7 +390,8 @@ class AdapterSnapshot:
             alone = isinstance(adapters[0].module, (OFTLinear, LoKrLayer)) or MAGNITUDE in adapters[0].tensors
             starts = [self._starts[a.layer, a.name] for a in adapters]
             scales = tuple((a.scale, b.scale, bool(b.factors)) for a, b in zip(adapters, starts, strict=True))
-            tensors = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in _tensors(adapters))
+            named = [(name, t) for a in adapters for name, t in a.tensors.items()]
+            tensors = tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in named)
             groups.setdefault(adapters[0].layer if alone else (scales, tensors), []).append(adapters)
         for group in groups.values():
             size = max(1, BATCH_ELEMENTS // sum(tensor.numel() for tensor in _tensors(group[0])))

@@ -514,6 +514,29 @@ def test_layers_of_a_shape_with_different_starts():
     assert snapshot.drift(net, "product").item() == pytest.approx(reference(net)[0], rel=1e-5)
 
 
+def test_a_linear_layer_beside_an_embedding_of_its_shape():
+    net = inject_adapter_in_model(lora(["0", "1"]), nn.ModuleList([nn.Linear(8, 12), nn.Embedding(8, 12)]))
+    snapshot, reference = AdapterSnapshot(net), Reference(net)
+    train_(net)
+    value, expected = reference(net)
+    assert snapshot.add_gradient_(net, "product", 1.0).value.item() == pytest.approx(value, rel=1e-5)
+    assert_close(gradients(net), expected)
+
+
+@pytest.mark.parametrize("reduction", ["product", "factors"])
+def test_layers_of_a_shape_of_which_one_is_frozen_in_part(reduction):
+    net = inject_adapter_in_model(lora(["0", "1"]), nn.ModuleList(nn.Linear(8, 12) for _ in range(2)))
+    net[1].lora_A["default"].requires_grad_(False)
+    snapshot = AdapterSnapshot(net)
+    train_(net)
+    (2.0 * snapshot.drift(net, reduction)).backward()
+    by_autograd = gradients(net)
+    net.zero_grad()
+    snapshot.add_gradient_(net, reduction, 2.0)
+    assert net[1].lora_A["default"].weight.grad is None
+    assert_close(gradients(net), by_autograd)
+
+
 class Largest(TorchDispatchMode):
     """Notes the number of elements of the largest tensor that is made."""
 
