@@ -388,9 +388,9 @@ class AdapterSnapshot:
         groups: dict[Hashable, list[list[Adapter]]] = {}
         for adapters in layers:
             alone = isinstance(adapters[0].module, (OFTLinear, LoKrLayer)) or MAGNITUDE in adapters[0].tensors
-            starts = [self._starts[a.layer, a.name] for a in adapters]
-            scales = tuple((a.scale, b.scale, bool(b.factors)) for a, b in zip(adapters, starts, strict=True))
-            named = [(name, t) for a in adapters for name, t in a.tensors.items()]
+            both = [*adapters, *(self._starts[a.layer, a.name] for a in adapters)]
+            scales = tuple(adapter.scale for adapter in both)
+            named = [(name, t) for adapter in both for name, t in adapter.tensors.items()]
             tensors = tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in named)
             groups.setdefault(adapters[0].layer if alone else (scales, tensors), []).append(adapters)
         for group in groups.values():
@@ -406,8 +406,11 @@ def _alike(layers: list[list[Adapter]]) -> dict[tuple[int, str], list[Tensor]]:
 
 def _stacked(alike: dict[tuple[int, str], list[Tensor]]) -> Stacks:
     """Each list as one tensor, in float32 at least, with the layers as its first dimension."""
-    stacks = {key: torch.stack(tensors) for key, tensors in alike.items()}
-    return {key: stack.to(torch.promote_types(stack.dtype, torch.float32)) for key, stack in stacks.items()}
+    stacks = {}
+    for key, tensors in alike.items():
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            stacks[key] = torch.stack(tensors).to(torch.promote_types(tensors[0].dtype, torch.float32))
+    return stacks
 
 
 def _holding(adapters: list[Adapter], tensors: Stacks) -> list[Adapter]:
@@ -420,10 +423,14 @@ def _holding(adapters: list[Adapter], tensors: Stacks) -> list[Adapter]:
 
 def _add_gradient(parameters: list[Tensor], gradient: Tensor, factor: float) -> None:
     """Adds factor * gradient, stacked, to each parameter's `.grad`; one that has none gets one."""
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    torch._foreach_add_(gradients, gradient.unbind(), alpha=factor)
-    for parameter, total in zip(parameters, gradients, strict=True):
-        parameter.grad = total
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    totals = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if len(set(parameters)) == len(parameters):
+        torch._foreach_add_(totals, gradient.unbind(), alpha=factor)
+    else:  # layers that share a parameter: one after another
+        for total, part in zip(totals, gradient, strict=True):
+            total.add_(part, alpha=factor)
 
 
 def _shapes(layers: list[list[Adapter]]) -> dict[str, tuple[int, ...]]:

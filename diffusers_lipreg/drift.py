@@ -184,8 +184,8 @@ def add_drift_gradient_(
         flat, differences = _views(scratch[batch.device], parameters)
         torch._foreach_copy_(differences, teachers, non_blocking=True)
         torch._foreach_sub_(differences, parameters)  # theta_0 - theta: either may be of the narrower type
-        torch.dot(flat, flat, out=square)
         if gradients:
             torch._foreach_add_(gradients[0], differences, alpha=-2.0 * scale * weight * batch.coefficient)
+        torch.sum(flat.square_(), dim=0, out=square)  # in pairs, while torch.dot adds up an error of 1e-4
     value = _total(squares, [batch.coefficient for batch in batches])
     return Drift(*summed(torch.stack([value, _total(squares)]), listed[0][0]))

@@ -537,6 +537,30 @@ def test_layers_of_a_shape_of_which_one_is_frozen_in_part(reduction):
     assert_close(gradients(net), by_autograd)
 
 
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_layers_that_share_a_factor(with_gradients):
+    net = inject_adapter_in_model(lora(["0", "1"]), nn.ModuleList(nn.Linear(8, 12) for _ in range(2)))
+    net[1].lora_A["default"].weight = net[0].lora_A["default"].weight
+    snapshot = AdapterSnapshot(net)
+    train_(net)
+    (2.0 * snapshot.drift(net, "product")).backward()
+    expected = gradients(net)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter) if with_gradients else None
+    snapshot.add_gradient_(net, "product", 2.0)
+    assert_close({name: gradients(net)[name] for name in expected}, expected)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_continued", "dora", "loha", "lokr", "oft"])
+def test_autocast_to_another_type_than_the_adapters(name):
+    net = STARTS[name]().half()
+    snapshot = AdapterSnapshot(net)
+    train_(net)
+    expected = snapshot.add_gradient_(net, "product", 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert snapshot.add_gradient_(net, "product", 1.0) == expected
+
+
 class Largest(TorchDispatchMode):
     """Notes the number of elements of the largest tensor that is made."""
 

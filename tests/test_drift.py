@@ -198,6 +198,14 @@ def test_drift_far_below_the_weights_keeps_its_digits(reduction):
     assert error(factor * parameter.detach() - factor * teacher) > 1e-4  # what multiplying first would cost
 
 
+def test_the_sum_over_many_equal_differences_is_exact():
+    """As after the first step of Adam, whose updates all have one size: a running sum would round in one direction."""
+    parameter = nn.Parameter(0.02 * torch.randn(2**21))
+    teacher = parameter.detach() - 1e-5 * torch.randn(2**21).sign()
+    exact = (parameter.detach().double() - teacher.double()).square().sum().item()
+    assert add_drift_gradient_([(parameter, teacher)], "sum", weight=1.0).value.item() == pytest.approx(exact, rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("teacher_dtype", [None, torch.float32])
 def test_half_precision_parameters_and_gradients(dtype, teacher_dtype):
