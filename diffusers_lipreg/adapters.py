@@ -34,7 +34,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from .drift import Drift, _total
+from .drift import Drift, _gradient, _total
 from .snapshot import named_parameters
 
 SUPPORTED = (LoraLayer, LoHaLayer, LoKrLayer, OFTLinear)
@@ -423,9 +423,7 @@ def _holding(adapters: list[Adapter], tensors: Stacks) -> list[Adapter]:
 
 def _add_gradient(parameters: list[Tensor], gradient: Tensor, factor: float) -> None:
     """Adds factor * gradient, stacked, to each parameter's `.grad`; one that has none gets one."""
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    totals = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    totals = [_gradient(parameter) for parameter in parameters]
     if len(set(parameters)) == len(parameters):
         torch._foreach_add_(totals, gradient.unbind(), alpha=factor)
     else:  # layers that share a parameter: one after another

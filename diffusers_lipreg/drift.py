@@ -72,6 +72,12 @@ def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(rows) for tensor in whole), strict=True)
 
 
+def _gradient(parameter: Tensor) -> Tensor:
+    """The parameter's gradient to add to; zeros, if it has none yet."""
+    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return parameter.grad
+
+
 def _batches(coefficient: float, pairs: Iterable[tuple[Tensor, ...]]) -> Iterator[Batch]:
     """As many as may be handled at a time."""
     batch, elements = Batch(coefficient, []), 0
@@ -90,8 +96,7 @@ def _batched(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str, with_gradie
     for parameter, teacher in pairs:
         pair = [parameter, teacher]
         if with_gradients and parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            pair.append(parameter.grad)
+            pair.append(_gradient(parameter))
         kind = (_coefficient(parameter, reduction), *((tensor.dtype, tensor.device) for tensor in pair))
         kinds.setdefault(kind, []).extend(slices(*pair))
     return [batch for (coefficient, *_), alike in kinds.items() for batch in _batches(coefficient, alike)]
