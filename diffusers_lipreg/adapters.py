@@ -20,148 +20,19 @@ what an adapter does to its weight is PEFT's `merge`.
 
 from collections.abc import Hashable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.adalora.layer import AdaLoraLayer
-from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lokr.layer import LoKrLayer
-from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
-from peft.tuners.lora.tp_layer import LoraParallelLinear
-from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraLinearVariant
 from peft.tuners.oft.layer import Linear as OFTLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from .drift import Drift, _gradient, _total
-from .snapshot import named_parameters
-
-SUPPORTED = (LoraLayer, LoHaLayer, LoKrLayer, OFTLinear)
-LORA_BY_NAME_ONLY = (AdaLoraLayer, LoraParallelLinear, MultiheadAttention, ParamWrapper)
-DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)  # the first has embeddings, too
-MAGNITUDE = "lora_magnitude_vector"
+from .peft_layers import MAGNITUDE, Adapter, _base_matrix, _tensors, trained_adapters
 
 Stacks = dict[tuple[int, str], Tensor]  # by the place of an adapter in its layer, and the tensor's name
 
-# Adapter elements in one batch of layers: enough to keep a GPU busy, at 4 MiB of float32.
-BATCH_ELEMENTS = 2**20
-
-
-class Adapter(NamedTuple):
-    """One trained adapter of one layer: its tensors under the names PEFT gives them, and its scale s."""
-
-    layer: str
-    name: str
-    module: Any  # PEFT's layer
-    tensors: dict[str, Tensor]
-    scale: float
-
-    @property
-    def factors(self) -> list[Tensor]:
-        """All but DoRA's magnitude, which is a size of the pretrained weight, not of a change."""
-        return [tensor for name, tensor in self.tensors.items() if name != MAGNITUDE]
-
-    @property
-    def device(self) -> torch.device:
-        return self.factors[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What sums are taken in."""
-        return torch.promote_types(self.factors[0].dtype, torch.float32)
-
-    @property
-    def wide(self) -> torch.dtype:
-        """What differences of products are taken in."""
-        return torch.float32 if self.device.type == "mps" else torch.float64
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
-
-
-def trained_adapters(module: nn.Module) -> list[list[Adapter]]:
-    """The adapters that `module` trains, by layer: active ones, as a frozen one cancels out of W - W_0.
-
-    Raises:
-        ValueError: A layer without a formula, anything else that is trained, or no adapter at all.
-    """
-    names = {parameter: name for name, parameter in named_parameters(module).items()}
-    others = {parameter: name for parameter, name in names.items() if parameter.requires_grad}
-    tuners = [tuner for tuner in module.modules() if isinstance(tuner, BaseTunerLayer)]
-    layers: list[list[Adapter]] = []
-    for tuner in tuners:
-        if not isinstance(tuner, SUPPORTED) or isinstance(tuner, LORA_BY_NAME_ONLY):
-            continue
-        active = [a for name in tuner.active_adapters if (a := _adapter(tuner, name, names)).tensors]
-        trained = [adapter for adapter in active if any(t.requires_grad for t in adapter.tensors.values())]
-        if not trained:
-            continue
-        if objection := _objection(tuner, active, trained):
-            raise ValueError(f"{trained[0].layer}: no exact drift is known for this {_kind(tuner)}, which {objection}.")
-        layers.append(trained)
-        for tensor in _tensors(trained):
-            others.pop(tensor, None)
-    for parameter, name in others.items():
-        kind = next((_kind(tuner) for tuner in tuners if any(p is parameter for p in tuner.parameters())), "no adapter")
-        raise ValueError(
-            f"{name} is trained, but no exact drift is known for it: it is part of {kind}, not of an active LoRA, DoRA, "
-            "LoHa, LoKr or OFT adapter."
-        )
-    if not layers:
-        raise ValueError("There is nothing to measure: the module trains no adapter.")
-    return layers
-
-
-def _kind(tuner: BaseTunerLayer) -> str:
-    return f"{type(tuner).__module__}.{type(tuner).__name__}"
-
-
-def _adapter(tuner: Any, name: str, names: Mapping[Tensor, str]) -> Adapter:
-    tensors, layer = {}, ""
-    attributes = tuner.adapter_layer_names
-    if isinstance(tuner, LoraLayer):
-        attributes += (MAGNITUDE,)  # PEFT before 0.19 leaves it out for convolutions and embeddings
-    for attribute in attributes:
-        if name in (held := getattr(tuner, attribute)):  # as a parameter, or as the weight of a module
-            tensors[attribute] = held[name].weight if isinstance(held[name], nn.Module) else held[name]
-            layer = names[tensors[attribute]].rpartition(f".{attribute}.{name}")[0]
-    return Adapter(layer, name, tuner, tensors, 1.0 if isinstance(tuner, OFTLinear) else tuner.scaling.get(name, 1.0))
-
-
-def _objection(tuner: Any, active: list[Adapter], trained: list[Adapter]) -> str | None:
-    """Why the formulas below would not be exact for this layer, if they would not."""
-    base = tuner.get_base_layer()
-    variants = [tuner.lora_variant.get(a.name) for a in active] if isinstance(tuner, LoraLayer) else []
-    unknown = [type(variant).__name__ for variant in variants if variant and not isinstance(variant, DORA)]
-    if tuner.merged:
-        return f"has merged {' and '.join(tuner.merged_adapters)} into its base weight"
-    if isinstance(tuner.base_layer, BaseTunerLayer):
-        return f"adapts a layer of {type(tuner.base_layer).__module__}"
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and base.groups > 1:
-        return f"adapts a convolution in {base.groups} groups"
-    if unknown:
-        return f"is the variant {unknown[0]}"
-    if isinstance(tuner, OFTLinear) and (tuner.fan_in_fan_out or any(tuner.oft_R[a.name].coft for a in active)):
-        return "is set to coft or fan_in_fan_out"
-    acts_on_others = any(variants) or isinstance(tuner, OFTLinear)  # scales or turns the sum that they are part of
-    if len(active) > 1 and acts_on_others or len(trained) > 1 and isinstance(tuner, LoKrLayer):
-        return f"has {' and '.join(a.name for a in active)} active at once"
-    return None
-
-
-def _tensors(adapters: list[Adapter]) -> list[Tensor]:
-    return [tensor for adapter in adapters for tensor in adapter.tensors.values()]
-
-
-def _base_matrix(adapter: Adapter) -> Tensor:
-    """The base weight, dequantised, as a matrix: the dimensions of a kernel join the inputs."""
-    base = adapter.module.get_base_layer()
-    try:
-        weight = dequantize_module_weight(base).detach()
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"{adapter.layer}: PEFT cannot read the weight of {type(base).__name__}: {error}.") from error
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
+# Adapter elements in one batch of layers: 4 MiB of float32; on a GPU, where starting kernels costs, more.
+CPU_BATCH_ELEMENTS, BATCH_ELEMENTS = 2**20, 2**22
 
 
 def _tucker(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -320,7 +191,7 @@ class AdapterSnapshot:
         """Adds scale * weight * d(drift)/d(parameter) to each adapter parameter's `.grad` and returns the drift.
 
         A parameter that has no gradient yet gets one; a frozen one, or any with weight 0, is only measured. Layers of
-        LoRA and LoHa that are alike are stacked, in batches of 4 MiB; others are taken one by one.
+        LoRA and LoHa that are alike are stacked, in batches; others are taken one by one.
 
         Args:
             weight: The paper's lambda.
@@ -380,11 +251,10 @@ class AdapterSnapshot:
         """The layers, if they are those of the snapshot: low-rank ones batched by shape and place, others alone."""
         layers = trained_adapters(module)
         expected, given = self._shapes, _shapes(layers)
-        for name in sorted(expected.keys() | given.keys()):
-            if expected.get(name) != given.get(name):
-                raise ValueError(
-                    f"{name}: expected shape {expected.get(name)}, got {given.get(name)} (None: no trained adapter)."
-                )
+        if expected != given:
+            first = min(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+            was, shape = (None if size is None else tuple(size) for size in (expected.get(first), given.get(first)))
+            raise ValueError(f"{'.'.join(first)}: expected shape {was}, got {shape} (None: no trained adapter).")
         groups: dict[Hashable, list[list[Adapter]]] = {}
         for adapters in layers:
             alone = isinstance(adapters[0].module, (OFTLinear, LoKrLayer)) or MAGNITUDE in adapters[0].tensors
@@ -394,7 +264,8 @@ class AdapterSnapshot:
             tensors = tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in named)
             groups.setdefault(adapters[0].layer if alone else (scales, tensors), []).append(adapters)
         for group in groups.values():
-            size = max(1, BATCH_ELEMENTS // sum(tensor.numel() for tensor in _tensors(group[0])))
+            limit = CPU_BATCH_ELEMENTS if group[0][0].device.type == "cpu" else BATCH_ELEMENTS
+            size = max(1, limit // sum(tensor.numel() for tensor in _tensors(group[0])))
             yield from (group[i : i + size] for i in range(0, len(group), size))
 
 
@@ -431,8 +302,8 @@ def _add_gradient(parameters: list[Tensor], gradient: Tensor, factor: float) -> 
             total.add_(part, alpha=factor)
 
 
-def _shapes(layers: list[list[Adapter]]) -> dict[str, tuple[int, ...]]:
-    return {f"{a.layer}.{n}.{a.name}": tuple(t.shape) for x in layers for a in x for n, t in a.tensors.items()}
+def _shapes(layers: list[list[Adapter]]) -> dict[tuple[str, str, str], torch.Size]:
+    return {(a.layer, name, a.name): tensor.shape for layer in layers for a in layer for name, tensor in a.tensors.items()}
 
 
 def _start(adapter: Adapter) -> Adapter:

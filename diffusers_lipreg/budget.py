@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .adapters import AdapterSnapshot, trained_adapters
+from .adapters import AdapterSnapshot
 from .losses import LipschitzDriftLoss
+from .peft_layers import trained_adapters
 from .sharding import local, summed
 from .snapshot import TeacherSnapshot
 

@@ -5,6 +5,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import peft
 import pytest
@@ -20,7 +21,9 @@ from transformers import CLIPTextModel
 from transformers.pytorch_utils import Conv1D
 
 import diffusers_lipreg.adapters as adapters_module
+from diffusers_lipreg import peft_layers
 from diffusers_lipreg.adapters import AdapterSnapshot
+from diffusers_lipreg.peft_layers import trained_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 
@@ -472,7 +475,7 @@ def test_a_dropout_changes_nothing():
 )
 def test_layers_of_a_shape_are_taken_in_batches(monkeypatch, batch_elements, sizes):
     """Seven alike, two that differ in scale, one of another shape: the same sums however they are cut."""
-    monkeypatch.setattr(adapters_module, "BATCH_ELEMENTS", batch_elements)
+    monkeypatch.setattr(adapters_module, "CPU_BATCH_ELEMENTS", batch_elements)
     net = nn.ModuleList(nn.Linear(8, 12 if i < 9 else 16) for i in range(10))
     net = inject_adapter_in_model(lora([str(i) for i in range(10)], alpha_pattern={"[56]": 3.0}), net)
     snapshot, reference = AdapterSnapshot(net), Reference(net)
@@ -740,6 +743,55 @@ def test_what_appears_later_is_refused_too():
     for call in (partial(snapshot.drift, net, "product"), partial(snapshot.add_gradient_, net, "factors", 1.0)):
         with pytest.raises(ValueError, match=r"^embed\.weight is trained"):
             call()
+
+
+def activate_another(net: Net) -> None:
+    for layer in tuners(net).values():
+        layer.set_adapter("1")
+
+
+CHANGES: dict[str, Callable[[Net], Any]] = {
+    "scale": lambda net: net.to_q.set_scale("default", 3.0),
+    "merged": lambda net: net.to_q.merge(),
+    "frozen": lambda net: net.to_q.requires_grad_(False),
+    "another adapter": activate_another,
+    "another parameter": lambda net: net.register_parameter("own", nn.Parameter(torch.ones(1))),
+    "parameter deep inside": lambda net: setattr(net.to_q.lora_A["default"], "bias", nn.Parameter(torch.ones(4))),
+    "parameters assigned": lambda net: net.load_state_dict({n: t.clone() for n, t in net.state_dict().items()}, assign=True),
+    "layer replaced": lambda net: setattr(net, "to_q", copy.deepcopy(net.to_q)),
+    "layer replaced around its parameters": lambda net: setattr(net, "to_q", copy.copy(net.to_q)),
+    "layer removed": lambda net: setattr(net, "to_q", net.to_q.get_base_layer()),
+    "adapter deleted": lambda net: net.to_q.delete_adapter("default"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_between_two_looks_is_seen(change):
+    """What is found in a module that was looked through before is what is found in a copy, which was not."""
+
+    def found(net: Net) -> list | str:
+        live = {parameter: name for name, parameter in net.named_parameters()}
+        try:
+            adapters = [adapter for layer in trained_adapters(net) for adapter in layer]
+        except ValueError as error:
+            return str(error)
+        assert all(adapter.module is net.get_submodule(adapter.layer) for adapter in adapters)
+        return [(a.layer, a.name, a.scale, {name: live[tensor] for name, tensor in a.tensors.items()}) for a in adapters]
+
+    net = adapted(lora(), lora(r=2))
+    assert len(found(net)) == 4
+    change(net)
+    assert found(net) == found(copy.deepcopy(net))
+
+
+def test_what_has_not_changed_is_not_looked_for_again(monkeypatch):
+    net = adapted(lora())
+    snapshot = AdapterSnapshot(net)
+    monkeypatch.setattr(peft_layers, "_find", None)
+    train_(net)
+    snapshot.add_gradient_(net, "product", 1.0)
+    with pytest.raises(TypeError):
+        AdapterSnapshot(copy.deepcopy(net))
 
 
 MISMATCHES = {

@@ -16,14 +16,15 @@ CORE = {  # beside the standard library; another core module states here what it
     "sharding.py": {"torch"},
     "drift.py": {"torch", "diffusers_lipreg.sharding"},
     "snapshot.py": {"torch", "diffusers_lipreg.drift", "diffusers_lipreg.sharding"},
-    "adapters.py": {"torch", "peft", *SNAPSHOT},
+    "peft_layers.py": {"torch", "peft", "diffusers_lipreg.snapshot"},
+    "adapters.py": {"torch", "peft", "diffusers_lipreg.drift", "diffusers_lipreg.peft_layers"},
     "losses.py": {"torch", "diffusers_lipreg.adapters", *SNAPSHOT},
     "callbacks.py": {"torch", "transformers", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.snapshot"},
     "penalties.py": {"torch", "diffusers_lipreg.callbacks", "diffusers_lipreg.snapshot"},
     "probe.py": {"torch", "diffusers", "diffusers_lipreg.sharding"},
     "budget.py": {
-        *("torch", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.sharding"),
-        "diffusers_lipreg.snapshot",
+        *("torch", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.peft_layers"),
+        *("diffusers_lipreg.sharding", "diffusers_lipreg.snapshot"),
     },
     "monitor.py": {"torch", "diffusers_lipreg.budget", "diffusers_lipreg.losses", "diffusers_lipreg.probe"},
     "__init__.py": {
