@@ -45,7 +45,7 @@ from diffusers_lipreg.dreambooth.interruption import Interruption
 from diffusers_lipreg.dreambooth.pretrained import mapped_weights
 from diffusers_lipreg.drift import REDUCTIONS
 from diffusers_lipreg.monitor import watch
-from diffusers_lipreg.penalties import card_facts, check_rounding, take_teachers
+from diffusers_lipreg.penalties import card_facts, check_rounding, penalised, take_teachers
 from diffusers_lipreg.probe import PROMPTS
 
 logger = get_logger(__name__)
@@ -365,13 +365,9 @@ def main(args: argparse.Namespace) -> None:
             with accelerator.accumulate(*models.trained.values()):
                 loss = denoising_loss(args, models, batch, text_states, prior_weight)
                 check_finite(step, loss=loss)
-                accelerator.backward(loss)
+                with penalised(accelerator, monitor, penalties, models.trained):  # the new idea: loss + weight * drift
+                    accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    monitor.on_pre_optimizer_step(runtime.loss_scale(accelerator))
-                    for name, penalty in penalties.items():  # the new idea: the gradient of weight * drift
-                        penalty.on_pre_optimizer_step(
-                            model=models.trained[name], loss_scale=runtime.loss_scale(accelerator)
-                        )
                     check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
                 optimizer.step()
                 lr_scheduler.step()

@@ -9,7 +9,8 @@ Differences are taken in float32 at least, and before anything is multiplied: w 
 digits that carry the drift. Source: Kim, Park, Kim, "Preserve and Personalize", ICLR 2026, arXiv 2505.19519.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, reduce
 from itertools import chain
 from typing import NamedTuple
@@ -27,10 +28,12 @@ CPU_ELEMENTS, ELEMENTS = 2**19, 2**23
 
 
 class Batch(NamedTuple):
-    """Small pairs, or a slice of a large one, of equal types and devices."""
+    """Small pairs, or some rows of a large one, of equal types and devices."""
 
     coefficient: float  # what a squared difference in them counts for
-    pairs: list[tuple[Tensor, ...]]  # parameter, teacher and, if it gets one, gradient
+    pairs: list[tuple[Tensor, Tensor]]  # parameter and teacher, as far as they are on this process
+    trained: list[Tensor]  # the whole parameters, if they are to get a gradient
+    rows: slice | None = None  # of the one large parameter
 
     @property
     def device(self) -> torch.device:
@@ -38,7 +41,13 @@ class Batch(NamedTuple):
 
     @property
     def elements(self) -> int:
-        return sum(parameter.numel() for parameter, *_ in self.pairs)
+        return sum(parameter.numel() for parameter, _ in self.pairs)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """What to add to; zeros, where there is no gradient yet."""
+        gradients = [local(_gradient(parameter)) for parameter in self.trained]
+        return gradients if self.rows is None else [gradient[self.rows] for gradient in gradients]
 
 
 class Drift(NamedTuple):
@@ -63,13 +72,17 @@ def _limit(tensor: Tensor) -> int:
     return CPU_ELEMENTS if tensor.device.type == "cpu" else ELEMENTS
 
 
+def _rows(tensor: Tensor) -> int:
+    """How many rows are handled at a time."""
+    return max(1, _limit(tensor) // max(1, tensor[:1].numel()))
+
+
 def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Equally shaped tensors as they are if they are small, else views along their first dimension."""
     whole = tuple(local(tensor) for tensor in tensors)
     if whole[0].numel() <= _limit(whole[0]):
         return iter([whole])
-    rows = max(1, _limit(whole[0]) // whole[0][:1].numel())
-    return zip(*(tensor.split(rows) for tensor in whole), strict=True)
+    return zip(*(tensor.split(_rows(whole[0])) for tensor in whole), strict=True)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
@@ -78,28 +91,41 @@ def _gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _batches(coefficient: float, pairs: Iterable[tuple[Tensor, ...]]) -> Iterator[Batch]:
-    """As many as may be handled at a time."""
-    batch, elements = Batch(coefficient, []), 0
-    for pair in pairs:
+def _sliced(pair: tuple[Tensor, Tensor], trained: list[Tensor], coefficient: float) -> Iterator[Batch]:
+    """A large pair, some rows at a time."""
+    rows = _rows(pair[0])
+    for i, (parameter, teacher) in enumerate(slices(*pair)):
+        yield Batch(coefficient, [(parameter, teacher)], trained, slice(i * rows, (i + 1) * rows))
+
+
+def _together(alike: Iterable[tuple[tuple[Tensor, Tensor], list[Tensor]]], coefficient: float) -> Iterator[Batch]:
+    """Small pairs of one kind, as many as may be handled at a time."""
+    batch, elements = Batch(coefficient, [], []), 0
+    for pair, trained in alike:
         elements += pair[0].numel()
         if batch.pairs and elements > _limit(pair[0]):
             yield batch
-            batch, elements = Batch(coefficient, []), pair[0].numel()
+            batch, elements = Batch(coefficient, [], []), pair[0].numel()
         batch.pairs.append(pair)
+        batch.trained.extend(trained)
     yield batch
 
 
 def _batched(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str, with_gradients: bool) -> list[Batch]:
-    """All pairs, small ones of a kind together; if asked, with the gradients of those that are trained."""
-    kinds: dict[tuple, list[tuple[Tensor, ...]]] = {}
+    """All pairs; if asked, with the parameters that are to get a gradient."""
+    batches: list[Batch] = []
+    small: dict[tuple, list[tuple[tuple[Tensor, Tensor], list[Tensor]]]] = {}
     for parameter, teacher in pairs:
-        pair = [parameter, teacher]
-        if with_gradients and parameter.requires_grad:
-            pair.append(_gradient(parameter))
-        kind = (_coefficient(parameter, reduction), *((tensor.dtype, tensor.device) for tensor in pair))
-        kinds.setdefault(kind, []).extend(slices(*pair))
-    return [batch for (coefficient, *_), alike in kinds.items() for batch in _batches(coefficient, alike)]
+        pair, coefficient = (local(parameter), local(teacher)), _coefficient(parameter, reduction)
+        trained = [parameter] if with_gradients and parameter.requires_grad else []
+        if pair[0].numel() > _limit(pair[0]):
+            batches.extend(_sliced(pair, trained, coefficient))
+        else:
+            kind = (coefficient, len(trained), *((tensor.dtype, tensor.device) for tensor in pair))
+            small.setdefault(kind, []).append((pair, trained))
+    for (coefficient, *_), alike in small.items():
+        batches.extend(_together(alike, coefficient))
+    return batches
 
 
 def _views(scratch: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -123,13 +149,13 @@ def _copies(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event]:
 
 def _brought(batch: Batch) -> tuple[Batch, torch.cuda.Event | None]:
     """A batch with its teachers on its device, at once or, from host memory to a GPU, when the event has come."""
-    (parameter, teacher, *_), device = batch.pairs[0], batch.device
+    (parameter, teacher), device = batch.pairs[0], batch.device
     if not parameter.is_cuda or teacher.is_cuda:
         return batch, None
     stream, worked = _copies(device)
     stream.wait_event(worked)
     with torch.cuda.stream(stream):
-        pairs = [(p, teacher.to(device, non_blocking=True), *gradient) for p, teacher, *gradient in batch.pairs]
+        pairs = [(parameter, teacher.to(device, non_blocking=True)) for parameter, teacher in batch.pairs]
         return batch._replace(pairs=pairs), stream.record_event()
 
 
@@ -167,6 +193,29 @@ def drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str) -> Tensor:
 
 
 @torch.no_grad()
+def _worked_on(batches: Sequence[Batch], factor: float) -> Iterator[Tensor]:
+    """Adds `factor` times the differences to the gradients, a batch at a time, and gives the sum of its squares."""
+    dtypes = {parameter.dtype for batch in batches for parameter, _ in batch.pairs}
+    dtype = reduce(torch.promote_types, dtypes, torch.float32)
+    # All that the loop needs is made before it: small tensors that stay between large ones that go would leave holes.
+    squares = [torch.empty((), dtype=dtype, device=batch.device) for batch in batches]
+    longest = {batch.device: batch.elements for batch in sorted(batches, key=lambda batch: batch.elements)}
+    scratch = {device: torch.empty(elements, dtype=dtype, device=device) for device, elements in longest.items()}
+    for batch, square in zip(_prefetched(batches), squares, strict=True):
+        parameters, teachers = zip(*batch.pairs, strict=True)
+        flat, differences = _views(scratch[batch.device], parameters)
+        torch._foreach_copy_(differences, teachers, non_blocking=True)
+        torch._foreach_sub_(differences, parameters)  # theta_0 - theta: either may be of the narrower type
+        if batch.trained:
+            torch._foreach_add_(batch.gradients, differences, alpha=-factor * batch.coefficient)
+        yield torch.sum(flat.square_(), dim=0, out=square)  # in pairs, while torch.dot adds up an error of 1e-4
+
+
+def _drift(batches: Sequence[Batch], squares: Sequence[Tensor], like: Tensor) -> Drift:
+    value = _total(squares, [batch.coefficient for batch in batches])
+    return Drift(*summed(torch.stack([value, _total(squares)]), like))
+
+
 def add_drift_gradient_(
     pairs: Iterable[tuple[Tensor, Tensor]], reduction: str, weight: float, scale: float = 1.0
 ) -> Drift:
@@ -179,18 +228,44 @@ def add_drift_gradient_(
     """
     listed = list(pairs)
     batches = _batched(listed, reduction, with_gradients=weight != 0)
-    dtype = reduce(torch.promote_types, {parameter.dtype for parameter, _ in listed}, torch.float32)
-    # All that the loop needs is made before it: small tensors that stay between large ones that go would leave holes.
-    squares = [torch.empty((), dtype=dtype, device=batch.device) for batch in batches]
-    longest = {batch.device: batch.elements for batch in sorted(batches, key=lambda batch: batch.elements)}
-    scratch = {device: torch.empty(elements, dtype=dtype, device=device) for device, elements in longest.items()}
-    for batch, square in zip(_prefetched(batches), squares, strict=True):
-        parameters, teachers, *gradients = zip(*batch.pairs, strict=True)
-        flat, differences = _views(scratch[batch.device], parameters)
-        torch._foreach_copy_(differences, teachers, non_blocking=True)
-        torch._foreach_sub_(differences, parameters)  # theta_0 - theta: either may be of the narrower type
-        if gradients:
-            torch._foreach_add_(gradients[0], differences, alpha=-2.0 * scale * weight * batch.coefficient)
-        torch.sum(flat.square_(), dim=0, out=square)  # in pairs, while torch.dot adds up an error of 1e-4
-    value = _total(squares, [batch.coefficient for batch in batches])
-    return Drift(*summed(torch.stack([value, _total(squares)]), listed[0][0]))
+    return _drift(batches, list(_worked_on(batches, 2.0 * scale * weight)), listed[0][0])
+
+
+@contextmanager
+def adding_drift_gradient(
+    pairs: Iterable[tuple[Tensor, Tensor]], reduction: str, weight: float, scale: float, order: list[int]
+) -> Iterator[Callable[[], Drift]]:
+    """What `add_drift_gradient_` does, beside a backward in the block; the call that it gives returns the drift.
+
+    Batches are worked on one after another, each when backward has come to the gradients it joins, and the teacher of
+    the next comes meanwhile; what backward has not come to by then waits for that call. `order` holds the ids of the
+    parameters in the order in which the last backward came to them, and gets that of this one: without it, most waits.
+    Nothing may take the gradients away while backward goes on, as DDP does.
+    """
+    listed = list(pairs)
+    batches = _batched(listed, reduction, with_gradients=weight != 0)
+    awaited = [{id(parameter) for parameter in batch.trained} for batch in batches]
+    place = {parameter: i for i, parameter in enumerate(order)}
+    last = [max((place.get(parameter, len(order)) for parameter in ids), default=0) for ids in awaited]
+    queue = sorted(range(len(batches)), key=last.__getitem__)
+    steps = _worked_on([batches[i] for i in queue], 2.0 * scale * weight)
+    squares: dict[int, Tensor] = {}
+    complete: set[int] = set()
+    order.clear()
+
+    def on_gradient(parameter: Tensor) -> None:
+        order.append(id(parameter))
+        complete.add(id(parameter))
+        while len(squares) < len(queue) and awaited[queue[len(squares)]] <= complete:
+            squares[queue[len(squares)]] = next(steps)
+
+    def finish() -> Drift:
+        squares.update(zip(queue[len(squares) :], steps, strict=True))
+        return _drift(batches, [square for _, square in sorted(squares.items())], listed[0][0])
+
+    hooks = [p.register_post_accumulate_grad_hook(on_gradient) for p, _ in listed if p.requires_grad]
+    try:
+        yield finish
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,12 +1,14 @@
 """The penalties of a script: one callback for each model that is trained."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from .callbacks import TeacherSnapshotCallback
+from .monitor import DriftMonitor
 from .snapshot import named_parameters, rounding_error
 
 ROUNDING = 0.1  # of the learning rate, that rounding a teacher may be off by
@@ -31,6 +33,29 @@ def take_teachers(
             callbacks[name] = TeacherSnapshotCallback(weight or 0.0, reduction, prefix=prefix, **options(name))
             callbacks[name].on_train_begin(model=model)
     return callbacks
+
+
+@contextmanager
+def penalised(
+    accelerator: Any, monitor: DriftMonitor, penalties: Mapping[str, TeacherSnapshotCallback], models: Mapping[str, nn.Module]
+) -> Iterator[None]:
+    """Has a backward in the block leave the gradients of loss + weight * drift, if an update follows it.
+
+    A budget finds the weight by the gradients of the loss; without one, a teacher that streams does so during backward.
+    """
+    scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()  # on gradients until they are clipped
+    if not accelerator.sync_gradients:
+        yield
+    elif monitor.budget is None:
+        with ExitStack() as stack:
+            for name, penalty in penalties.items():
+                stack.enter_context(penalty.loss.during_backward(models[name], scale=scale))
+            yield
+    else:
+        yield
+        monitor.on_pre_optimizer_step(scale)
+        for name, penalty in penalties.items():
+            penalty.on_pre_optimizer_step(model=models[name], loss_scale=scale)
 
 
 def check_rounding(model: nn.Module, dtype: torch.dtype, learning_rate: float) -> None:

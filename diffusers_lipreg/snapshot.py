@@ -1,14 +1,14 @@
 """The teacher: the pretrained parameters theta_0, frozen and kept by name."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift, slices
+from .drift import REDUCTIONS, Drift, add_drift_gradient_, adding_drift_gradient, drift, slices
 from .sharding import local, summed
 
 
@@ -117,6 +117,7 @@ class TeacherSnapshot:
             raise ValueError("Stored weights are held as they are: give a dtype or device, or `stored`, not both.")
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
+        self._order: list[int] = []  # in which backward came to the parameters
         if stored is None:
             self._teacher = {name: self._kept(parameters[name]) for name in chosen}
         else:
@@ -162,6 +163,18 @@ class TeacherSnapshot:
     def add_gradient_(self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0) -> Drift:
         """Adds scale * weight * d(drift)/d(theta) to the module's gradients; returns the drift."""
         return add_drift_gradient_(self.pairs(module), reduction, weight, scale)
+
+    def streams_to(self, module: nn.Module) -> bool:
+        """Whether the teacher is in host memory, the module on a GPU, and no other process waits for its gradients."""
+        on_host = self.device is not None and self.device.type == "cpu"
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        return on_host and alone and all(parameter.is_cuda for parameter in module.parameters())
+
+    def adding_gradient(
+        self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0
+    ) -> AbstractContextManager[Callable[[], Drift]]:
+        """Does what `add_gradient_` does beside a backward in the block; call what it gives, after that, for the drift."""
+        return adding_drift_gradient(self.pairs(module), reduction, weight, scale, self._order)
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[nn.Module]:

@@ -20,7 +20,9 @@ CORE = {  # beside the standard library; another core module states here what it
     "adapters.py": {"torch", "peft", "diffusers_lipreg.drift", "diffusers_lipreg.peft_layers"},
     "losses.py": {"torch", "diffusers_lipreg.adapters", *SNAPSHOT},
     "callbacks.py": {"torch", "transformers", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.snapshot"},
-    "penalties.py": {"torch", "diffusers_lipreg.callbacks", "diffusers_lipreg.snapshot"},
+    "penalties.py": {
+        *("torch", "diffusers_lipreg.callbacks", "diffusers_lipreg.monitor", "diffusers_lipreg.snapshot"),
+    },
     "probe.py": {"torch", "diffusers", "diffusers_lipreg.sharding"},
     "budget.py": {
         *("torch", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.peft_layers"),

@@ -1,10 +1,13 @@
-"""What a script's penalties refuse."""
+"""What a script's penalties refuse, and when they act."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from diffusers_lipreg.penalties import check_rounding
+from diffusers_lipreg import TeacherSnapshot
+from diffusers_lipreg.penalties import check_rounding, penalised, take_teachers
 
 
 def test_a_type_may_round_by_a_tenth_of_the_learning_rate() -> None:
@@ -18,3 +21,43 @@ def test_a_type_may_round_by_a_tenth_of_the_learning_rate() -> None:
     check_rounding(model, torch.float32, learning_rate=1e-9)
     with pytest.raises(ValueError, match="1.bias would be rounded by 2.0e-03 .* at a learning rate of 0.0193"):
         check_rounding(model, torch.bfloat16, learning_rate=0.99 * 10 / 512)
+
+
+class Monitor:
+    """Sets the weight of a penalty when it has seen the gradients of the loss alone."""
+
+    def __init__(self, budget, penalties, model):
+        self.budget, self.penalties, self.model, self.scale = budget, penalties, model, None
+
+    def on_pre_optimizer_step(self, scale):
+        assert self.model.weight.grad.tolist() == [[scale * 5.0]]
+        self.scale, self.penalties["unet"].loss.weight = scale, 10.0
+
+
+@pytest.mark.parametrize("scale", [None, 64.0], ids=["", "fp16"])
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("budget", [None, "a budget"])
+def test_a_penalty_joins_the_backward_before_an_update(monkeypatch, scale, streams, budget) -> None:
+    """theta is 2 above the teacher: the gradient of 10 * drift is 40, that of the loss is 5."""
+    monkeypatch.setattr(TeacherSnapshot, "streams_to", lambda self, module: streams)
+    model = nn.Linear(1, 1, bias=False)
+    penalties = take_teachers({"unet": model}, {"unet": None if budget else 10.0}, "sum")
+    nn.init.constant_(model.weight, model.weight.item() + 2.0)
+    monitor = Monitor(budget, penalties, model)
+    accelerator = SimpleNamespace(sync_gradients=True, scaler=scale and SimpleNamespace(get_scale=lambda: scale))
+    for _ in range(2):
+        model.zero_grad()
+        with penalised(accelerator, monitor, penalties, {"unet": model}):
+            (5.0 * (scale or 1.0) * model.weight.sum()).backward()
+        assert model.weight.grad.item() == pytest.approx(45.0 * (scale or 1.0))
+        assert penalties["unet"].logs["drift"] == pytest.approx(4.0)
+        assert monitor.scale == ((scale or 1.0) if budget else None)
+        penalties["unet"].loss.weight = 0.0 if budget else 10.0
+
+
+def test_a_penalty_waits_for_the_last_backward_before_an_update() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    penalties = take_teachers({"unet": model}, {"unet": 10.0}, "sum")
+    with penalised(SimpleNamespace(sync_gradients=False, scaler=None), None, penalties, {"unet": model}):
+        model.weight.sum().backward()
+    assert model.weight.grad.item() == 1.0 and penalties["unet"].logs == {}

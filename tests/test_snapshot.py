@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +216,23 @@ def test_a_snapshot_with_a_device_of_its_own_lets_the_module_move(model):
     assert snapshot.to("cpu") is snapshot
     assert len(list(snapshot.pairs(model.to("meta")))) == len(TRAINABLE)
     assert {tensor.device.type for tensor in snapshot.to("meta").state_dict().values()} == {"meta"}
+
+
+class OnGPU(nn.Module):
+    """Stands in for a module whose parameters are there."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[SimpleNamespace]:
+        return iter([SimpleNamespace(is_cuda=True)] * 2)
+
+
+def test_a_teacher_streams_from_host_memory_to_a_gpu(model):
+    beside, host, disk = TeacherSnapshot(model), TeacherSnapshot(model, device="cpu"), TeacherSnapshot(model, stored=weights(model))
+    assert [snapshot.streams_to(OnGPU()) for snapshot in (beside, host, disk)] == [False, True, True]
+    assert not host.streams_to(model)
+
+
+def test_a_teacher_does_not_stream_where_gradients_are_averaged(process_group, model):
+    assert not TeacherSnapshot(model, device="cpu").streams_to(OnGPU())
 
 
 def compile_layer(module: Model) -> Model:

@@ -275,11 +275,6 @@ def check_finite(
             )
 
 
-def loss_scale(accelerator: Accelerator) -> float:
-    """The factor on gradients between backward and unscaling; 1 without fp16."""
-    return 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
-
-
 def fuses_adamw(accelerator: Accelerator) -> bool:
     """Whether AdamW is fused: on a GPU, for on the CPU that rounds otherwise than the official scripts do.
 
