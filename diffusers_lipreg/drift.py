@@ -216,6 +216,7 @@ def _drift(batches: Sequence[Batch], squares: Sequence[Tensor], like: Tensor) ->
     return Drift(*summed(torch.stack([value, _total(squares)]), like))
 
 
+@torch.no_grad()
 def add_drift_gradient_(
     pairs: Iterable[tuple[Tensor, Tensor]], reduction: str, weight: float, scale: float = 1.0
 ) -> Drift:
@@ -232,6 +233,7 @@ def add_drift_gradient_(
 
 
 @contextmanager
+@torch.no_grad()  # of what is done here, not of the block
 def adding_drift_gradient(
     pairs: Iterable[tuple[Tensor, Tensor]], reduction: str, weight: float, scale: float, order: list[int]
 ) -> Iterator[Callable[[], Drift]]:

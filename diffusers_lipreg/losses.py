@@ -60,7 +60,7 @@ class LipschitzDriftLoss(nn.Module):
     def during_backward(self, module: nn.Module, *, scale: float = 1.0) -> Iterator[None]:
         """Calls `add_gradient_` when a backward in the block is through, or, where the teacher streams, meanwhile.
 
-        That is where it is in host memory, the module on a GPU, and no process group is there. The weight must not
+        That is where it is in host memory, the module on one GPU, and no process group is there. The weight must not
         change in the block, and the backward in it must be the last before the optimizer's step.
         """
         if isinstance(self.snapshot, TeacherSnapshot) and self.snapshot.streams_to(module):

@@ -165,10 +165,11 @@ class TeacherSnapshot:
         return add_drift_gradient_(self.pairs(module), reduction, weight, scale)
 
     def streams_to(self, module: nn.Module) -> bool:
-        """Whether the teacher is in host memory, the module on a GPU, and no other process waits for its gradients."""
+        """Whether the teacher is in host memory, the module on one GPU, and no other process has a part in its gradients."""
         on_host = self.device is not None and self.device.type == "cpu"
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        return on_host and alone and all(parameter.is_cuda for parameter in module.parameters())
+        devices = {parameter.device for parameter in module.parameters()}
+        return on_host and alone and len(devices) == 1 and devices.pop().type == "cuda"
 
     def adding_gradient(
         self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0
