@@ -43,10 +43,11 @@ def penalised(
 
     A budget finds the weight by the gradients of the loss; without one, a teacher that streams does so during backward.
     """
-    scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()  # on gradients until they are clipped
     if not accelerator.sync_gradients:
         yield
-    elif monitor.budget is None:
+        return
+    scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()  # of gradients, until they are clipped
+    if monitor.budget is None:
         with ExitStack() as stack:
             for name, penalty in penalties.items():
                 stack.enter_context(penalty.loss.during_backward(models[name], scale=scale))
