@@ -91,7 +91,7 @@ def find_alpha(measure: Callable[[float], float], budget: float, tolerance: floa
 class DriftBudget:
     """Adapts the weight of penalties so that a run ends at or just below a budget for its output drift.
 
-    In a loop, after backward and before the penalty adds its gradient, with `step` updates made so far:
+    In a loop, after backward, by whose gradients it starts, and before the penalty adds its own, with `step` updates made:
 
         budget.update(probe.measure(denoiser).output_drift_relative if budget.due(step) else None)
         drift_loss.add_gradient_(unet)
@@ -133,6 +133,11 @@ class DriftBudget:
     def weight(self) -> float:
         """The weight that all penalties have now."""
         return next(iter(self.penalties)).weight
+
+    @property
+    def started(self) -> bool:
+        """Whether it has a weight to adapt: from then on `update` needs no gradients, and may come before backward."""
+        return self._integral is not None
 
     def _set_weight(self, weight: float) -> None:
         for penalty in self.penalties:

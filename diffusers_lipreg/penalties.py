@@ -41,13 +41,14 @@ def penalised(
 ) -> Iterator[None]:
     """Has a backward in the block leave the gradients of loss + weight * drift, if an update follows it.
 
-    A budget finds the weight by the gradients of the loss; without one, a teacher that streams does so during backward.
+    A budget starts by the gradients of the loss alone; but for that, a teacher that streams does so during backward.
     """
     if not accelerator.sync_gradients:
         yield
         return
     scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()  # of gradients, until they are clipped
-    if monitor.budget is None:
+    if monitor.budget is None or monitor.budget.started:
+        monitor.on_pre_optimizer_step(scale)
         with ExitStack() as stack:
             for name, penalty in penalties.items():
                 stack.enter_context(penalty.loss.during_backward(models[name], scale=scale))

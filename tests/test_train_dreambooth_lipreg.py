@@ -79,15 +79,16 @@ def test_where_the_teacher_is_kept_changes_nothing(train, tmp_path):
         assert_equal_weights(train(tmp_path / value, f"--lipreg_teacher_{flag}", value) / UNET, plain / UNET)
 
 
-def test_a_teacher_that_streams_while_backward_runs_changes_nothing(train, tmp_path, monkeypatch):
-    """As on a GPU: of both models, while gradients accumulate."""
-    more = ("--train_text_encoder", "--gradient_accumulation_steps", "2", "--max_train_steps", "3")
+@pytest.mark.parametrize("budget", [(), ("--drift_budget", "1e-6", "--lipreg_reduction", "sum")], ids=["", "budget"])
+def test_a_teacher_that_streams_while_backward_runs_changes_nothing(train, tmp_path, monkeypatch, budget):
+    """As on a GPU: of both models, while gradients accumulate, with a budget that starts after the first update."""
+    more = ("--train_text_encoder", "--gradient_accumulation_steps", "2", "--max_train_steps", "4", *budget)
     plain = train(tmp_path / "plain", *more)
     entered, streaming = [], TeacherSnapshot.adding_gradient
     monkeypatch.setattr(TeacherSnapshot, "streams_to", lambda self, module: True)
     monkeypatch.setattr(TeacherSnapshot, "adding_gradient", lambda *args: (entered.append(args), streaming(*args))[1])
     streamed = train(tmp_path / "streamed", *more, "--lipreg_teacher_device", "cpu")
-    assert len(entered) == 2 * 3
+    assert len(entered) == 2 * (2 if budget else 4)
     for file in (UNET, TEXT_ENCODER):
         assert_equal_weights(streamed / file, plain / file)
 
