@@ -159,7 +159,7 @@ def _adapter(tuner: Any, name: str, names: Mapping[Tensor, str]) -> Adapter:
 
 
 def _objection(tuner: Any, active: list[Adapter], trained: list[Adapter]) -> str | None:
-    """Why the formulas below would not be exact for this layer, if they would not."""
+    """Why the formulas for its kind would not be exact for this layer, if they would not."""
     base = tuner.get_base_layer()
     variants = [tuner.lora_variant.get(a.name) for a in active] if isinstance(tuner, LoraLayer) else []
     unknown = [type(variant).__name__ for variant in variants if variant and not isinstance(variant, DORA)]

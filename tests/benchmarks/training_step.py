@@ -78,20 +78,22 @@ def pipeline_of(model: str, folder: Path) -> Path:
     return folder / model
 
 
-def photos_in(folder: Path) -> Path:
-    """Five square photos of 1024 pixels, as the DreamBooth data set has them, but of noise."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
+def photos_in(folder: Path, batch_size: int) -> Path:
+    """Square photos of 1024 pixels, of noise: four or more, as many as make full batches."""
+    number = 4 + -4 % batch_size
+    if not (folder / str(number)).exists():
+        (folder / str(number)).mkdir(parents=True)
         generator = torch.Generator().manual_seed(0)
-        for number in range(5):
+        for photo in range(number):
             coarse = torch.randint(0, 256, (64, 64, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(coarse.numpy()).resize((1024, 1024)).save(folder / f"{number}.jpg")
-    return folder
+            Image.fromarray(coarse.numpy()).resize((1024, 1024)).save(folder / str(number) / f"{photo}.jpg")
+    return folder / str(number)
 
 
-def common_flags(model: str, folder: Path, resolution: int | None) -> list[str]:
+def common_flags(model: str, folder: Path, batch_size: int, resolution: int | None) -> list[str]:
     flags = {
-        "--pretrained_model_name_or_path": pipeline_of(model, folder), "--instance_data_dir": photos_in(folder / "photos"),
+        "--pretrained_model_name_or_path": pipeline_of(model, folder),
+        "--instance_data_dir": photos_in(folder / "photos", batch_size), "--train_batch_size": batch_size,
         "--instance_prompt": "a photo of sks dog", "--resolution": resolution or RESOLUTIONS[model], "--seed": 0,
         "--lr_warmup_steps": 0, "--checkpointing_steps": 10**9, "--probe_steps": 0,
     }  # fmt: skip
@@ -153,8 +155,9 @@ def measure(cell: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
     more = ["--gradient_checkpointing"] if cell["checkpointing"] == "on" else []
     more += work_flags(cell["work"]) + penalty_flags(cell["penalty"])
     arguments = [
-        *common_flags(cell["model"], args.output_dir, args.resolution), "--output_dir", str(args.output_dir / "run"),
-        "--train_batch_size", str(cell["batch_size"]), "--mixed_precision", cell["precision"], "--max_train_steps", "10000", *more,
+        *common_flags(cell["model"], args.output_dir, cell["batch_size"], args.resolution),
+        "--output_dir", str(args.output_dir / "run"),
+        "--mixed_precision", cell["precision"], "--max_train_steps", "10000", *more,
     ]  # fmt: skip
     try:
         with official_work(cell["work"] == "official"):
@@ -210,8 +213,8 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.one, args)))
         return
-    for model in args.models:
-        common_flags(model, args.output_dir, args.resolution)  # pipeline and photos are made once, and not in a run
+    for model, batch_size in itertools.product(args.models, args.batch_sizes):
+        common_flags(model, args.output_dir, batch_size, args.resolution)  # pipeline and photos are made once, not in a run
     print(f"{conditions(DEVICE)}, {versions()}; median of {args.updates} updates after {args.warm_up}.\n")
     print("| model | penalty | work | batch | precision | checkpointing | updates/s | peak MiB | start, s |")
     print("|---" * 9 + "|")

@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=SCRIPTS, default="testbed")
     parser.add_argument("--resolution", type=int)
     parser.add_argument("--updates", type=int, default=400)
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=5)
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=[name for name in RUNS if "compiled" not in name])
     parser.add_argument("--repeats", type=int, default=1, help="The fastest counts.")
