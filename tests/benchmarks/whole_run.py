@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=SCRIPTS, default="testbed")
     parser.add_argument("--resolution", type=int)
     parser.add_argument("--updates", type=int, default=400)
-    parser.add_argument("--batch_size", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=[name for name in RUNS if "compiled" not in name])
     parser.add_argument("--repeats", type=int, default=1, help="The fastest counts.")
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
         more += ["--class_data_dir", str(args.output_dir / "class")]
     script = SCRIPTS[args.model]
     arguments = [
-        *common_flags(args.model, args.output_dir, args.resolution), "--output_dir", str(args.output_dir / "model"),
-        "--train_batch_size", str(args.batch_size), "--mixed_precision", args.precision,
+        *common_flags(args.model, args.output_dir, args.batch_size, args.resolution),
+        "--output_dir", str(args.output_dir / "model"), "--mixed_precision", args.precision,
         "--max_train_steps", str(args.updates), *more,
     ]  # fmt: skip
     with official_work(work == "official"):
@@ -103,7 +103,7 @@ def main() -> None:
     if args.one:
         run(args)
         return
-    common_flags(args.model, args.output_dir, args.resolution)  # the pipeline is made outside of what is timed
+    common_flags(args.model, args.output_dir, args.batch_size, args.resolution)  # the pipeline is made outside of what is timed
     print(f"{conditions(DEVICE)}, {versions()}; {args.model}, {args.updates} updates at batch {args.batch_size}.\n")
     print("| run | seconds | of these to the first update | updates/s |\n|---|---|---|---|")
     for name in args.runs:
