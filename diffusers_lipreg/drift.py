@@ -74,7 +74,7 @@ def _limit(tensor: Tensor) -> int:
 
 def _rows(tensor: Tensor) -> int:
     """How many rows are handled at a time."""
-    return max(1, _limit(tensor) // max(1, tensor[:1].numel()))
+    return max(1, _limit(tensor) // tensor[:1].numel())
 
 
 def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 class DriftMonitor:
     """Measures output drift along a run, hands it to the logs, and to a budget and a choice of the best if there are any.
 
-    Build it of the pretrained model, before a checkpoint is loaded; in the loop call `on_pre_optimizer_step` after
-    backward and before the penalties act, `on_step_end` after each update, `on_log` and, last, `on_train_end`. It is
-    its own state for `accelerator.register_for_checkpointing`. Every process has to call it.
+    Build it of the pretrained model, before a checkpoint is loaded; in the loop call `on_pre_optimizer_step` before
+    the penalties act, and after backward until a budget has started, `on_step_end` after each update, `on_log` and, last,
+    `on_train_end`. It is its own state for `accelerator.register_for_checkpointing`. Every process has to call it.
 
     Args:
         probe: Of the pretrained model, or `None`, to measure nothing.
