@@ -31,6 +31,7 @@ from diffusers_lipreg import AdapterSnapshot, Denoiser
 from diffusers_lipreg.dreambooth import (
     arguments,
     checkpoints,
+    compiling,
     data,
     hub,
     lora,
@@ -204,14 +205,15 @@ def validate(
 
 
 def teacher_options(args: argparse.Namespace, models: dict[str, nn.Module], name: str) -> dict[str, Any]:
-    """Where the pretrained weights of one of the bare models are kept, and in what type."""
+    """Where the pretrained weights of one of the bare models are kept, in what type, and whether their use is compiled."""
+    options = {"compile": args.torch_compile}
     if args.lipreg_teacher_device == "disk":
         source = {"subfolder": name, "revision": args.revision, "variant": args.variant}
-        return {"stored": mapped_weights(models[name], args.pretrained_model_name_or_path, **source)}
+        return options | {"stored": mapped_weights(models[name], args.pretrained_model_name_or_path, **source)}
     dtype = runtime.DTYPES[args.lipreg_teacher_dtype]
     if dtype is not None:
         check_rounding(models[name], dtype, args.learning_rate)
-    return {"dtype": dtype, "device": args.lipreg_teacher_device}
+    return options | {"dtype": dtype, "device": args.lipreg_teacher_device}
 
 
 def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], folder: str) -> None:
@@ -327,9 +329,10 @@ def main(args: argparse.Namespace) -> None:
     optimizer, loader, lr_scheduler = runtime.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
-    if args.torch_compile:
-        bare["unet"].compile()  # in place: the names of its weights stay
     parameters = models.parameters  # others than before, where FSDP has divided them
+    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
+    loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
+    compiling.compile_unet(args, accelerator, models.trained, loader, loss_of)
 
     with runtime.loading(args, runtime.TEACHER_FLAGS):
         penalties = take_teachers(  # of the pretrained model: before a checkpoint is loaded
@@ -351,7 +354,6 @@ def main(args: argparse.Namespace) -> None:
     )
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
     accelerator.init_trackers("dreambooth", config=runtime.tracker_config(args))
-    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)
     check_finite = partial(runtime.check_finite, args, accelerator, lr_scheduler)
@@ -363,7 +365,7 @@ def main(args: argparse.Namespace) -> None:
             model.train()
         for batch in loader:
             with accelerator.accumulate(*models.trained.values()):
-                loss = denoising_loss(args, models, batch, text_states, prior_weight)
+                loss = loss_of(batch)
                 check_finite(step, loss=loss)
                 with penalised(accelerator, monitor, penalties, models.trained):  # the new idea: loss + weight * drift
                     accelerator.backward(loss)

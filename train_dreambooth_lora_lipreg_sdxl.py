@@ -39,6 +39,7 @@ from diffusers_lipreg import AdapterSnapshot, Denoiser
 from diffusers_lipreg.dreambooth import (
     arguments,
     checkpoints,
+    compiling,
     data,
     hub,
     lora,
@@ -316,8 +317,9 @@ def main(args: argparse.Namespace) -> None:
     optimizer, loader, lr_scheduler = runtime.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
-    if args.torch_compile:
-        bare["unet"].compile()  # in place: the names of its weights stay
+    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
+    loss_of = partial(denoising_loss, args, models, text_states=text_states, dtype=dtype, prior_weight=prior_weight)
+    compiling.compile_unet(args, accelerator, models.trained, loader, loss_of)
     text_weight = args.lipreg_text_encoder_weight
     penalties = take_teachers(  # of the adapters as they start: before a checkpoint is loaded
         models.trained,
@@ -340,7 +342,6 @@ def main(args: argparse.Namespace) -> None:
     accelerator.init_trackers(
         "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=runtime.tracker_config(args)
     )
-    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)
     check_finite = partial(runtime.check_finite, args, accelerator, lr_scheduler)
@@ -352,7 +353,7 @@ def main(args: argparse.Namespace) -> None:
             model.train()
         for batch in loader:
             with accelerator.accumulate(*models.trained.values()):
-                loss = denoising_loss(args, models, batch, text_states, dtype, prior_weight)
+                loss = loss_of(batch)
                 check_finite(step, loss=loss)
                 with penalised(accelerator, monitor, penalties, models.trained):  # the new idea: loss + weight * drift
                     accelerator.backward(loss)

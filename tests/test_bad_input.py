@@ -264,7 +264,6 @@ MISTAKES = [
     Mistake(2, "--seed -1", "--seed must be from 0 to 4294967295, got -1"),
     Mistake(2, "--seed 4294967296", "--seed must be from 0 to 4294967295, got 4294967296"),
     Mistake(1, "--lipreg_teacher_device attic", "--lipreg_teacher_device attic: ", "sd"),
-    Mistake(1, "--torch_compile", "--torch_compile needs a GPU: "),
     Mistake(1, f"--validation_images {{missing}} {VALIDATION}", "--validation_images {missing}: ", "sd"),
     Mistake(1, "--resolution 4", "--resolution 4: the VAE makes one latent of 8 x 8 pixels", loads=True),
     Mistake(1, "--cache_latents", "is no square, and cropped at random whenever it is seen. Add --center_crop", "sd"),

@@ -1,5 +1,6 @@
 """Squared drift and its gradient: by hand, against float64, whatever the dtype, the layout and the slices."""
 
+import shutil
 import sys
 from contextlib import nullcontext
 
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import diffusers_lipreg.drift as drift_module
 from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
 from diffusers_lipreg.drift import REDUCTIONS, add_drift_gradient_, drift
+
+needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for a CPU with a C++ compiler")
 
 # Two tensors of different sizes. Their differences are [[1, -2], [0, 1]] and [3, -1]: ||d||^2 is 6 and 10, so
 #     sum = 6 + 10 = 16                 d sum / d theta = 2 d
@@ -199,12 +202,14 @@ def test_drift_far_below_the_weights_keeps_its_digits(reduction):
     assert error(factor * parameter.detach() - factor * teacher) > 1e-4  # what multiplying first would cost
 
 
-def test_the_sum_over_many_equal_differences_is_exact():
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=needs_cxx)])
+def test_the_sum_over_many_equal_differences_is_exact(compile):
     """As after the first step of Adam, whose updates all have one size: a running sum would round in one direction."""
     parameter = nn.Parameter(0.02 * torch.randn(2**21))
     teacher = parameter.detach() - 1e-5 * torch.randn(2**21).sign()
     exact = (parameter.detach().double() - teacher.double()).square().sum().item()
-    assert add_drift_gradient_([(parameter, teacher)], "sum", weight=1.0).value.item() == pytest.approx(exact, rel=1e-6)
+    met = add_drift_gradient_([(parameter, teacher)], "sum", weight=1.0, compile=compile)
+    assert met.value.item() == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -223,6 +228,33 @@ def test_half_precision_parameters_and_gradients(dtype, teacher_dtype):
     parameter.grad = None
     (0.25 * drift([(parameter, teacher)], "sum")).backward()
     assert torch.equal(parameter.grad, exact.to(dtype))
+
+
+# Compiled
+
+
+@needs_cxx
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_compiled_kernel_does_what_five_do(monkeypatch, dtype, reduction):
+    """For slices of all lengths and at all weights; tensors that are small, or have gaps, go the usual way."""
+    monkeypatch.setattr(drift_module, "CPU_ELEMENTS", 64)
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    shapes = [(40, 7), (100, 1), (3, 30), (200,), (2, 3), (5,), (2, 50, 3, 3)]
+    pairs = [random_pair(shape, dtype) for shape in shapes]
+    pairs.append((nn.Parameter(torch.randn(90, 7).T.to(dtype)), torch.randn(7, 90).to(dtype)))
+    for weight in (0.25, 0.3):
+        gradients = [torch.randn_like(parameter) for parameter, _ in pairs]
+        found = {}
+        for compile in (False, True):
+            for (parameter, _), gradient in zip(pairs, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            found[compile] = add_drift_gradient_(pairs, reduction, weight, compile=compile)
+            found[compile] = found[compile], [parameter.grad for parameter, _ in pairs]
+        torch.testing.assert_close(found[True], found[False], rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    assert graphs["unique_graphs"] == before + 1
 
 
 # Beside a backward

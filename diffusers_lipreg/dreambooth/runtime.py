@@ -55,7 +55,6 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
         ),
     )
     check_processes(args, accelerator)
-    check_compiler(args, accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if torch.backends.mps.is_available():
@@ -102,12 +101,6 @@ def check_processes(args: Namespace, accelerator: Accelerator) -> None:
     }
     for flag in (flag for flag, given in flags.items() if given):
         raise RunError(f"FSDP divides the UNet in full fine-tuning, not with {flag}: leave that out, or choose DDP (MULTI_GPU).")
-
-
-def check_compiler(args: Namespace, accelerator: Accelerator) -> None:
-    """Refuses to compile for a CPU: torch 2.13 drops part of the gradient before an upsampler there, without a word."""
-    if args.torch_compile and accelerator.device.type == "cpu":
-        raise RunError("--torch_compile needs a GPU: on a CPU PyTorch's compiler gets gradients of the UNet wrong: leave it out.")
 
 
 def check_folder(folder: str, flag: str) -> None:
