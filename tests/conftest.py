@@ -1,15 +1,17 @@
 """Fixtures: a tiny real pipeline, photos, and the script run in this process or through `accelerate launch`."""
 
 import os
+from pathlib import Path
 
-# One thread and one instruction set, before torch is loaded: recorded results are then equal to the last bit.
+# One thread and one instruction set, before torch is loaded: recorded results are then equal to the last bit. What is
+# compiled for that set must not be met by other runs: PyTorch's cache does not tell sets apart, and they would crash.
 os.environ.update(OMP_NUM_THREADS="1", ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 
 import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch

@@ -221,9 +221,10 @@ def test_a_compiled_run_is_saved_and_resumed_under_the_same_names(script, reques
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "train_sdxl"])
 def test_pytorchs_own_compiler_trains_the_same_weights(script, request, tmp_path):
-    """The UNet and its drift step, dropout too."""
+    """The UNet and its drift step; dropout and mirrored images draw the same random numbers."""
     train = request.getfixturevalue(script)
-    more = ["--lipreg_weight", "1"] + (["--rank", "2", "--lora_dropout", "0.5"] if script == "train_sdxl" else [])
+    draws = ("--rank", "2", "--lora_dropout", "0.5", *PRIOR, "--random_flip")
+    more = ("--lipreg_weight", "1", *(draws if script == "train_sdxl" else ()))
 
     def weights(name: str, *flags: str) -> torch.Tensor:
         return torch.cat([weight.flatten() for weight in load(train(tmp_path / name, *more, *flags) / WEIGHTS[script]).values()])

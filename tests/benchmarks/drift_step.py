@@ -4,6 +4,7 @@
     python tests/benchmarks/drift_step.py --device cuda
     python tests/benchmarks/drift_step.py --models sd15 --ranks 16 --repeats 1
     python tests/benchmarks/drift_step.py --models sdxl --ranks 0 --dtype bfloat16
+    python tests/benchmarks/drift_step.py --models sd15 --ranks 0 --compile
 
 One Markdown table: the UNets of SD1.5 and SDXL, trained whole, with each place where the teacher may be kept, and by
 LoRA on their attention. The step adds the gradient of the penalty to gradients that are there and returns the drift; of
@@ -68,9 +69,10 @@ def whole(row: Row, args: argparse.Namespace) -> Forms:
     if row.teacher == "disk":
         with tempfile.TemporaryDirectory() as folder:  # what is mapped stays when the name is gone
             save_file(dict(unet.named_parameters()), Path(folder, "unet.safetensors"))
-            snapshot = TeacherSnapshot(unet, stored=load_file(Path(folder, "unet.safetensors")))
+            stored = load_file(Path(folder, "unet.safetensors"))
+            snapshot = TeacherSnapshot(unet, stored=stored, compile=args.compile)
     else:
-        snapshot = TeacherSnapshot(unet, device="cpu" if row.teacher == "host" else None)
+        snapshot = TeacherSnapshot(unet, device="cpu" if row.teacher == "host" else None, compile=args.compile)
     for parameter in unet.parameters():
         parameter.grad = torch.full_like(parameter, 1e-4)
         parameter.data.add_(parameter.grad)
@@ -171,6 +173,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[0, 4, 16, 64], help="of LoRA; 0: the whole model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="of whole models")
+    parser.add_argument("--compile", action="store_true", help="the step of whole models")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # for the processes it starts itself
     args = parser.parse_args()
@@ -178,8 +181,8 @@ def main() -> None:
         print(json.dumps(measure(Row(*args.row), args)))
         return
     versions = f"diffusers {diffusers.__version__}, peft {peft.__version__}"
-    print(f"{conditions(args.device)}, {versions}; {args.dtype}, median of {args.repeats} turns, "
-          f"load of the machine before: {os.getloadavg()[0]:.1f}.\n")  # fmt: skip
+    print(f"{conditions(args.device)}, {versions}; {args.dtype}{', compiled' * args.compile}, "
+          f"median of {args.repeats} turns, load of the machine before: {os.getloadavg()[0]:.1f}.\n")  # fmt: skip
     print("| UNet | trained | teacher | step, ms | two copies, ms | of copies | naive, ms | faster than naive | "
           "extra memory, MiB | naive's |\n" + 10 * "|---" + "|")  # fmt: skip
     for row in rows(args):
