@@ -254,7 +254,7 @@ def add_drift_gradient_(
     gradient yet gets one, as autograd would give it; a frozen one, or any with weight 0, is only measured. Parameters
     sharded by FSDP2 are worked on where they lie, with one all-reduce of the sums. `weight` is the paper's lambda,
     `scale` a factor on the gradient alone: the loss scale, while the gradients it joins are still scaled (fp16).
-    With `compile` large tensors take one kernel made by `torch.compile` in place of five, and no scratch memory.
+    With `compile` a large tensor takes one kernel, made by `torch.compile`, in place of five.
     """
     listed = list(pairs)
     batches = _batched(listed, reduction, with_gradients=weight != 0)

@@ -153,8 +153,8 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, tuple[float, float]
     forms = adapters(row, args) if row.rank else whole(row, args)
     if needed + 1.5 * size > 0.95 * free:
         del forms["naive"]
-    small = nn.Linear(4, 4, device=args.device)
-    TeacherSnapshot(small).add_gradient_(small, "sum", WEIGHT)  # what torch sets up once is not to count
+    small = nn.Linear(4, 4, bias=False, device=args.device, dtype=args.dtype)
+    TeacherSnapshot(small, compile=args.compile).add_gradient_(small, "sum", WEIGHT)  # what torch sets up once is not to count
     extra = {form: extra_mib(call, args.device) for form, call in forms.items()}  # and warms up
     turns = [{form: seconds(call, args.device) for form, call in forms.items()} for _ in range(args.repeats)]
     return {form: (1000 * statistics.median(turn[form] for turn in turns), extra[form]) for form in forms}
