@@ -14,11 +14,12 @@ from accelerate.utils import TorchDynamoPlugin
 from conftest import PARITY, load
 from diffusers import AutoencoderKL
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg import drift
-from diffusers_lipreg.dreambooth import moments, text
+from diffusers_lipreg.dreambooth import compiling, moments, text
 from diffusers_lipreg.dreambooth.arguments import RunError
 from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, collate
 
@@ -188,6 +189,13 @@ def test_a_compiler_that_gets_gradients_wrong_is_refused(script, more, asked, re
         request.getfixturevalue(script)(tmp_path / "out", *more)
     assert str(error.value).startswith(asked)
     assert list((tmp_path / "out").glob("checkpoint-*")) == []
+
+
+@pytest.mark.parametrize(("photos", "batch", "sizes"), [(5, 1, [1]), (5, 2, [1, 2]), (4, 2, [2]), (5, 5, [5]), (5, 8, [5])])
+def test_each_size_of_batch_is_compiled_before_the_first_update_the_full_one_last(photos, batch, sizes):
+    loader = DataLoader(list(range(photos)), batch_size=batch)
+    assert compiling.batch_sizes(Namespace(train_batch_size=batch), loader) == sizes
+    assert {len(each) for each in loader} == set(sizes)
 
 
 def test_where_nothing_can_be_compiled_that_is_said_in_one_line(train, tmp_path, compile_with):
