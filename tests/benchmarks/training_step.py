@@ -7,7 +7,7 @@
 It finds a GPU itself. Every combination of the flags is a run of its own in a process of its own; finished ones are kept
 in the folder, so it can be interrupted. `work` is `official`: no cache, prompts encoded at each step of the SD script, and
 AdamW not fused, which at penalty `off` is the official script's loop (its weights are equal to the last bit, see
-tests/test_parity.py); `once`: as our scripts do it; `compiled`: that with --torch_compile, on a GPU. `penalty` is `off`, `on`, or a
+tests/test_parity.py); `once`: as our scripts do it; `compiled`: that with --torch_compile. `penalty` is `off`, `on`, or a
 value of --lipreg_teacher_device, such as `cpu`. SD1.5 trains the whole UNet, SDXL adapters. An update's time is the median
 of those after the warm-up; memory is the highest while they last.
 """
