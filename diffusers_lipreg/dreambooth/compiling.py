@@ -18,8 +18,9 @@ from .checkpoints import unwrap
 
 logger = get_logger(__name__)
 
-# Of the norm of the gradient, that the two may differ by: bfloat16 takes 0.02 of it, the fault that is known 0.6.
-TOLERANCE = 0.1
+# Of the norm of the gradient, that the two may differ by: the fault that is known takes 0.6 of it, bfloat16 0.02 with random
+# weights, and more with trained ones, whose loss is a small difference of large numbers.
+TOLERANCE = 0.2
 
 
 def compile_unet(
