@@ -36,7 +36,7 @@ ADAPTERS = (*FULL, "--max_train_steps", "2", "--train_text_encoder", "--lipreg_w
 
 
 def fixed_loss(
-    args: Namespace, models: train_dreambooth_lipreg.Models, batch: dict, text_states: Callable, *_: object
+    args: Namespace, models: train_dreambooth_lipreg.Models, batch: dict, text_states: Callable, **_: object
 ) -> Tensor:
     """The script's loss, of noise and timesteps that belong to a photo and not to a process."""
     latents = batch["moments"].chunk(2, dim=1)[0]  # the photos are squares
@@ -110,9 +110,9 @@ def fsdp2() -> Iterator[None]:
         yield
 
 
-def lost_loss(*args: object) -> Tensor:
+def lost_loss(*args: object, **named: object) -> Tensor:
     """The script's loss, and in the second process not a number."""
-    return denoising_loss(*args) * (float("nan") if PartialState().process_index == 1 else 1)
+    return denoising_loss(*args, **named) * (float("nan") if PartialState().process_index == 1 else 1)
 
 
 denoising_loss = train_dreambooth_lipreg.denoising_loss
