@@ -330,9 +330,6 @@ def main(args: argparse.Namespace) -> None:
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
     parameters = models.parameters  # others than before, where FSDP has divided them
-    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
-    loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
-    compiling.compile_unet(args, accelerator, models.trained, loader, loss_of)
 
     with runtime.loading(args, runtime.TEACHER_FLAGS):
         penalties = take_teachers(  # of the pretrained model: before a checkpoint is loaded
@@ -353,6 +350,10 @@ def main(args: argparse.Namespace) -> None:
         save_best=partial(checkpoints.save_best, accelerator, args.output_dir, bare, partial(save_weights, args)),
     )
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
+    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
+    loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
+    if epochs:
+        compiling.compile_unet(args, accelerator, models.trained, loader, loss_of)
     accelerator.init_trackers("dreambooth", config=runtime.tracker_config(args))
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)

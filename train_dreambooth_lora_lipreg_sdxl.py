@@ -317,9 +317,6 @@ def main(args: argparse.Namespace) -> None:
     optimizer, loader, lr_scheduler = runtime.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
-    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
-    loss_of = partial(denoising_loss, args, models, text_states=text_states, dtype=dtype, prior_weight=prior_weight)
-    compiling.compile_unet(args, accelerator, models.trained, loader, loss_of)
     text_weight = args.lipreg_text_encoder_weight
     penalties = take_teachers(  # of the adapters as they start: before a checkpoint is loaded
         models.trained,
@@ -338,6 +335,10 @@ def main(args: argparse.Namespace) -> None:
         save_best=partial(checkpoints.save_best, accelerator, args.output_dir, bare, save_weights),
     )
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
+    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
+    loss_of = partial(denoising_loss, args, models, text_states=text_states, dtype=dtype, prior_weight=prior_weight)
+    if epochs:
+        compiling.compile_unet(args, accelerator, models.trained, loader, loss_of)
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
     accelerator.init_trackers(
         "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=runtime.tracker_config(args)

@@ -51,11 +51,12 @@ class Batch(NamedTuple):
 
     @property
     def joined(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Parameter, teacher and gradient, flat, if they are one tensor each and without gaps."""
+        """Parameter, teacher and gradient, flat, if they are one tensor each, on one device and without gaps."""
         if len(self.pairs) != 1 or not self.trained:
             return None
         (parameter, teacher), gradient = self.pairs[0], self.gradients[0]
-        if not (parameter.is_contiguous() and teacher.is_contiguous() and gradient.is_contiguous()):
+        without_gaps = parameter.is_contiguous() and teacher.is_contiguous() and gradient.is_contiguous()
+        if parameter.device != teacher.device or not without_gaps:
             return None
         # Views remember what they are of, and a compiler would begin anew for each shape of that; `data` forgets it.
         return parameter.view(-1).data, teacher.view(-1).data, gradient.view(-1).data
@@ -254,7 +255,7 @@ def add_drift_gradient_(
     gradient yet gets one, as autograd would give it; a frozen one, or any with weight 0, is only measured. Parameters
     sharded by FSDP2 are worked on where they lie, with one all-reduce of the sums. `weight` is the paper's lambda,
     `scale` a factor on the gradient alone: the loss scale, while the gradients it joins are still scaled (fp16).
-    With `compile` a large tensor takes one kernel, made by `torch.compile`, in place of five.
+    With `compile` a tensor that is worked on alone, as large ones are, takes one kernel by `torch.compile`, not five.
     """
     listed = list(pairs)
     batches = _batched(listed, reduction, with_gradients=weight != 0)

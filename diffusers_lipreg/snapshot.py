@@ -87,7 +87,7 @@ class TeacherSnapshot:
             parameter in slices. Default: beside each parameter, and a module that moves away afterwards is an error.
         stored: The pretrained weights by name, held as and where they are in place of copies;
             `safetensors.torch.load_file` maps them from the disk, and then the teacher takes no memory.
-        compile: Whether `torch.compile` makes the kernel that adds the gradient of a large tensor.
+        compile: Whether `torch.compile` makes the kernel that adds the gradients of large tensors.
 
     Raises:
         ValueError: No parameter to copy, a name that the module does not have, a dtype that is not floating point, a

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import TorchDynamoPlugin
 from conftest import PARITY, load
 from diffusers import AutoencoderKL
@@ -191,11 +192,31 @@ def test_a_compiler_that_gets_gradients_wrong_is_refused(script, more, asked, re
     assert list((tmp_path / "out").glob("checkpoint-*")) == []
 
 
-@pytest.mark.parametrize(("photos", "batch", "sizes"), [(5, 1, [1]), (5, 2, [1, 2]), (4, 2, [2]), (5, 5, [5]), (5, 8, [5])])
-def test_each_size_of_batch_is_compiled_before_the_first_update_the_full_one_last(photos, batch, sizes):
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("photos", "batch"), [(5, 1), (5, 2), (4, 2), (5, 5), (5, 8)])
+def test_each_size_of_batch_is_compiled_before_the_first_update_the_full_one_last(photos, batch, processes):
     loader = DataLoader(list(range(photos)), batch_size=batch)
-    assert compiling.batch_sizes(Namespace(train_batch_size=batch), loader) == sizes
-    assert {len(each) for each in loader} == set(sizes)
+    shards = [prepare_data_loader(loader, num_processes=processes, process_index=i) for i in range(processes)]
+    sizes = {len(each) for shard in shards for each in shard.batch_sampler}
+    assert compiling.batch_sizes(Namespace(train_batch_size=batch), processes, photos) == sorted(sizes)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_error_of_a_gradient_by_hand(compile_with):
+    """g is (2, 2), and half of it is taken away; nothing is left of that, and what trained code will say is left to it."""
+    compile_with(halved_gradient)
+    model = torch.nn.Linear(2, 1, bias=False)
+    sums = torch.compile(lambda values: (2 * values).sum())
+    state = torch.get_rng_state()
+
+    def error(factor: float) -> float:
+        loss = lambda: factor * sums(model.weight + torch.rand(2))  # noqa: E731
+        return compiling.gradient_error(Accelerator(cpu=True), {"unet": model}, loss)
+
+    assert error(1.0) == 0.5
+    assert model.weight.grad is None and torch.equal(torch.get_rng_state(), state)
+    assert error(0.0) == error(float("nan")) == 0.0
 
 
 def test_where_nothing_can_be_compiled_that_is_said_in_one_line(train, tmp_path, compile_with):

@@ -235,7 +235,9 @@ def test_half_precision_parameters_and_gradients(dtype, teacher_dtype):
 
 @needs_cxx
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.bfloat16, torch.float16))]
+)
 def test_one_compiled_kernel_does_what_five_do(monkeypatch, dtype, reduction):
     """For slices of all lengths and at all weights; tensors that are small, or have gaps, go the usual way."""
     monkeypatch.setattr(drift_module, "CPU_ELEMENTS", 64)
@@ -253,7 +255,7 @@ def test_one_compiled_kernel_does_what_five_do(monkeypatch, dtype, reduction):
                 parameter.grad = gradient.clone()
             found[compile] = add_drift_gradient_(pairs, reduction, weight, compile=compile)
             found[compile] = found[compile], [parameter.grad for parameter, _ in pairs]
-        torch.testing.assert_close(found[True], found[False], rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+        torch.testing.assert_close(found[True], found[False], rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert graphs["unique_graphs"] == before + 1
 
 
