@@ -45,6 +45,7 @@ from diffusers_lipreg.dreambooth import (
 from diffusers_lipreg.dreambooth.interruption import Interruption
 from diffusers_lipreg.dreambooth.pretrained import mapped_weights
 from diffusers_lipreg.drift import REDUCTIONS
+from diffusers_lipreg.errors import OneLineParser, RunError, run_cli
 from diffusers_lipreg.monitor import watch
 from diffusers_lipreg.penalties import card_facts, check_rounding, penalised, take_teachers
 from diffusers_lipreg.probe import PROMPTS
@@ -53,7 +54,7 @@ logger = get_logger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = arguments.OneLineParser(description="DreamBooth for Stable Diffusion without distributional drift.")
+    parser = OneLineParser(description="DreamBooth for Stable Diffusion without distributional drift.")
     arguments.add_shared_arguments(
         parser, output_dir="dreambooth-model", resolution=512, learning_rate=5e-6, weight_decay=1e-2
     )
@@ -91,7 +92,7 @@ class Models:
         self.text_encoder = load(text.text_encoder_class(model, revision), subfolder="text_encoder")
         limit = getattr(self.text_encoder.config, "max_position_embeddings", math.inf)
         if (args.tokenizer_max_length or 0) > limit:
-            raise arguments.RunError(f"--tokenizer_max_length {args.tokenizer_max_length}: the text encoder takes {limit}.")
+            raise RunError(f"--tokenizer_max_length {args.tokenizer_max_length}: the text encoder takes {limit}.")
         self.vae = load(AutoencoderKL, subfolder="vae") if has_vae(args) else None
         self.unet = load(UNet2DConditionModel, subfolder="unet")
         self.unet_channels = self.unet.config.in_channels
@@ -424,4 +425,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    runtime.run(main, parse_args())
+    run_cli(main, parse_args())

@@ -51,6 +51,7 @@ from diffusers_lipreg.dreambooth import (
     validation,
 )
 from diffusers_lipreg.dreambooth.interruption import Interruption
+from diffusers_lipreg.errors import OneLineParser, RunError, run_cli
 from diffusers_lipreg.monitor import watch
 from diffusers_lipreg.penalties import card_facts, penalised, take_teachers
 from diffusers_lipreg.probe import PROMPTS
@@ -59,7 +60,7 @@ logger = get_logger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = arguments.OneLineParser(description="DreamBooth LoRA for SDXL without distributional drift.")
+    parser = OneLineParser(description="DreamBooth LoRA for SDXL without distributional drift.")
     arguments.add_shared_arguments(
         parser, output_dir="lora-dreambooth-model", resolution=1024, learning_rate=1e-4, weight_decay=1e-4
     )
@@ -131,7 +132,7 @@ def noise_scheduler_class(args: argparse.Namespace) -> type:
     config = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
     if "EDM" in config["scheduler"][1]:
         if args.snr_gamma is not None:
-            raise arguments.RunError("--snr_gamma has no meaning for a model trained with an EDM scheduler: leave it out.")
+            raise RunError("--snr_gamma has no meaning for a model trained with an EDM scheduler: leave it out.")
         return EDMEulerScheduler
     return EulerDiscreteScheduler if args.do_edm_style_training else DDPMScheduler
 
@@ -423,4 +424,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    runtime.run(main, parse_args())
+    run_cli(main, parse_args())

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .budget import ScaledChange, find_alpha
-from .dreambooth.arguments import OneLineParser, RunError, one_line, read_lines
+from .errors import OneLineParser, RunError, one_line, read_lines
 from .probe import PROMPTS, OutputProbe, pipeline_denoiser
 
 ADAPTERS = "pytorch_lora_weights.safetensors"

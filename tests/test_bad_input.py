@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.dreambooth import data, prior, runtime
-from diffusers_lipreg.dreambooth.arguments import RunError
+from diffusers_lipreg.errors import RunError, run_cli
 
 SCRIPTS = {"sd": train_dreambooth_lipreg, "sdxl": train_dreambooth_lora_lipreg_sdxl}
 PIPELINES = {"sd": "pipeline", "sdxl": "pipeline_sdxl"}
@@ -336,7 +336,7 @@ def stopped(fresh_accelerate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         monkeypatch.setattr(sys, "argv", [f"/somewhere/{SCRIPTS[script].__name__}.py"])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            runtime.run(SCRIPTS[script].main, SCRIPTS[script].parse_args(words))
+            run_cli(SCRIPTS[script].main, SCRIPTS[script].parse_args(words))
         code = end.value.code
         # Python prints an exit code that is a text, and exits with 1; argparse prints by itself and exits with 2.
         (line,) = (code if isinstance(code, str) else capsys.readouterr().err).splitlines()

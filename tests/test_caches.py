@@ -21,8 +21,8 @@ import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg import drift
 from diffusers_lipreg.dreambooth import compiling, moments, text
-from diffusers_lipreg.dreambooth.arguments import RunError
 from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, collate
+from diffusers_lipreg.errors import RunError
 
 SCRIPTS = {"train": train_dreambooth_lipreg, "train_sdxl": train_dreambooth_lora_lipreg_sdxl}
 WEIGHTS = {"train": "unet/diffusion_pytorch_model.safetensors", "train_sdxl": "pytorch_lora_weights.safetensors"}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_equal_weights, flags
 
-from diffusers_lipreg.dreambooth.arguments import RunError
 from diffusers_lipreg.dreambooth.checkpoints import checkpoints, save_models
+from diffusers_lipreg.errors import RunError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 STEPS = ("--max_train_steps", "3", "--checkpointing_steps", "1")

@@ -15,7 +15,7 @@ from loopback_hub import Account, LoopbackHub
 from safetensors.torch import load_file
 
 from diffusers_lipreg import TeacherSnapshot
-from diffusers_lipreg.dreambooth.arguments import RunError, read_lines
+from diffusers_lipreg.errors import RunError, read_lines
 from diffusers_lipreg.probe import OutputDrift, OutputProbe, pipeline_denoiser
 
 LORA = "pytorch_lora_weights.safetensors"

@@ -20,7 +20,7 @@ from torch.nn.functional import mse_loss
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
-from diffusers_lipreg.dreambooth import runtime
+from diffusers_lipreg.errors import run_cli
 
 RUNS_FSDP2 = HAS_FSDP2 and hasattr(FullyShardedDataParallelPlugin, "fsdp_version")
 FULL = ("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--max_train_steps", "6", "--checkpointing_steps", "1")
@@ -150,7 +150,7 @@ def main(folder: Path) -> None:
             more = ("--resume_from_checkpoint", str(folder / "sharded" / "checkpoint-1"))
             Run(folder / "again", *photos, *SHARDED, *more).save(folder / f"sharded-from-1-{rank}.pt")
     sys.argv = ["train_dreambooth_lipreg.py"]
-    runtime.run(lambda _: Run(folder / "lost", *photos, loss=lost_loss), Namespace(debug=False))
+    run_cli(lambda _: Run(folder / "lost", *photos, loss=lost_loss), Namespace(debug=False))
 
 
 if __name__ == "__main__":

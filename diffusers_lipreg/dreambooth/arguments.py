@@ -7,44 +7,9 @@ import re
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import NoReturn
 
 from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
-
-
-class RunError(Exception):
-    """The run cannot start or go on. The message is one line: what is wrong and how to mend it."""
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks and links to general advice, cut at a length that can be read."""
-    text = re.sub(r"For more information check: \S+", "", " ".join(str(error).split()))
-    return text.strip()[:300] or type(error).__name__
-
-
-def printable(text: str) -> str:
-    """Text with line breaks and other control characters, as a path may hold them, written out."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
-def read_lines(path: str | Path, flag: str) -> tuple[str, ...]:
-    """The lines of a text file, without empty ones; at least one is needed. `flag` is what named the file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{flag} {path}: cannot be read as text ({one_line(error)}).") from error
-    if not text.strip():
-        raise RunError(f"{flag} {path}: there is nothing in it.")
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Answers a mistake with one line; the usage of 66 flags would bury it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {printable(message)} (--help lists all flags)\n")
 
 
 def add_shared_arguments(

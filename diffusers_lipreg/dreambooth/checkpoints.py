@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .arguments import RunError, one_line
+from ..errors import RunError, one_line
 
 logger = get_logger(__name__)
 SAMPLER_STATE = "sampler_state.pt"

@@ -12,7 +12,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
-from .arguments import RunError, one_line
+from ..errors import RunError, one_line
 from .checkpoints import unwrap
 
 logger = get_logger(__name__)

@@ -21,7 +21,7 @@ from PIL.ImageOps import exif_transpose
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, get_worker_info
 
-from .arguments import RunError, one_line
+from ..errors import RunError, one_line
 
 logger = get_logger(__name__)
 # What Pillow's decoders raise on damaged files; AVIF's raises RuntimeError.

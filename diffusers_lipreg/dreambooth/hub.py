@@ -18,7 +18,7 @@ from huggingface_hub.errors import (  # the second is what all of the client's e
 )
 from PIL import Image
 
-from .arguments import RunError, one_line
+from ..errors import RunError, one_line
 
 logger = get_logger(__name__)
 T = TypeVar("T")

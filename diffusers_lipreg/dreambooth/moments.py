@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .arguments import RunError
+from ..errors import RunError
 from .data import DreamBoothDataset, Layouts, PhotoTransform, PreparedPhotos, first_random_crop
 
 

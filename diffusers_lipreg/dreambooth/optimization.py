@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LRScheduler
 
-from .arguments import RunError
+from ..errors import RunError
 
 logger = get_logger(__name__)
 

@@ -6,7 +6,7 @@ import logging
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,21 +25,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..errors import RunError, one_line, read_lines
 from . import checkpoints, hub, optimization
-from .arguments import RunError, one_line, printable, read_lines
 from .data import UNREADABLE, open_image
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
-
-
-def run(main: Callable[[Namespace], None], args: Namespace) -> None:
-    """Calls `main`; what the user can mend ends in one line on standard error and exit code 1."""
-    try:
-        main(args)
-    except RunError as error:
-        if args.debug:
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}")
 
 
 def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:

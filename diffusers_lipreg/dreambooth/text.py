@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .arguments import RunError
+from ..errors import RunError
 
 logger = get_logger(__name__)
 TextStates = Callable[[int], Tensor]

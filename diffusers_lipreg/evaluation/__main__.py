@@ -22,9 +22,9 @@ import transformers
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..dreambooth.arguments import OneLineParser, RunError, one_line, read_lines
 from ..dreambooth.data import find_instance_images
 from ..dreambooth.runtime import DTYPES, check_folder
+from ..errors import OneLineParser, RunError, one_line, read_lines
 from ..probe import PROMPTS
 from . import prompts
 from .drift import DriftMeter

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterSnapshot
 from ..budget import ScaledChange
-from ..dreambooth.arguments import RunError
+from ..errors import RunError
 from ..probe import OutputProbe, pipeline_denoiser
 from .generation import Sampling, models
 

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..dreambooth.arguments import RunError, one_line
 from ..dreambooth.validation import set_scheduler
+from ..errors import RunError, one_line
 
 ADAPTERS = "pytorch_lora_weights.safetensors"
 # What loading a file that is not there, broken or made for another model raises.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..dreambooth.arguments import RunError, read_lines
+from ..errors import RunError, read_lines
 
 _PLACES = (
     "a {} in the jungle",

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from ..dreambooth.arguments import RunError, one_line
 from ..dreambooth.data import open_image
+from ..errors import RunError, one_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

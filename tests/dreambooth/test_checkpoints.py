@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextModel
 
 from diffusers_lipreg.dreambooth import checkpoints
-from diffusers_lipreg.dreambooth.arguments import RunError
 from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, ResumableDataset, collate
+from diffusers_lipreg.errors import RunError
 
 BATCHES = 5
 

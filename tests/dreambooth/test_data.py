@@ -12,7 +12,6 @@ from PIL import Image, features
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffusers_lipreg.dreambooth.arguments import RunError
 from diffusers_lipreg.dreambooth.data import (
     DreamBoothDataset,
     PhotoTransform,
@@ -22,6 +21,7 @@ from diffusers_lipreg.dreambooth.data import (
     list_images,
     open_image,
 )
+from diffusers_lipreg.errors import RunError
 
 
 @pytest.fixture

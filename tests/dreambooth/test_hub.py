@@ -15,9 +15,9 @@ from huggingface_hub.utils import filter_repo_objects
 from loopback_hub import CUT, LoopbackHub
 from PIL import Image
 
-from diffusers_lipreg.dreambooth.arguments import RunError
 from diffusers_lipreg.dreambooth.hub import create_repository, ignored_files, model_card, save_card, upload
 from diffusers_lipreg.dreambooth.runtime import tracker_config
+from diffusers_lipreg.errors import RunError
 from train_dreambooth_lipreg import parse_args
 
 REPO = "alice/sks-dog"

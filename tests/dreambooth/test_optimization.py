@@ -9,7 +9,6 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from diffusers_lipreg.dreambooth.arguments import RunError
 from diffusers_lipreg.dreambooth.optimization import (
     create_adamw,
     create_lr_scheduler,
@@ -20,6 +19,7 @@ from diffusers_lipreg.dreambooth.optimization import (
     scale_learning_rate,
 )
 from diffusers_lipreg.dreambooth.runtime import fuses_adamw
+from diffusers_lipreg.errors import RunError
 
 
 def scheduler(prediction_type: str) -> DDPMScheduler:

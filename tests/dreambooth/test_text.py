@@ -11,8 +11,8 @@ from conftest import PARITY
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from diffusers_lipreg.dreambooth.arguments import RunError
 from diffusers_lipreg.dreambooth.text import Prompts, text_encoder_class, tokenize
+from diffusers_lipreg.errors import RunError
 
 INSTANCE, CLASS = "a photo of sks dog", "a photo of dog"
 

@@ -10,7 +10,7 @@ from conftest import PARITY
 from PIL import Image
 from tiny import load_pipeline
 
-from diffusers_lipreg.dreambooth.arguments import RunError
+from diffusers_lipreg.errors import RunError
 from diffusers_lipreg.evaluation import generation
 from diffusers_lipreg.evaluation.generation import Sampling, draw, drawings
 

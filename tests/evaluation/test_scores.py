@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPImageProcessor, CLIPModel
 
-from diffusers_lipreg.dreambooth.arguments import RunError
+from diffusers_lipreg.errors import RunError
 from diffusers_lipreg.evaluation import scores
 from diffusers_lipreg.evaluation.generation import Drawing
 from diffusers_lipreg.evaluation.prompts import one_subject
