@@ -37,13 +37,21 @@ from diffusers_lipreg.dreambooth import (
     lora,
     moments,
     optimization,
+    preflight,
     prior,
-    runtime,
+    setup,
     text,
     validation,
 )
 from diffusers_lipreg.dreambooth.interruption import Interruption
-from diffusers_lipreg.dreambooth.pretrained import mapped_weights
+from diffusers_lipreg.dreambooth.models import (
+    TEACHER_FLAGS,
+    load_part,
+    load_tokenizer,
+    loading,
+    mapped_weights,
+    text_encoder_class,
+)
 from diffusers_lipreg.drift import REDUCTIONS
 from diffusers_lipreg.errors import OneLineParser, RunError, run_cli
 from diffusers_lipreg.monitor import watch
@@ -83,20 +91,20 @@ class Models:
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator) -> None:
         model, revision = args.pretrained_model_name_or_path, args.revision
-        load = partial(runtime.load_part, model=model, revision=revision, variant=args.variant)
+        load = partial(load_part, model=model, revision=revision, variant=args.variant)
         if args.tokenizer_name:
             self.tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=revision)
         else:
-            self.tokenizer = text.load_tokenizer(model, revision)
+            self.tokenizer = load_tokenizer(model, revision)
         self.noise_scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", revision=revision)
-        self.text_encoder = load(text.text_encoder_class(model, revision), subfolder="text_encoder")
+        self.text_encoder = load(text_encoder_class(model, revision), subfolder="text_encoder")
         limit = getattr(self.text_encoder.config, "max_position_embeddings", math.inf)
         if (args.tokenizer_max_length or 0) > limit:
             raise RunError(f"--tokenizer_max_length {args.tokenizer_max_length}: the text encoder takes {limit}.")
         self.vae = load(AutoencoderKL, subfolder="vae") if has_vae(args) else None
         self.unet = load(UNet2DConditionModel, subfolder="unet")
         self.unet_channels = self.unet.config.in_channels
-        self.dtype = runtime.weight_dtype(accelerator)
+        self.dtype = setup.weight_dtype(accelerator)
         self.trained_names = ["unet", "text_encoder"] if args.train_text_encoder else ["unet"]
         if args.enable_xformers_memory_efficient_attention:
             self.unet.enable_xformers_memory_efficient_attention()
@@ -211,7 +219,7 @@ def teacher_options(args: argparse.Namespace, models: dict[str, nn.Module], name
     if args.lipreg_teacher_device == "disk":
         source = {"subfolder": name, "revision": args.revision, "variant": args.variant}
         return options | {"stored": mapped_weights(models[name], args.pretrained_model_name_or_path, **source)}
-    dtype = runtime.DTYPES[args.lipreg_teacher_dtype]
+    dtype = setup.DTYPES[args.lipreg_teacher_dtype]
     if dtype is not None:
         check_rounding(models[name], dtype, args.learning_rate)
     return options | {"dtype": dtype, "device": args.lipreg_teacher_device}
@@ -294,18 +302,18 @@ def held_out_loss(
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = runtime.start_accelerator(args)
+    accelerator = setup.start_accelerator(args)
     instance_images = data.find_instance_images(args.instance_data_dir)
-    runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=False)
-    probe_prompts = runtime.probe_prompts(args, PROMPTS)
-    checkpoint, repo_id = runtime.open_output(args, accelerator)
-    with runtime.loading(args):
+    preflight.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=False)
+    probe_prompts = preflight.probe_prompts(args, PROMPTS)
+    checkpoint, repo_id = preflight.open_output(args, accelerator)
+    with loading(args):
         class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
         transform = data.PhotoTransform(args.resolution, args.center_crop)
         images_seen = [*instance_images, *class_images]
         cached = moments.cacheable(args, len(images_seen), images_seen, transform, has_vae(args))
         models = Models(args, accelerator)
-    runtime.check_models(args, models.noise_scheduler, models.vae)
+    preflight.check_models(args, models.noise_scheduler, models.vae)
     bare = models.trained
     models.place_frozen(accelerator, ["vae"] if args.pre_compute_text_embeddings else ["vae", "text_encoder"])
     denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
@@ -319,20 +327,20 @@ def main(args: argparse.Namespace) -> None:
     loader = data.make_loader(args, dataset, data.collate, layouts)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
-    optimizer = optimization.create_adamw(args, models.parameters, runtime.fuses_adamw(accelerator))
-    runtime.check_disk(args, models.parameters)
+    optimizer = optimization.create_adamw(args, models.parameters, setup.fuses_adamw(accelerator))
+    preflight.check_disk(args, models.parameters)
     lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
     if args.rank is None:
         save_models, load_models = partial(checkpoints.save_models, bare), partial(checkpoints.load_models, bare)
     else:
         save_models, load_models = lora.checkpoint_functions(StableDiffusionPipeline, bare)
     checkpoints.write_models_with(accelerator, save_models, load_models)
-    optimizer, loader, lr_scheduler = runtime.prepare(
+    optimizer, loader, lr_scheduler = setup.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
     parameters = models.parameters  # others than before, where FSDP has divided them
 
-    with runtime.loading(args, runtime.TEACHER_FLAGS):
+    with loading(args, TEACHER_FLAGS):
         penalties = take_teachers(  # of the pretrained model: before a checkpoint is loaded
             models.trained,
             {"unet": args.lipreg_weight, "text_encoder": args.lipreg_text_encoder_weight},
@@ -355,10 +363,10 @@ def main(args: argparse.Namespace) -> None:
     loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
     if epochs:
         compiling.compile_unet(args, accelerator, models.trained, loader, loss_of)
-    accelerator.init_trackers("dreambooth", config=runtime.tracker_config(args))
+    accelerator.init_trackers("dreambooth", config=setup.tracker_config(args))
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)
-    check_finite = partial(runtime.check_finite, args, accelerator, lr_scheduler)
+    check_finite = partial(setup.check_finite, args, accelerator, lr_scheduler)
     progress = tqdm(
         desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
     )

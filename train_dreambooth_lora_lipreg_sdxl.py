@@ -45,12 +45,14 @@ from diffusers_lipreg.dreambooth import (
     lora,
     moments,
     optimization,
+    preflight,
     prior,
-    runtime,
+    setup,
     text,
     validation,
 )
 from diffusers_lipreg.dreambooth.interruption import Interruption
+from diffusers_lipreg.dreambooth.models import load_part, load_tokenizer, loading, text_encoder_class
 from diffusers_lipreg.errors import OneLineParser, RunError, run_cli
 from diffusers_lipreg.monitor import watch
 from diffusers_lipreg.penalties import card_facts, penalised, take_teachers
@@ -81,17 +83,17 @@ class Models:
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator) -> None:
         model, revision = args.pretrained_model_name_or_path, args.revision
-        load = partial(runtime.load_part, revision=revision, variant=args.variant)
-        dtype = runtime.weight_dtype(accelerator)
+        load = partial(load_part, revision=revision, variant=args.variant)
+        dtype = setup.weight_dtype(accelerator)
         self.tokens = text.read_once(
-            [text.load_tokenizer(model, revision, name) for name in ("tokenizer", "tokenizer_2")]
+            [load_tokenizer(model, revision, name) for name in ("tokenizer", "tokenizer_2")]
         )
         self.noise_scheduler = noise_scheduler_class(args).from_pretrained(
             model, subfolder="scheduler", revision=revision
         )
         self.edm = not isinstance(self.noise_scheduler, DDPMScheduler)
         for name in ("text_encoder", "text_encoder_2"):
-            encoder_class = text.text_encoder_class(model, revision, name)
+            encoder_class = text_encoder_class(model, revision, name)
             encoder = load(encoder_class, model, subfolder=name)
             setattr(self, name, encoder.requires_grad_(False).to(accelerator.device, dtype=dtype))
         self.vae = load_vae(args).to(accelerator.device)
@@ -120,10 +122,10 @@ class Models:
 def load_vae(args: argparse.Namespace) -> AutoencoderKL:
     """Always in float32, for the VAE of SDXL overflows in float16."""
     if args.pretrained_vae_model_name_or_path is not None:
-        vae = runtime.load_part(AutoencoderKL, args.pretrained_vae_model_name_or_path)
+        vae = load_part(AutoencoderKL, args.pretrained_vae_model_name_or_path)
     else:
         source = {"model": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant}
-        vae = runtime.load_part(AutoencoderKL, subfolder="vae", **source)
+        vae = load_part(AutoencoderKL, subfolder="vae", **source)
     return vae.requires_grad_(False).to(dtype=torch.float32)
 
 
@@ -279,12 +281,12 @@ def save_weights(models: Mapping[str, nn.Module], folder: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = runtime.start_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
-    runtime.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=True)
-    probe_prompts = runtime.probe_prompts(args, PROMPTS)
+    accelerator = setup.start_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
+    preflight.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=True)
+    probe_prompts = preflight.probe_prompts(args, PROMPTS)
     photos = data.photos_with_prompts(args)
-    checkpoint, repo_id = runtime.open_output(args, accelerator)
-    with runtime.loading(args):
+    checkpoint, repo_id = preflight.open_output(args, accelerator)
+    with loading(args):
         class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
         transform = data.PhotoTransform(
             args.resolution, args.center_crop, args.image_interpolation_mode, args.random_flip
@@ -292,9 +294,9 @@ def main(args: argparse.Namespace) -> None:
         images_to_encode = len(photos) * args.repeats + len(class_images)  # photos are cropped once in any case
         cached = moments.cacheable(args, images_to_encode, class_images, transform, has_vae=True)
         models = Models(args, accelerator)
-    runtime.check_models(args, models.noise_scheduler, models.vae)
+    preflight.check_models(args, models.noise_scheduler, models.vae)
     bare = models.trained
-    dtype = runtime.weight_dtype(accelerator)
+    dtype = setup.weight_dtype(accelerator)
     denoiser = probe_denoiser(args, models, probe_prompts, dtype)
     text_states = encode_prompts(args, models, (prompt for _, prompt in photos))
     dataset = data.PreparedPhotos(photos, args.repeats, class_images, transform)
@@ -310,12 +312,12 @@ def main(args: argparse.Namespace) -> None:
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in bare.items()}
-    optimizer = optimization.create_lora_optimizer(args, trainable, runtime.fuses_adamw(accelerator))
+    optimizer = optimization.create_lora_optimizer(args, trainable, setup.fuses_adamw(accelerator))
     parameters = [p for adapters in trainable.values() for p in adapters]
-    runtime.check_disk(args, parameters)
+    preflight.check_disk(args, parameters)
     lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
     checkpoints.write_models_with(accelerator, *lora.checkpoint_functions(StableDiffusionXLPipeline, bare))
-    optimizer, loader, lr_scheduler = runtime.prepare(
+    optimizer, loader, lr_scheduler = setup.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
     text_weight = args.lipreg_text_encoder_weight
@@ -342,11 +344,11 @@ def main(args: argparse.Namespace) -> None:
         compiling.compile_unet(args, accelerator, models.trained, loader, loss_of)
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
     accelerator.init_trackers(
-        "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=runtime.tracker_config(args)
+        "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=setup.tracker_config(args)
     )
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)
-    check_finite = partial(runtime.check_finite, args, accelerator, lr_scheduler)
+    check_finite = partial(setup.check_finite, args, accelerator, lr_scheduler)
     progress = tqdm(
         desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
     )

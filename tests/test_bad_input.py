@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
-from diffusers_lipreg.dreambooth import data, prior, runtime
+from diffusers_lipreg.dreambooth import data, preflight, prior
 from diffusers_lipreg.errors import RunError, run_cli
 
 SCRIPTS = {"sd": train_dreambooth_lipreg, "sdxl": train_dreambooth_lora_lipreg_sdxl}
@@ -555,7 +555,7 @@ def test_an_output_folder_that_may_not_be_written_to(folder: str) -> None:
         Path(parent, "locked").mkdir(mode=0o555)
         output = Path(parent, folder)
         with nobodys_rights(), pytest.raises(RunError) as refused:
-            runtime.check_folder(str(output), "--output_dir")
+            preflight.check_folder(str(output), "--output_dir")
         assert str(refused.value) == f"--output_dir {output}: cannot be written to (Permission denied)."
         assert list(Path(parent, "locked").iterdir()) == []
 

@@ -22,6 +22,7 @@ import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg import drift
 from diffusers_lipreg.dreambooth import compiling, moments, text
 from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, collate
+from diffusers_lipreg.dreambooth.models import load_tokenizer
 from diffusers_lipreg.errors import RunError
 
 SCRIPTS = {"train": train_dreambooth_lipreg, "train_sdxl": train_dreambooth_lora_lipreg_sdxl}
@@ -268,7 +269,7 @@ def test_pytorchs_own_compiler_trains_the_same_weights(script, request, tmp_path
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_prompt_is_tokenized_once():
     Accelerator(cpu=True)
-    tokenizer = text.load_tokenizer(str(PARITY / "pipeline_sdxl"), None)
+    tokenizer = load_tokenizer(str(PARITY / "pipeline_sdxl"), None)
     calls = []
 
     class Counting(type(tokenizer)):

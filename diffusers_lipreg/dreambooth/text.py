@@ -6,40 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
-import transformers
 from accelerate.logging import get_logger
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from ..errors import RunError
+from transformers import PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
 TextStates = Callable[[int], Tensor]
-
-
-def text_encoder_class(model: str, revision: str | None, subfolder: str = "text_encoder") -> type[PreTrainedModel]:
-    """The class that the pipeline's configuration names, if DreamBooth knows how to feed it."""
-    config, _ = PretrainedConfig.get_config_dict(model, subfolder=subfolder, revision=revision)
-    if not config.get("architectures"):
-        raise RunError(f"{model}: its {subfolder} has no configuration that names its class.")
-    name = config["architectures"][0]
-    if name == "RobertaSeriesModelWithTransformation":  # AltDiffusion; diffusers holds its encoder, not transformers
-        from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import (
-            RobertaSeriesModelWithTransformation,
-        )
-
-        return RobertaSeriesModelWithTransformation
-    supported = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
-    if name not in supported:
-        raise RunError(f"{model}: its {subfolder} is a {name}; supported are {', '.join(supported)}.")
-    return getattr(transformers, name)
-
-
-def load_tokenizer(model: str, revision: str | None, subfolder: str = "tokenizer") -> PreTrainedTokenizerBase:
-    """The pipeline's tokenizer, of the class its index names: older AutoTokenizers do not find a cached one offline."""
-    name = DiffusionPipeline.load_config(model, revision=revision)[subfolder][1]
-    return getattr(transformers, name).from_pretrained(model, subfolder=subfolder, revision=revision)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int | None) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,8 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..dreambooth.data import find_instance_images
-from ..dreambooth.runtime import DTYPES, check_folder
+from ..dreambooth.preflight import check_folder
+from ..dreambooth.setup import DTYPES
 from ..errors import OneLineParser, RunError, one_line, read_lines
 from ..probe import PROMPTS
 from . import prompts

@@ -16,7 +16,7 @@ from loopback_hub import CUT, LoopbackHub
 from PIL import Image
 
 from diffusers_lipreg.dreambooth.hub import create_repository, ignored_files, model_card, save_card, upload
-from diffusers_lipreg.dreambooth.runtime import tracker_config
+from diffusers_lipreg.dreambooth.setup import tracker_config
 from diffusers_lipreg.errors import RunError
 from train_dreambooth_lipreg import parse_args
 

@@ -18,7 +18,7 @@ from diffusers_lipreg.dreambooth.optimization import (
     plan_steps,
     scale_learning_rate,
 )
-from diffusers_lipreg.dreambooth.runtime import fuses_adamw
+from diffusers_lipreg.dreambooth.setup import fuses_adamw
 from diffusers_lipreg.errors import RunError
 
 

@@ -1,18 +1,15 @@
 """Prompts to text states, against the tiny pipeline's own CLIP text encoder."""
 
-import json
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import PARITY
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 
-from diffusers_lipreg.dreambooth.text import Prompts, text_encoder_class, tokenize
-from diffusers_lipreg.errors import RunError
+from diffusers_lipreg.dreambooth.text import Prompts, tokenize
 
 INSTANCE, CLASS = "a photo of sks dog", "a photo of dog"
 
@@ -130,32 +127,3 @@ def test_prompts_are_padded_or_cut(
         assert ids[0].tolist() == alone + [tokenizer.pad_token_id] * (length - len(alone))
     assert mask.sum() == min(length, len(alone))
     assert ("is cut: 'a photo of dog'" in caplog.text) == (length == 4)
-
-
-# Which text encoder
-
-
-def test_the_text_encoders_class_is_the_pipelines() -> None:
-    assert text_encoder_class(str(PARITY / "pipeline"), None) is CLIPTextModel
-
-
-def with_text_encoder(folder: Path, name: str) -> str:
-    Path(folder, "text_encoder").mkdir()
-    Path(folder, "text_encoder", "config.json").write_text(json.dumps({"architectures": [name]}))
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "RobertaSeriesModelWithTransformation"],
-)
-def test_official_text_encoders_are_known(tmp_path: Path, name: str) -> None:
-    found = text_encoder_class(with_text_encoder(tmp_path, name), None)
-    assert found.__name__ == name
-    assert issubclass(found, PreTrainedModel)
-
-
-def test_an_unknown_text_encoder_is_refused_by_name(tmp_path: Path) -> None:
-    model = with_text_encoder(tmp_path, "ChatGLMModel")
-    with pytest.raises(RunError, match="its text_encoder is a ChatGLMModel; supported are CLIPTextModel"):
-        text_encoder_class(model, None)

@@ -1,15 +1,19 @@
-"""Weights mapped from a checkpoint: under the module's names, from any of its forms, and no memory."""
+"""Loading parts of a pipeline, and weights mapped from a checkpoint: under the module's names, and no memory."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import PARITY
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPTextModel, PreTrainedModel
 
 from diffusers_lipreg import TeacherSnapshot
-from diffusers_lipreg.dreambooth.pretrained import mapped_weights
+from diffusers_lipreg.dreambooth.models import mapped_weights, text_encoder_class
+from diffusers_lipreg.errors import RunError
 
 
 def anonymous_memory() -> float:
@@ -53,3 +57,32 @@ def test_a_variant_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors")
     with pytest.raises(OSError, match="model.safetensors.index.fp16.json"):
         mapped_weights(nn.Linear(2, 2), str(tmp_path), "", None, "fp16")
+
+
+# Which text encoder
+
+
+def test_the_text_encoders_class_is_the_pipelines() -> None:
+    assert text_encoder_class(str(PARITY / "pipeline"), None) is CLIPTextModel
+
+
+def with_text_encoder(folder: Path, name: str) -> str:
+    Path(folder, "text_encoder").mkdir()
+    Path(folder, "text_encoder", "config.json").write_text(json.dumps({"architectures": [name]}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "RobertaSeriesModelWithTransformation"],
+)
+def test_official_text_encoders_are_known(tmp_path: Path, name: str) -> None:
+    found = text_encoder_class(with_text_encoder(tmp_path, name), None)
+    assert found.__name__ == name
+    assert issubclass(found, PreTrainedModel)
+
+
+def test_an_unknown_text_encoder_is_refused_by_name(tmp_path: Path) -> None:
+    model = with_text_encoder(tmp_path, "ChatGLMModel")
+    with pytest.raises(RunError, match="its text_encoder is a ChatGLMModel; supported are CLIPTextModel"):
+        text_encoder_class(model, None)

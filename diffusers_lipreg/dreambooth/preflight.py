@@ -1,66 +1,25 @@
-"""Starting a run: accelerator, logs, seed, and the checks that come before any model is loaded."""
+"""The checks that come before any model is loaded."""
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import datasets
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend, KwargsHandler, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, DynamoBackend
 from diffusers import DiffusionPipeline, EDMEulerScheduler
-from safetensors import SafetensorError
 from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import RunError, one_line, read_lines
 from . import checkpoints, hub, optimization
 from .data import UNREADABLE, open_image
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
-
-
-def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
-    """The accelerator of a run, with logs set up and random generators seeded."""
-    check_surroundings(args)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        kwargs_handlers=list(handlers),
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
-        ),
-    )
-    check_processes(args, accelerator)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    if torch.backends.mps.is_available():
-        accelerator.native_amp = False
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S", level=logging.INFO
-    )
-    for chatty in ("accelerate", "httpx", "httpx2"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    for library in (datasets, transformers, diffusers):
-        library.utils.logging.set_verbosity(
-            logging.WARNING if accelerator.is_local_main_process else logging.ERROR
-        )
-    if args.seed is not None:
-        set_seed(args.seed)
-    return accelerator
 
 
 def check_processes(args: Namespace, accelerator: Accelerator) -> None:
@@ -176,30 +135,6 @@ def _check_weights(part: Path, flag: str) -> None:
         raise RunError(f"{flag}: {part.name} has no safetensors, but {pickled[0]}, a pickle, which can run code: convert it.")
 
 
-def load_part(part_class: Any, model: str, **options: Any) -> Any:
-    """A part of a pipeline, by its `from_pretrained`, with all of its weights and from safetensors alone."""
-    part, found = part_class.from_pretrained(model, use_safetensors=True, output_loading_info=True, **options)
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{options.get('subfolder', '')} lacks {len(missing)} weights, {missing[0]} first.")
-    return part
-
-
-MODEL_FLAGS = (
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name", "revision", "variant"
-)  # fmt: skip
-TEACHER_FLAGS = ("lipreg_teacher_device", "lipreg_teacher_dtype")
-
-
-@contextmanager
-def loading(args: Namespace, flags: Sequence[str] = MODEL_FLAGS) -> Iterator[None]:
-    """Turns what `from_pretrained` or a teacher raises in the block into one line that names the flags that led there."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        given = [f"--{name} {vars(args)[name]}" for name in flags if vars(args).get(name)]
-        raise RunError(": ".join([" ".join(given), one_line(error)] if given else [one_line(error)])) from error
-
-
 def check_models(args: Namespace, noise_scheduler: Any, vae: Any) -> None:
     """Refuses models that cannot be trained with these flags."""
     if not isinstance(noise_scheduler, EDMEulerScheduler):
@@ -229,51 +164,3 @@ def open_output(args: Namespace, accelerator: Accelerator) -> tuple[Path | None,
     checkpoint = checkpoints.find(args.output_dir, args.resume_from_checkpoint)
     repo_id = hub.create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
     return checkpoint, repo_id
-
-
-def prepare(accelerator: Accelerator, holder: Any, names: Sequence[str], *others: Any) -> Sequence[Any]:
-    """Hands the models that `holder` has under `names`, and the others, to the accelerator; returns the others."""
-    prepared = accelerator.prepare(*(getattr(holder, name) for name in names), *others)
-    for name, model in zip(names, prepared, strict=False):
-        setattr(holder, name, model)
-    return prepared[len(names) :]
-
-
-def tracker_config(args: Namespace) -> dict:
-    """The flags that go into the logs: not the token, and not lists, which trackers do not take."""
-    return {name: value for name, value in vars(args).items() if name not in ("hub_token", "validation_images")}
-
-
-def check_finite(
-    args: Namespace, accelerator: Accelerator, lr_scheduler: LRScheduler, step: int, **quantities: torch.Tensor
-) -> None:
-    """Stops a run whose loss or gradient is lost, before it reaches the weights.
-
-    Gradients that overflow under fp16's loss scale are not lost: the scaler leaves that update out.
-    """
-    rate = lr_scheduler.get_last_lr()[0]
-    if accelerator.scaler is not None:
-        quantities.pop("gradient", None)
-    for name, value in quantities.items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if not torch.as_tensor(value).isfinite():
-            saved = checkpoints.checkpoints(args.output_dir)
-            again = f"--resume_from_checkpoint {saved[-1].name}" if saved else "anew, for there is no checkpoint yet"
-            raise RunError(
-                f"the {name} is {torch.as_tensor(value).item()} in the step after update {step}, at a learning rate of {rate:g}. "
-                f"Start {again}, with a lower --learning_rate, or with --mixed_precision bf16 in place of fp16."
-            )
-
-
-def fuses_adamw(accelerator: Accelerator) -> bool:
-    """Whether AdamW is fused: on a GPU, for on the CPU that rounds otherwise than the official scripts do.
-
-    Not where gradients are scaled: accelerate takes a fused step that overflowed for one that was made, and goes on
-    with the learning rate's schedule.
-    """
-    return accelerator.device.type == "cuda" and accelerator.scaler is None
-
-
-def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The type of the weights that are not trained."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
