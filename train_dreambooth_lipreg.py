@@ -31,7 +31,6 @@ from diffusers_lipreg import AdapterSnapshot, Denoiser
 from diffusers_lipreg.dreambooth import (
     arguments,
     checkpoints,
-    compiling,
     data,
     hub,
     lora,
@@ -55,7 +54,7 @@ from diffusers_lipreg.dreambooth.models import (
 from diffusers_lipreg.drift import REDUCTIONS
 from diffusers_lipreg.errors import OneLineParser, RunError, run_cli
 from diffusers_lipreg.monitor import watch
-from diffusers_lipreg.penalties import card_facts, check_rounding, penalised, take_teachers
+from diffusers_lipreg.penalties import add_gradients, card_facts, check_rounding, take_teachers
 from diffusers_lipreg.probe import PROMPTS
 
 logger = get_logger(__name__)
@@ -214,15 +213,14 @@ def validate(
 
 
 def teacher_options(args: argparse.Namespace, models: dict[str, nn.Module], name: str) -> dict[str, Any]:
-    """Where the pretrained weights of one of the bare models are kept, in what type, and whether their use is compiled."""
-    options = {"compile": args.torch_compile}
+    """Where the pretrained weights of one of the bare models are kept, and in what type."""
     if args.lipreg_teacher_device == "disk":
         source = {"subfolder": name, "revision": args.revision, "variant": args.variant}
-        return options | {"stored": mapped_weights(models[name], args.pretrained_model_name_or_path, **source)}
+        return {"stored": mapped_weights(models[name], args.pretrained_model_name_or_path, **source)}
     dtype = setup.DTYPES[args.lipreg_teacher_dtype]
     if dtype is not None:
         check_rounding(models[name], dtype, args.learning_rate)
-    return options | {"dtype": dtype, "device": args.lipreg_teacher_device}
+    return {"dtype": dtype, "device": args.lipreg_teacher_device}
 
 
 def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], folder: str) -> None:
@@ -361,8 +359,6 @@ def main(args: argparse.Namespace) -> None:
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
-    if epochs:
-        compiling.compile_unet(args, accelerator, models.trained, loader, loss_of)
     accelerator.init_trackers("dreambooth", config=setup.tracker_config(args))
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)
@@ -377,9 +373,9 @@ def main(args: argparse.Namespace) -> None:
             with accelerator.accumulate(*models.trained.values()):
                 loss = loss_of(batch)
                 check_finite(step, loss=loss)
-                with penalised(accelerator, monitor, penalties, models.trained):  # the new idea: loss + weight * drift
-                    accelerator.backward(loss)
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
+                    add_gradients(accelerator, monitor, penalties, models.trained)  # the new idea: of weight * drift
                     check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
                 optimizer.step()
                 lr_scheduler.step()

@@ -39,7 +39,6 @@ from diffusers_lipreg import AdapterSnapshot, Denoiser
 from diffusers_lipreg.dreambooth import (
     arguments,
     checkpoints,
-    compiling,
     data,
     hub,
     lora,
@@ -55,7 +54,7 @@ from diffusers_lipreg.dreambooth.interruption import Interruption
 from diffusers_lipreg.dreambooth.models import load_part, load_tokenizer, loading, text_encoder_class
 from diffusers_lipreg.errors import OneLineParser, RunError, run_cli
 from diffusers_lipreg.monitor import watch
-from diffusers_lipreg.penalties import card_facts, penalised, take_teachers
+from diffusers_lipreg.penalties import add_gradients, card_facts, take_teachers
 from diffusers_lipreg.probe import PROMPTS
 
 logger = get_logger(__name__)
@@ -340,8 +339,6 @@ def main(args: argparse.Namespace) -> None:
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     loss_of = partial(denoising_loss, args, models, text_states=text_states, dtype=dtype, prior_weight=prior_weight)
-    if epochs:
-        compiling.compile_unet(args, accelerator, models.trained, loader, loss_of)
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
     accelerator.init_trackers(
         "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=setup.tracker_config(args)
@@ -359,9 +356,9 @@ def main(args: argparse.Namespace) -> None:
             with accelerator.accumulate(*models.trained.values()):
                 loss = loss_of(batch)
                 check_finite(step, loss=loss)
-                with penalised(accelerator, monitor, penalties, models.trained):  # the new idea: loss + weight * drift
-                    accelerator.backward(loss)
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
+                    add_gradients(accelerator, monitor, penalties, models.trained)  # the new idea: of weight * drift
                     check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
                 optimizer.step()
                 lr_scheduler.step()

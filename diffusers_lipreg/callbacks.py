@@ -33,7 +33,7 @@ class TeacherSnapshotCallback(TrainerCallback):
 
     Args:
         weight, reduction: As for `LipschitzDriftLoss`.
-        names, dtype, device, stored, compile: As for `TeacherSnapshot`; an adapter's teacher has no use for them.
+        names, dtype, device, stored: As for `TeacherSnapshot`; an adapter's teacher has no use for them.
         prefix: Put before each key in the logs, to tell two models apart.
 
     Raises ValueError as the two classes do, for a step without a teacher, and for a run that resumes without one.
@@ -48,13 +48,12 @@ class TeacherSnapshotCallback(TrainerCallback):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         stored: Mapping[str, Tensor] | None = None,
-        compile: bool = False,
         prefix: str = "",
     ) -> None:
         self.weight, self.reduction = weight, reduction
         self.prefix = prefix
         self._options: dict[str, Any] = {
-            "names": names and list(names), "dtype": dtype, "device": device, "stored": stored, "compile": compile
+            "names": names and list(names), "dtype": dtype, "device": device, "stored": stored
         }  # fmt: skip
         self._loss: LipschitzDriftLoss | None = None
 

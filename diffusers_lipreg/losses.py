@@ -1,8 +1,6 @@
 """The penalty of the paper: weight times the squared drift of the parameters from the pretrained ones."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -55,21 +53,6 @@ class LipschitzDriftLoss(nn.Module):
         """
         self.last = self.snapshot.add_gradient_(module, self.reduction, self.weight, scale)
         return self.last
-
-    @contextmanager
-    def during_backward(self, module: nn.Module, *, scale: float = 1.0) -> Iterator[None]:
-        """Calls `add_gradient_` when a backward in the block is through, or, where the teacher streams, meanwhile.
-
-        That is where it is in host memory, the module on one GPU, and no process group is there. The weight must not
-        change in the block, and the backward in it must be the last before the optimizer's step.
-        """
-        if isinstance(self.snapshot, TeacherSnapshot) and self.snapshot.streams_to(module):
-            with self.snapshot.adding_gradient(module, self.reduction, self.weight, scale) as finish:
-                yield
-            self.last = finish()
-        else:
-            yield
-            self.add_gradient_(module, scale=scale)
 
     def measure(self, module: nn.Module) -> Drift:
         """The drift of `module` from the teacher, without weight and without gradient."""

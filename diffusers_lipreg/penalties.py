@@ -1,7 +1,6 @@
 """The penalties of a script: one callback for each model that is trained."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,29 +34,14 @@ def take_teachers(
     return callbacks
 
 
-@contextmanager
-def penalised(
+def add_gradients(
     accelerator: Any, monitor: DriftMonitor, penalties: Mapping[str, TeacherSnapshotCallback], models: Mapping[str, nn.Module]
-) -> Iterator[None]:
-    """Has a backward in the block leave the gradients of loss + weight * drift, if an update follows it.
-
-    A budget starts by the gradients of the loss alone; but for that, a teacher that streams does so during backward.
-    """
-    if not accelerator.sync_gradients:
-        yield
-        return
+) -> None:
+    """Add the gradient of weight * drift: call it after the backward that an update follows, before clipping."""
     scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()  # of gradients, until they are clipped
-    if monitor.budget is None or monitor.budget.started:
-        monitor.on_pre_optimizer_step(scale)
-        with ExitStack() as stack:
-            for name, penalty in penalties.items():
-                stack.enter_context(penalty.loss.during_backward(models[name], scale=scale))
-            yield
-    else:
-        yield
-        monitor.on_pre_optimizer_step(scale)
-        for name, penalty in penalties.items():
-            penalty.on_pre_optimizer_step(model=models[name], loss_scale=scale)
+    monitor.on_pre_optimizer_step(scale)
+    for name, penalty in penalties.items():
+        penalty.on_pre_optimizer_step(model=models[name], loss_scale=scale)
 
 
 def check_rounding(model: nn.Module, dtype: torch.dtype, learning_rate: float) -> None:

@@ -1,14 +1,14 @@
 """The teacher: the pretrained parameters theta_0, frozen and kept by name."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .drift import REDUCTIONS, Drift, add_drift_gradient_, adding_drift_gradient, drift, slices
+from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift, slices
 from .sharding import local, summed
 
 
@@ -87,7 +87,6 @@ class TeacherSnapshot:
             parameter in slices. Default: beside each parameter, and a module that moves away afterwards is an error.
         stored: The pretrained weights by name, held as and where they are in place of copies;
             `safetensors.torch.load_file` maps them from the disk, and then the teacher takes no memory.
-        compile: Whether `torch.compile` makes the kernel that adds the gradients of large tensors.
 
     Raises:
         ValueError: No parameter to copy, a name that the module does not have, a dtype that is not floating point, a
@@ -104,7 +103,6 @@ class TeacherSnapshot:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         stored: Mapping[str, Tensor] | None = None,
-        compile: bool = False,
     ) -> None:
         parameters = named_parameters(module)
         self.covers_all_trainable = names is None
@@ -119,8 +117,6 @@ class TeacherSnapshot:
             raise ValueError("Stored weights are held as they are: give a dtype or device, or `stored`, not both.")
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
-        self.compile = compile
-        self._order: list[int] = []  # in which backward came to the parameters
         if stored is None:
             self._teacher = {name: self._kept(parameters[name]) for name in chosen}
         else:
@@ -165,20 +161,7 @@ class TeacherSnapshot:
 
     def add_gradient_(self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0) -> Drift:
         """Adds scale * weight * d(drift)/d(theta) to the module's gradients; returns the drift."""
-        return add_drift_gradient_(self.pairs(module), reduction, weight, scale, self.compile)
-
-    def streams_to(self, module: nn.Module) -> bool:
-        """Whether the teacher is in host memory, the module on one GPU, and no other process has a part in its gradients."""
-        on_host = self.device is not None and self.device.type == "cpu"
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        devices = {parameter.device for parameter in module.parameters()}
-        return on_host and alone and len(devices) == 1 and devices.pop().type == "cuda"
-
-    def adding_gradient(
-        self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0
-    ) -> AbstractContextManager[Callable[[], Drift]]:
-        """Does what `add_gradient_` does beside a backward in the block; call what it gives, after that, for the drift."""
-        return adding_drift_gradient(self.pairs(module), reduction, weight, scale, self._order, self.compile)
+        return add_drift_gradient_(self.pairs(module), reduction, weight, scale)
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[nn.Module]:

@@ -428,7 +428,6 @@ FSDP = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
         ("sd", [], {"ACCELERATE_DYNAMO_BACKEND": "inductor"}, "dynamo_backend: no."),
         ("sd", ["--rank", "4"], {}, "not with adapters"),
         ("sd", ["--train_text_encoder"], {}, "not with --train_text_encoder"),
-        ("sd", ["--torch_compile"], {}, "not with --torch_compile"),
         ("sd", ["--lipreg_teacher_device", "cpu"], {}, "not with --lipreg_teacher_device"),
         ("sdxl", [], {}, "not with adapters"),
     ],

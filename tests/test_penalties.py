@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_lipreg import TeacherSnapshot
-from diffusers_lipreg.penalties import check_rounding, penalised, take_teachers
+from diffusers_lipreg.penalties import add_gradients, check_rounding, take_teachers
 
 
 def test_a_type_may_round_by_a_tenth_of_the_learning_rate() -> None:
@@ -23,43 +22,23 @@ def test_a_type_may_round_by_a_tenth_of_the_learning_rate() -> None:
         check_rounding(model, torch.bfloat16, learning_rate=0.99 * 10 / 512)
 
 
-class Monitor:
-    """Sets the weight of a penalty, with gradients of 5 from the loss in place if the budget has not started."""
-
-    def __init__(self, budget, penalties, model):
-        self.budget, self.penalties, self.model = budget, penalties, model
-
-    def on_pre_optimizer_step(self, scale):
-        if self.budget is not None:
-            assert self.model.weight.grad is None if self.budget.started else self.model.weight.grad.item() == scale * 5.0
-            self.penalties["unet"].loss.weight = 10.0
-
-
-BUDGETS = {"no budget": None, "starts": SimpleNamespace(started=False), "has started": SimpleNamespace(started=True)}
-
-
 @pytest.mark.parametrize("scale", [1.0, 64.0], ids=["", "fp16"])
-@pytest.mark.parametrize("streams", [False, True])
-@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
-def test_a_penalty_joins_the_backward_before_an_update(monkeypatch, scale, streams, budget) -> None:
+def test_a_penalty_joins_the_gradients_before_an_update(scale) -> None:
     """theta is 2 above the teacher: the gradient of 10 * drift is 40, that of the loss is 5."""
-    monkeypatch.setattr(TeacherSnapshot, "streams_to", lambda self, module: streams)
     model = nn.Linear(1, 1, bias=False)
-    penalties = take_teachers({"unet": model}, {"unet": 10.0 if budget is None else None}, "sum")
+    penalties = take_teachers({"unet": model}, {"unet": None}, "sum")
     nn.init.constant_(model.weight, model.weight.item() + 2.0)
-    monitor = Monitor(budget, penalties, model)
+
+    def set_weight(loss_scale: float) -> None:
+        """As a budget does, by the gradients of the loss alone."""
+        assert loss_scale == scale and model.weight.grad.item() == scale * 5.0
+        penalties["unet"].loss.weight = 10.0
+
+    monitor = SimpleNamespace(on_pre_optimizer_step=set_weight)
     scaler = SimpleNamespace(get_scale=lambda: scale) if scale > 1 else None
     for _ in range(2):
         model.zero_grad()
-        with penalised(SimpleNamespace(sync_gradients=True, scaler=scaler), monitor, penalties, {"unet": model}):
-            (5.0 * scale * model.weight.sum()).backward()
+        (5.0 * scale * model.weight.sum()).backward()
+        add_gradients(SimpleNamespace(scaler=scaler), monitor, penalties, {"unet": model})
         assert model.weight.grad.item() == pytest.approx(45.0 * scale)
         assert penalties["unet"].logs["drift"] == pytest.approx(4.0)
-
-
-def test_a_penalty_waits_for_the_last_backward_before_an_update() -> None:
-    model = nn.Linear(1, 1, bias=False)
-    penalties = take_teachers({"unet": model}, {"unet": 10.0}, "sum")
-    with penalised(SimpleNamespace(sync_gradients=False, scaler=None), None, penalties, {"unet": model}):
-        model.weight.sum().backward()
-    assert model.weight.grad.item() == 1.0 and penalties["unet"].logs == {}

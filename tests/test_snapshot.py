@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,27 +215,6 @@ def test_a_snapshot_with_a_device_of_its_own_lets_the_module_move(model):
     assert snapshot.to("cpu") is snapshot
     assert len(list(snapshot.pairs(model.to("meta")))) == len(TRAINABLE)
     assert {tensor.device.type for tensor in snapshot.to("meta").state_dict().values()} == {"meta"}
-
-
-class On(nn.Module):
-    """Stands in for a module with a parameter on each of some devices."""
-
-    def __init__(self, *devices: str) -> None:
-        super().__init__()
-        self.devices = devices
-
-    def parameters(self, recurse: bool = True) -> Iterator[SimpleNamespace]:
-        return (SimpleNamespace(device=torch.device(device)) for device in self.devices)
-
-
-def test_a_teacher_streams_from_host_memory_to_one_gpu(model):
-    beside, host, disk = TeacherSnapshot(model), TeacherSnapshot(model, device="cpu"), TeacherSnapshot(model, stored=weights(model))
-    assert [snapshot.streams_to(On("cuda:0", "cuda:0")) for snapshot in (beside, host, disk)] == [False, True, True]
-    assert not any(host.streams_to(module) for module in (model, On("cuda:0", "cuda:1"), On("cuda:0", "cpu"), On("mps")))
-
-
-def test_a_teacher_does_not_stream_where_gradients_are_averaged(process_group, model):
-    assert not TeacherSnapshot(model, device="cpu").streams_to(On("cuda:0"))
 
 
 def compile_layer(module: Model) -> Model:

@@ -14,7 +14,6 @@ from draw import draw
 from loopback_hub import Account, LoopbackHub
 from safetensors.torch import load_file
 
-from diffusers_lipreg import TeacherSnapshot
 from diffusers_lipreg.errors import RunError, read_lines
 from diffusers_lipreg.probe import OutputDrift, OutputProbe, pipeline_denoiser
 
@@ -77,20 +76,6 @@ def test_where_the_teacher_is_kept_changes_nothing(train, tmp_path):
     plain = train(tmp_path / "plain")
     for flag, value in (("device", "cpu"), ("device", "disk"), ("dtype", "fp32")):
         assert_equal_weights(train(tmp_path / value, f"--lipreg_teacher_{flag}", value) / UNET, plain / UNET)
-
-
-@pytest.mark.parametrize("budget", [(), ("--drift_budget", "1e-6", "--lipreg_reduction", "sum")], ids=["", "budget"])
-def test_a_teacher_that_streams_while_backward_runs_changes_nothing(train, tmp_path, monkeypatch, budget):
-    """As on a GPU: of both models, while gradients accumulate, with a budget that starts after the first update."""
-    more = ("--train_text_encoder", "--gradient_accumulation_steps", "2", "--max_train_steps", "4", *budget)
-    plain = train(tmp_path / "plain", *more)
-    entered, streaming = [], TeacherSnapshot.adding_gradient
-    monkeypatch.setattr(TeacherSnapshot, "streams_to", lambda self, module: True)
-    monkeypatch.setattr(TeacherSnapshot, "adding_gradient", lambda *args: (entered.append(args), streaming(*args))[1])
-    streamed = train(tmp_path / "streamed", *more, "--lipreg_teacher_device", "cpu")
-    assert len(entered) == 2 * (2 if budget else 4)
-    for file in (UNET, TEXT_ENCODER):
-        assert_equal_weights(streamed / file, plain / file)
 
 
 def test_a_teacher_on_the_disk_in_shards_of_a_variant(train, tmp_path):

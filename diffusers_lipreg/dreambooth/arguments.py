@@ -105,7 +105,6 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
     flag("--dataloader_num_workers", type=int, default=0, help="Processes that load photos; 0: the main one.")
     flag("--local_rank", type=int, default=-1, help="Set by launchers; LOCAL_RANK in the environment wins.")
     flag("--enable_xformers_memory_efficient_attention", action="store_true", help="Attention of xformers.")
-    flag("--torch_compile", action="store_true", help="Compile the UNet and its drift step, which takes minutes at first.")
     flag("--debug", action="store_true", help="Show where in the code a run was stopped.")
 
 

@@ -45,7 +45,6 @@ def check_processes(args: Namespace, accelerator: Accelerator) -> None:
         "adapters": args.rank is not None,
         "--train_text_encoder": vars(args).get("train_text_encoder"),
         "--use_8bit_adam": args.use_8bit_adam,
-        "--torch_compile": args.torch_compile,
         "--lipreg_teacher_device": vars(args).get("lipreg_teacher_device") is not None,
     }
     for flag in (flag for flag, given in flags.items() if given):

@@ -4,7 +4,6 @@
     python tests/benchmarks/drift_step.py --device cuda
     python tests/benchmarks/drift_step.py --models sd15 --ranks 16 --repeats 1
     python tests/benchmarks/drift_step.py --models sdxl --ranks 0 --dtype bfloat16
-    python tests/benchmarks/drift_step.py --models sd15 --ranks 0 --compile
 
 One Markdown table: the UNets of SD1.5 and SDXL, trained whole, with each place where the teacher may be kept, and by
 LoRA on their attention. The step adds the gradient of the penalty to gradients that are there and returns the drift; of
@@ -70,9 +69,9 @@ def whole(row: Row, args: argparse.Namespace) -> Forms:
         with tempfile.TemporaryDirectory() as folder:  # what is mapped stays when the name is gone
             save_file(dict(unet.named_parameters()), Path(folder, "unet.safetensors"))
             stored = load_file(Path(folder, "unet.safetensors"))
-            snapshot = TeacherSnapshot(unet, stored=stored, compile=args.compile)
+            snapshot = TeacherSnapshot(unet, stored=stored)
     else:
-        snapshot = TeacherSnapshot(unet, device="cpu" if row.teacher == "host" else None, compile=args.compile)
+        snapshot = TeacherSnapshot(unet, device="cpu" if row.teacher == "host" else None)
     for parameter in unet.parameters():
         parameter.grad = torch.full_like(parameter, 1e-4)
         parameter.data.add_(parameter.grad)
@@ -154,7 +153,7 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, tuple[float, float]
     if needed + 1.5 * size > 0.95 * free:
         del forms["naive"]
     small = nn.Linear(4, 4, bias=False, device=args.device, dtype=args.dtype)
-    TeacherSnapshot(small, compile=args.compile).add_gradient_(small, "sum", WEIGHT)  # what torch sets up once is not to count
+    TeacherSnapshot(small).add_gradient_(small, "sum", WEIGHT)  # what torch sets up once is not to count
     extra = {form: extra_mib(call, args.device) for form, call in forms.items()}  # and warms up
     turns = [{form: seconds(call, args.device) for form, call in forms.items()} for _ in range(args.repeats)]
     return {form: (1000 * statistics.median(turn[form] for turn in turns), extra[form]) for form in forms}
@@ -173,7 +172,6 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[0, 4, 16, 64], help="of LoRA; 0: the whole model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="of whole models")
-    parser.add_argument("--compile", action="store_true", help="the step of whole models")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # for the processes it starts itself
     args = parser.parse_args()
@@ -181,7 +179,7 @@ def main() -> None:
         print(json.dumps(measure(Row(*args.row), args)))
         return
     versions = f"diffusers {diffusers.__version__}, peft {peft.__version__}"
-    print(f"{conditions(args.device)}, {versions}; {args.dtype}{', compiled' * args.compile}, "
+    print(f"{conditions(args.device)}, {versions}; {args.dtype}, "
           f"median of {args.repeats} turns, load of the machine before: {os.getloadavg()[0]:.1f}.\n")  # fmt: skip
     print("| UNet | trained | teacher | step, ms | two copies, ms | of copies | naive, ms | faster than naive | "
           "extra memory, MiB | naive's |\n" + 10 * "|---" + "|")  # fmt: skip

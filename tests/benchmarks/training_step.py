@@ -7,7 +7,7 @@
 It finds a GPU itself. Every combination of the flags is a run of its own in a process of its own; finished ones are kept
 in the folder, so it can be interrupted. `work` is `official`: no cache, prompts encoded at each step of the SD script, and
 AdamW not fused, which at penalty `off` is the official script's loop (its weights are equal to the last bit, see
-tests/test_parity.py); `once`: as our scripts do it; `compiled`: that with --torch_compile. `penalty` is `off`, `on`, or a
+tests/test_parity.py); `once`: as our scripts do it. `penalty` is `off`, `on`, or a
 value of --lipreg_teacher_device, such as `cpu`. SD1.5 trains the whole UNet, SDXL adapters. An update's time is the median
 of those after the warm-up; memory is the highest while they last.
 """
@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=SCRIPTS, default=["sd15"])
     parser.add_argument("--penalties", nargs="+", default=["off", "on", "cpu"])
-    parser.add_argument("--work", nargs="+", choices=["official", "once", "compiled"], default=["official", "once"])
+    parser.add_argument("--work", nargs="+", choices=["official", "once"], default=["official", "once"])
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--precision", nargs="+", choices=["no", "bf16", "fp16"], default=["no"])
     parser.add_argument("--checkpointing", nargs="+", choices=["off", "on"], default=["off"], help="Of gradients.")
@@ -107,7 +107,7 @@ def penalty_flags(penalty: str) -> list[str]:
 
 
 def work_flags(work: str) -> list[str]:
-    return {"official": ["--no-cache_latents"], "once": [], "compiled": ["--torch_compile"]}[work]
+    return {"official": ["--no-cache_latents"], "once": []}[work]
 
 
 @contextmanager

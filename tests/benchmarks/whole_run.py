@@ -32,7 +32,6 @@ RUNS = {
     "no penalty": ("once", "off", 0),
     "penalty, work at each step": ("official", "on", 0),
     "penalty": ("once", "on", 0),
-    "penalty, compiled": ("compiled", "on", 0),
     "prior preservation, 100 class images, official": ("official", "off", 100),
     "prior preservation, 100 class images": ("once", "off", 100),
     "prior preservation, 200 class images, official": ("official", "off", 200),
@@ -48,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=[name for name in RUNS if "compiled" not in name])
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--repeats", type=int, default=1, help="The fastest counts.")
     parser.add_argument("--one", choices=RUNS, help=argparse.SUPPRESS)  # for the processes it starts itself
     return parser.parse_args()

@@ -24,7 +24,7 @@ OWN = {
 # --extract_lora_rank, --debug and --drift_budget end that.
 # To the SDXL script's they are --cache_dir; --cache_latents ends that.
 TAKEN = {"sd": {"--u", "--us", "--use", "--use_", "--e", "--d"}, "sdxl": {"--ca", "--cac", "--cach", "--cache", "--cache_"}}
-OWN_TO_BOTH = {"--debug", "--torch_compile", "--cache_latents", "--no-cache_latents"}
+OWN_TO_BOTH = {"--debug", "--cache_latents", "--no-cache_latents"}
 LIPREG = {
     "--lipreg_weight",
     "--lipreg_reduction",
