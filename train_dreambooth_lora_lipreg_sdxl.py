@@ -403,7 +403,9 @@ def main(args: argparse.Namespace) -> None:
                 lora.save_kohya(args.output_dir, weights)
         if args.validation_prompt is not None:
             pipeline = load_pipeline(args, models, dtype)
-            pipeline.load_lora_weights(args.output_dir, weight_name=lora.WEIGHTS)
+            trained = {name: getattr(pipeline, name) for name in models.trained_names}
+            lora.add_adapters(args, trained, alpha=args.rank)
+            lora.load_adapters(args.output_dir, trained)
             images = validation.sample_images(args, accelerator, pipeline, {"prompt": args.validation_prompt}, steps=25)
             validation.log_images(accelerator, images, args.validation_prompt, step, name="test")
     accelerator.end_training()

@@ -7,16 +7,23 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import peft
 import torch
-from diffusers import DiffusionPipeline
+import transformers
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from diffusers.utils.state_dict_utils import convert_state_dict_to_peft
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from ..errors import one_line
+
+logger = get_logger(__name__)
 Weights = dict[str, dict[str, Tensor]]
 WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
@@ -42,20 +49,43 @@ KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder
 
 
 def add_adapters(args: Namespace, models: Mapping[str, nn.Module], alpha: float) -> None:
-    """Freezes the models and adds adapters, in float32 whatever the models are in, so that small updates count."""
+    """Freeze the models and add adapters by PEFT alone, in float32 always, so that small updates count."""
     for name, model in models.items():
         model.requires_grad_(False)
-        model.add_adapter(
-            LoraConfig(
-                r=args.rank,
-                lora_alpha=alpha,
-                lora_dropout=args.lora_dropout,
-                init_lora_weights="gaussian",
-                target_modules=TARGETS[name],
-                use_dora=args.use_dora,
-            )
+        config = LoraConfig(
+            r=args.rank,
+            lora_alpha=alpha,
+            lora_dropout=args.lora_dropout,
+            init_lora_weights="gaussian",
+            target_modules=TARGETS[name],
+            use_dora=args.use_dora,
         )
+        inject_adapter_in_model(config, model)
         cast_training_params(model, dtype=torch.float32)
+        model.train(model.training)  # dropout is on in what PEFT has added, also where the model is to be sampled from
+    if models.keys() != {"unet"}:
+        _warn_unless_loadable()
+
+
+def _warn_unless_loadable() -> None:
+    """Name the installed releases if `pipe.load_lora_weights` cannot read a text encoder's adapters with them.
+
+    It calls transformers, which does not work with every release of PEFT; a tiny text encoder shows it.
+    """
+    size = {"hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with torch.random.fork_rng(devices=[]):  # the run's random numbers stay as the official scripts draw them
+        trained, loaded = CLIPTextModel(CLIPTextConfig(**size)), CLIPTextModel(CLIPTextConfig(**size))
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=TARGETS["text_encoder"]), trained)
+        weights = adapter_weights({"text_encoder": trained})["text_encoder"]
+        weights = {f"text_encoder.{name}": tensor for name, tensor in weights.items()}
+        try:
+            StableDiffusionPipeline.load_lora_into_text_encoder(weights, None, loaded)
+        except Exception as error:  # whatever releases that do not know each other may raise
+            logger.warning_once(
+                f"transformers {transformers.__version__} cannot load adapters of text encoders with PEFT "
+                f"{peft.__version__} ({one_line(error)}). The training is not affected; before "
+                "`pipe.load_lora_weights`: pip install --upgrade diffusers transformers peft"
+            )
 
 
 def _released_name(model_name: str, name: str) -> str:
