@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -12,7 +13,9 @@ RETRY_AFTER = 60  # seconds
 
 
 def bound_waiting() -> None:
-    """Give the client of huggingface_hub, which all downloads and uploads use, time limits."""
+    """Give the client of huggingface_hub, which all downloads and uploads use, time limits; and Xet's, for large files."""
+    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{ANSWER:g}s")
+    os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "2")
     client = get_session()
     hooks = client.event_hooks
     if _bound_answer in hooks["request"]:
