@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -232,16 +234,20 @@ def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], fold
         lora.save_adapters(StableDiffusionPipeline, folder, lora.adapter_weights(models, scale))
 
 
-def save(args: argparse.Namespace, models: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Writes the pipeline with the trained weights, or the adapters, into the output folder; says what is notable."""
+def save_rest(args: argparse.Namespace, models: Mapping[str, nn.Module], folder: Path) -> dict[str, str]:
+    """Write what makes a pipeline of the trained models in the folder; return what is notable about it."""
     if args.rank is not None:
-        save_weights(args, models, args.output_dir)
         return {}
     source = {"revision": args.revision, "variant": args.variant}
     parts = dict(models, text_encoder=None) if args.skip_save_text_encoder else models
     pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **source, **parts)
     validation.set_scheduler(pipeline)
-    pipeline.save_pretrained(args.output_dir)
+    for name, part in pipeline.components.items():
+        if part is not None and name not in models:
+            part.save_pretrained(folder / name)
+    pipeline.save_config(folder)
+    if args.skip_save_text_encoder:
+        shutil.rmtree(folder / "text_encoder", ignore_errors=True)
     if args.extract_lora_rank is None:
         return {}
     pretrained = {
@@ -249,7 +255,7 @@ def save(args: argparse.Namespace, models: Mapping[str, nn.Module]) -> dict[str,
         for name, model in models.items()
     }
     weights, kept = lora.extract_adapters(models, pretrained, args.extract_lora_rank)
-    lora.save_adapters(StableDiffusionPipeline, args.output_dir, weights)
+    lora.save_adapters(StableDiffusionPipeline, folder, weights)
     logger.info(f"The adapters of rank {args.extract_lora_rank} keep {kept:.1%} of the squared drift.")
     return {"extract_lora_rank": str(args.extract_lora_rank), "squared drift kept by these adapters": f"{kept:.1%}"}
 
@@ -304,7 +310,7 @@ def main(args: argparse.Namespace) -> None:
     instance_images = data.find_instance_images(args.instance_data_dir)
     preflight.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=False)
     probe_prompts = preflight.probe_prompts(args, PROMPTS)
-    checkpoint, repo_id = preflight.open_output(args, accelerator)
+    output, checkpoint, repo_id = preflight.open_output(args, accelerator)
     with loading(args):
         class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
         transform = data.PhotoTransform(args.resolution, args.center_crop)
@@ -359,6 +365,8 @@ def main(args: argparse.Namespace) -> None:
     step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
+    if accelerator.is_main_process:
+        output.claim()
     accelerator.init_trackers("dreambooth", config=setup.tracker_config(args))
     images: list[Image.Image] = []
     interruption = Interruption(accelerator)
@@ -408,24 +416,27 @@ def main(args: argparse.Namespace) -> None:
         penalty.on_train_end(model=models.trained[name])
         logger.info(f"Final drift: {penalty.logs}")
     trained = checkpoints.whole(accelerator, bare)
+    facts = card_facts(penalties.values()) | monitor.facts
     if accelerator.is_main_process:
-        hub.clear_stale(args.output_dir)
         with checkpoints.writing(args.output_dir, args.output_dir):
-            facts = card_facts(penalties.values()) | monitor.facts | save(args, trained)
-    accelerator.end_training()
-    if repo_id is not None:
-        family = "stable-diffusion" if models.vae is not None else "if"
-        kind = ["lora" if not args.use_dora else "dora", "template:sd-lora"] if args.rank is not None else []
-        tags = ["text-to-image", "dreambooth", "diffusers-training", family, f"{family}-diffusers", *kind]
-        hub.publish(
-            args,
-            repo_id,
-            images,
-            license="creativeml-openrail-m",
-            tags=[*tags, *(["lipschitz-drift"] if penalties else [])],
-            penalty=facts,
-            adapters=args.rank is not None,
-        )
+            with output.result(partial(save_weights, args, trained)) as folder:
+                facts |= save_rest(args, trained, folder)
+    with hub.result_is_safe(output, repo_id):
+        accelerator.end_training()
+        if repo_id is not None:
+            family = "stable-diffusion" if models.vae is not None else "if"
+            kind = ["lora" if not args.use_dora else "dora", "template:sd-lora"] if args.rank is not None else []
+            tags = ["text-to-image", "dreambooth", "diffusers-training", family, f"{family}-diffusers", *kind]
+            hub.publish(
+                args,
+                output,
+                repo_id,
+                images,
+                license="creativeml-openrail-m",
+                tags=[*tags, *(["lipschitz-drift"] if penalties else [])],
+                penalty=facts,
+                adapters=args.rank is not None,
+            )
 
 
 if __name__ == "__main__":

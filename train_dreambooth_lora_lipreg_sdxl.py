@@ -284,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
     preflight.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=True)
     probe_prompts = preflight.probe_prompts(args, PROMPTS)
     photos = data.photos_with_prompts(args)
-    checkpoint, repo_id = preflight.open_output(args, accelerator)
+    output, checkpoint, repo_id = preflight.open_output(args, accelerator)
     with loading(args):
         class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
         transform = data.PhotoTransform(
@@ -340,6 +340,8 @@ def main(args: argparse.Namespace) -> None:
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     loss_of = partial(denoising_loss, args, models, text_states=text_states, dtype=dtype, prior_weight=prior_weight)
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
+    if accelerator.is_main_process:
+        output.claim()
     accelerator.init_trackers(
         "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=setup.tracker_config(args)
     )
@@ -395,33 +397,33 @@ def main(args: argparse.Namespace) -> None:
         penalty.on_train_end(model=models.trained[name])
         logger.info(f"Final drift: {penalty.logs}")
     if accelerator.is_main_process:
-        hub.clear_stale(args.output_dir)
-        weights = lora.adapter_weights(bare)
         with checkpoints.writing(args.output_dir, args.output_dir):
-            lora.save_adapters(StableDiffusionXLPipeline, args.output_dir, weights)
-            if args.output_kohya_format:
-                lora.save_kohya(args.output_dir, weights)
-        if args.validation_prompt is not None:
+            with output.result(partial(save_weights, bare)) as folder:
+                if args.output_kohya_format:
+                    lora.save_kohya(folder, lora.adapter_weights(bare))
+    with hub.result_is_safe(output, repo_id):
+        if accelerator.is_main_process and args.validation_prompt is not None:
             pipeline = load_pipeline(args, models, dtype)
             trained = {name: getattr(pipeline, name) for name in models.trained_names}
             lora.add_adapters(args, trained, alpha=args.rank)
             lora.load_adapters(args.output_dir, trained)
             images = validation.sample_images(args, accelerator, pipeline, {"prompt": args.validation_prompt}, steps=25)
             validation.log_images(accelerator, images, args.validation_prompt, step, name="test")
-    accelerator.end_training()
-    if repo_id is not None:
-        family = "playground" if playground else "stable-diffusion-xl"
-        kind = "dora" if args.use_dora else "lora"
-        tags = ["text-to-image", "diffusers-training", "diffusers", kind, "template:sd-lora", family]
-        hub.publish(
-            args,
-            repo_id,
-            images,
-            license="playground-v2dot5-community" if playground else "openrail++",
-            tags=[*tags, f"{family}-diffusers", *(["lipschitz-drift"] if penalties else [])],
-            penalty=card_facts(penalties.values()) | monitor.facts,
-            adapters=True,
-        )
+        accelerator.end_training()
+        if repo_id is not None:
+            family = "playground" if playground else "stable-diffusion-xl"
+            kind = "dora" if args.use_dora else "lora"
+            tags = ["text-to-image", "diffusers-training", "diffusers", kind, "template:sd-lora", family]
+            hub.publish(
+                args,
+                output,
+                repo_id,
+                images,
+                license="playground-v2dot5-community" if playground else "openrail++",
+                tags=[*tags, f"{family}-diffusers", *(["lipschitz-drift"] if penalties else [])],
+                penalty=card_facts(penalties.values()) | monitor.facts,
+                adapters=True,
+            )
 
 
 if __name__ == "__main__":

@@ -22,15 +22,18 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, name: str | None = None) -> None:
-    """Call `main(args)`. A `RunError` ends the process with one line on standard error and exit code 1.
+    """Call `main(args)`. A `RunError` or `OSError` ends the process with one line on standard error and exit code 1.
 
     Args:
         args: With `debug` set, the traceback is shown instead.
         name: The command as the line names it; default: the file name of the script.
     """
+    from .hub_client import bound_waiting  # here, for only commands talk to the Hub
+
+    bound_waiting()
     try:
         main(args)
-    except RunError as error:
+    except (RunError, OSError) as error:  # the second of a disk or file that nothing nearer knew how to name
         if vars(args).get("debug"):
             raise
         sys.exit(f"{name or Path(sys.argv[0]).name}: error: {printable(str(error))}")

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = {".bin", ".ckpt", ".gz", ".model", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensors", ".zip"}
-CUT = -1
+CUT, STALL, PORTAL, OTHER = -1, -2, -3, -4
 BAD_TOKEN = "Invalid credentials in Authorization header"  # the text by which the client knows it from a missing repo
 
 
@@ -116,8 +116,10 @@ class LoopbackHub:
         fail: Endpoints to refuse: status by the name of the endpoint's function below, `{"create": 403}`,
             `{"commit": 500}`, likewise `preupload`, `lfs_batch`, `lfs_put` and the rest; a list is of the requests to
             come, `{"commit": [500, 500]}`. After a 401 or 403 the client gives up at once, after a 500 only at
-            `create`, `info` and `commit`: it asks the others again for 23 s. A 429 says to come back in 7 s. `CUT` in
-            place of a status breaks the connection, `lfs_put` in the middle of what it is sent.
+            `create`, `info` and `commit`: it asks the others again for 23 s. `CUT` in place of a status breaks the
+            connection, `lfs_put` in the middle of what it is sent; `STALL` never answers; `PORTAL` answers 200 with a
+            page of HTML, as the network of a hotel does; `OTHER` answers with JSON that is not the Hub's.
+        retry_after: Seconds after which a 429 says to come back.
     """
 
     def __init__(self, accounts: dict[str, Account]):
@@ -126,6 +128,8 @@ class LoopbackHub:
         self.lfs_objects: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.fail: dict[str, int | list[int]] = {}
+        self.retry_after = "7"
+        self.stopped = threading.Event()
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -139,6 +143,7 @@ class LoopbackHub:
 
     def stop(self) -> None:
         """Drops dead: connections are refused. Where a 500 would be asked again (see `fail`), so is this."""
+        self.stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -182,9 +187,13 @@ class LoopbackHub:
                         status = self.fail.get(endpoint.__name__)
                         if isinstance(status, list):
                             status = status.pop(0) if status else None
+                        if status == PORTAL:
+                            return Reply(200, {"Content-Type": "text/html"}, b"<html>Welcome! Accept our terms.</html>")
+                        if status == OTHER:
+                            return json_reply({"message": "Nothing here is the Hub's"})
                         if status:
                             message = BAD_TOKEN if status == 401 else "Refused on purpose by the test"
-                            raise HubError(status, message, headers={"Retry-After": "7"} if status == 429 else None)
+                            raise HubError(status, message, headers={"Retry-After": self.retry_after} if status == 429 else None)
                         groups = {name: value and unquote(value) for name, value in match.groupdict().items()}
                         return endpoint(self, request, **groups)
                 raise HubError(404, f"The loopback Hub has no {request.method} {request.path}")
@@ -364,7 +373,9 @@ class _Handler(BaseHTTPRequestHandler):
         authorization = self.headers.get("Authorization")
         token = None if authorization is None else authorization.removeprefix("Bearer ")
         reply = self.hub.answer(Request(self.command, url.path, parse_qs(url.query), token, body))
-        if reply.status == CUT:
+        if reply.status == STALL:
+            self.hub.stopped.wait()
+        if reply.status in (CUT, STALL):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return

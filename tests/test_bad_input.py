@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,13 +25,15 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import PARITY, command, flags, forget_accelerate
 from huggingface_hub import HfApi, close_session, constants
-from loopback_hub import LoopbackHub
+from loopback_hub import OTHER, PORTAL, STALL, LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
+from diffusers_lipreg import hub_client
 from diffusers_lipreg.dreambooth import data, preflight, prior
+from diffusers_lipreg.dreambooth.output import MANIFEST
 from diffusers_lipreg.errors import RunError, run_cli
 
 SCRIPTS = {"sd": train_dreambooth_lipreg, "sdxl": train_dreambooth_lora_lipreg_sdxl}
@@ -184,6 +187,31 @@ class Things:
     def with_others(self, path: Path) -> None:
         (path / "checkpoint-4").mkdir(parents=True)
 
+    def with_adapters(self, path: Path) -> None:
+        write(path / "pytorch_lora_weights.safetensors", b"of another program")
+
+    def with_notes_on_the_unet(self, path: Path) -> None:
+        write(path / "unet" / "notes.txt", b"precious")
+
+    def with_a_linked_unet(self, path: Path) -> None:
+        path.mkdir()
+        Path(path, "unet").symlink_to(self["photos"])
+
+    def with_a_card(self, path: Path) -> None:
+        write(path / "README.md", b"precious")
+
+    def with_an_image(self, path: Path) -> None:
+        write(path / "image_0.png", b"precious")
+
+    def claims_other_files(self, path: Path) -> None:
+        write(path / ".lipreg" / "manifest.json", b'{"result": ["../precious"]}')
+
+    def with_a_broken_manifest(self, path: Path) -> None:
+        write(path / ".lipreg" / "manifest.json", b'["README.md"]')
+
+    def link_to_photos(self, path: Path) -> None:
+        path.symlink_to(self["photos"])
+
     def foreign(self, path: Path) -> None:
         write(path / "checkpoint-4" / "pytorch_model.bin", b"of another program")
 
@@ -278,6 +306,28 @@ MISTAKES = [
     Mistake(1, "--logging_dir /dev/null", "--logging_dir"),
     Mistake(1, f"{PRIOR} {{a_file}}", "--class_data_dir {a_file}: cannot be written to (Not a directory)"),
     Mistake(1, f"{PRIOR} /dev/null/dogs", "--class_data_dir /dev/null/dogs: cannot be written to"),
+    # folders that overlap
+    Mistake(1, "--output_dir {photos} --instance_data_dir {photos}", "--output_dir {photos} is --instance_data_dir {photos}: "),
+    Mistake(1, "--output_dir {photos}/new --instance_data_dir {photos}", "is inside of --instance_data_dir {photos}: name a"),
+    Mistake(1, "--output_dir {link_to_photos}/new --instance_data_dir {photos}", "is inside of --instance_data_dir"),
+    Mistake(1, f"--output_dir {{pipeline}} {MODEL} {{pipeline}}", f"--output_dir {{pipeline}} is {MODEL} {{pipeline}}: "),
+    Mistake(1, f"--output_dir {{pipeline}} {MODEL} {{pipeline}} --extract_lora_rank 2", f"is {MODEL}", "sd"),
+    Mistake(1, "--output_dir {captions} --dataset_name {captions}", "is --dataset_name {captions}: ", "sdxl"),
+    Mistake(1, f"--output_dir {{class_images}} {PRIOR} {{class_images}}", "is --class_data_dir {class_images}: "),
+    Mistake(1, f"--output_dir {{missing}}/new {PRIOR} {{missing}}", "is inside of --class_data_dir {missing}: "),
+    Mistake(1, f"{PRIOR} {{photos}} --instance_data_dir {{photos}}", "--class_data_dir {photos} is --instance_data_dir"),
+    Mistake(1, f"{PRIOR} {{captions}}/new --dataset_name {{captions}}", "is inside of --dataset_name", "sdxl"),
+    Mistake(1, "--logging_dir {photos} --instance_data_dir {photos}", "--logging_dir {photos} is --instance_data_dir"),
+    # files of the user in the way of a result
+    Mistake(1, "--output_dir {pipeline}", "model_index.json is needed for the result, but stands there", "sd"),
+    Mistake(1, "--output_dir {with_adapters} --rank 2", "pytorch_lora_weights.safetensors is needed for the result"),
+    Mistake(1, "--output_dir {with_adapters} --extract_lora_rank 2", "pytorch_lora_weights.safetensors is needed", "sd"),
+    Mistake(1, "--output_dir {with_notes_on_the_unet}", "unet/notes.txt is needed for the result", "sd"),
+    Mistake(1, "--output_dir {with_a_linked_unet}", "unet is needed for the result", "sd"),
+    Mistake(1, "--output_dir {with_a_card} --rank 2 --push_to_hub", "README.md is needed for the result"),
+    Mistake(1, f"--output_dir {{with_an_image}} --rank 2 --push_to_hub {VALIDATION}", "image_0.png is needed for the result"),
+    Mistake(1, "--output_dir {claims_other_files}", "manifest.json: cannot be read (../precious is outside of the folder)"),
+    Mistake(1, "--output_dir {with_a_broken_manifest}", "manifest.json: cannot be read ("),
     # models
     Mistake(1, f"{MODEL} {{missing}}", f"{MODEL} {{missing}}: no such folder"),
     Mistake(1, f"{MODEL} {{no_index}}", "the folder holds no model_index.json"),
@@ -658,6 +708,21 @@ def test_a_hub_that_is_not_there(refuse: Run, hub: LoopbackHub, monkeypatch: pyt
     assert "Connection refused" in line
 
 
+@pytest.mark.parametrize("answer", [STALL, PORTAL, OTHER])
+@pytest.mark.parametrize("model", ["alice/model", str(PARITY / "pipeline")], ids=["download", "upload"])
+def test_a_hub_that_does_not_answer_as_one(
+    refuse: Run, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, model: str, answer: int
+) -> None:
+    """Nothing waits for ever, neither for the model nor for the repository."""
+    monkeypatch.setattr(hub_client, "ANSWER", 0.2)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fail = dict.fromkeys(["create", "info", "tree", "resolve"], answer)
+    began = time.monotonic()
+    line = refuse("--pretrained_model_name_or_path", model, *PUSH, TOKEN)
+    assert ("--pretrained_model_name_or_path alice/model: " if "alice" in model else "--push_to_hub: ") in line
+    assert time.monotonic() - began < 20
+
+
 def test_a_name_that_no_repository_can_have(refuse: Run, hub: LoopbackHub) -> None:
     line = refuse("--push_to_hub", "--hub_model_id", "alice/my dog")
     assert "--push_to_hub: cannot write to alice/my dog" in line
@@ -690,20 +755,9 @@ def test_a_refused_commit_loses_nothing(train: Run, hub: LoopbackHub, tmp_path: 
     binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment |= {"HF_TOKEN": TOKEN, "PATH": binaries}
     subprocess.run(push, env=environment, check=True, capture_output=True)
-    expected = {
-        path.as_posix(): content for path, content in kept.items() if path.parts[0] not in ("checkpoint-2", "logs")
-    }
-    assert hub.files("alice/dog") == expected
-
-
-def test_the_command_in_the_message_is_short(run: Run, hub: LoopbackHub, out: Path) -> None:
-    hub.fail = {"commit": 403}
-    command = run(*PUSH, TOKEN).partition(" push it with: ")[2]
-    assert shlex.split(command) == [
-        *("hf", "upload", "alice/dog", str(out), "."),
-        *("--exclude", "checkpoint-*", "--exclude", ".*", "--exclude", "*.tfevents.*", "--exclude", "*hparams.yml"),
-        *("--exclude", "logs/*"),
-    ]
+    others = ("checkpoint-2", "logs", ".lipreg")
+    expected = {path.as_posix(): content for path, content in kept.items() if path.parts[0] not in others}
+    assert hub.files("alice/dog") == expected | {MANIFEST: (out / MANIFEST).read_bytes()}
 
 
 def test_the_command_in_the_message_survives_any_folder_name(run: Run, hub: LoopbackHub, tmp_path: Path) -> None:

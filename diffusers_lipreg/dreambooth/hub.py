@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import re
 import shlex
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate.logging import get_logger
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import (  # the second is what all of the client's errors derive from
+from huggingface_hub.errors import (  # the last is what all of the client's errors derive from
+    EntryNotFoundError,
     HfHubHTTPError,
     HTTPError,
 )
 from PIL import Image
 
 from ..errors import RunError, one_line
+from .output import MANIFEST, OutputFolder
 
 logger = get_logger(__name__)
 T = TypeVar("T")
-ADAPTERS = "pytorch_lora_weights*.safetensors"
-# A failed transfer of a large file comes as RuntimeError, a bad name as ValueError, no network as the other two.
-HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
 WAITS = (2.0, 10.0)  # seconds before the second and the third attempt, where the Hub names none
 LONGEST_WAIT = 60.0
+PATIENCE = 120.0  # seconds after which no further attempt is made
 
 
 def patiently(request: Callable[[], T]) -> T:
-    """Makes a request up to three times, where waiting may help."""
+    """Make a request up to three times, where waiting may help. How long one takes is bounded by `hub_client`."""
+    began = time.monotonic()
     for wait in WAITS:
         try:
             return request()
-        except HUB_ERRORS as error:
+        except Exception as error:
             seconds = _seconds_to_wait(error, wait)
-            if seconds is None:
+            if seconds is None or time.monotonic() - began > PATIENCE:
                 raise
             logger.warning(f"The Hub does not answer as it should ({one_line(error)}): trying again in {seconds:g} s.")
             time.sleep(seconds)
@@ -56,48 +60,80 @@ def _seconds_to_wait(error: BaseException, wait: float) -> float | None:
 
 
 def create_repository(args: Namespace) -> str:
-    """Makes the repository, or finds it, and asks whether the token may write to it; returns its full name."""
+    """Make the repository, or find it, and ask whether the token may write to it; return its full name."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     api = HfApi(token=args.hub_token)
     try:
         repo_id = patiently(lambda: api.create_repo(name, exist_ok=True).repo_id)
         # Where the repository can be read, create_repo passes over a token that may not write.
         patiently(lambda: api.auth_check(repo_id, write=True))
-    except HUB_ERRORS as error:
+    except Exception as error:  # whatever answers at that address, and however
         raise RunError(
-            f"--push_to_hub: cannot write to {name} on {api.endpoint} ({one_line(error)}). Check --hub_token or "
+            f"--push_to_hub: cannot write to {name} on {api.endpoint} ({reason(error)}). Check --hub_token or "
             "`hf auth login`, --hub_model_id and the network, or leave --push_to_hub out and upload later."
         ) from error
     return repo_id
 
 
-def ignored_files(args: Namespace) -> list[str]:
-    """What in the output folder is no result: checkpoints with their optimizer states, and logs."""
-    output = Path(args.output_dir).resolve()
-    logs = Path(output, args.logging_dir).resolve()
-    inside = [f"{logs.relative_to(output)}/*"] if logs.is_relative_to(output) else []
-    return ["checkpoint-*", ".*", "*.tfevents.*", "*hparams.yml", *inside]
+def reason(error: Exception) -> str:
+    """Return what went wrong in one line, with the kind of error where its own words do not say what it is."""
+    if isinstance(error, (HTTPError, OSError, RuntimeError)):
+        return one_line(error)
+    return f"not an answer of the Hub, {type(error).__name__}: {one_line(error)}"
 
 
-def upload(args: Namespace, repo_id: str) -> None:
-    """Uploads the result; if that fails it stays on disk, and the message says how to upload it by hand."""
-    ignored = ignored_files(args)
+def push_command(repo_id: str, output: OutputFolder, stale: Iterable[str] = ()) -> str:
+    """Return the command that uploads the result in the folder, and nothing else, and removes `stale` files."""
+    patterns = [word for name in uploaded(output) for word in ("--include", glob.escape(name))]
+    patterns += [word for name in stale for word in ("--delete", glob.escape(name))]
+    return shlex.join(["hf", "upload", repo_id, str(output.path), ".", *patterns])
+
+
+def uploaded(output: OutputFolder) -> list[str]:
+    """Return the names of the files that make up the result, and of the manifest, which the next push compares with."""
+    return [MANIFEST, *(name for name in output.owned("result") if (output.path / name).is_file())]
+
+
+def stale_files(api: HfApi, repo_id: str, output: OutputFolder) -> list[str]:
+    """Return what an earlier push uploaded and this result lacks. Without a manifest there nothing is known of it."""
     try:
+        manifest = json.loads(Path(api.hf_hub_download(repo_id, MANIFEST, force_download=True)).read_text("utf-8"))
+    except EntryNotFoundError:
+        return []
+    return sorted(set(manifest["result"]) - set(output.owned("result")))
+
+
+def upload(args: Namespace, output: OutputFolder, repo_id: str) -> None:
+    """Upload the result. If that fails it stays on disk, and the message says how to upload it by hand."""
+    api, stale = HfApi(token=args.hub_token), list[str]()
+    try:
+        stale = patiently(lambda: stale_files(api, repo_id, output))
         patiently(
-            lambda: HfApi(token=args.hub_token).upload_folder(  # it sends no large file twice
+            lambda: api.upload_folder(  # it sends no large file twice
                 repo_id=repo_id,
-                folder_path=args.output_dir,
+                folder_path=output.path,
                 commit_message="End of training",
-                ignore_patterns=list(ignored),  # one of its own: the client adds to it
-                delete_patterns=["image_[0-9]*.png", ADAPTERS],  # what an earlier push left and this result has not
+                allow_patterns=[glob.escape(name) for name in uploaded(output)],
+                delete_patterns=[glob.escape(name) for name in stale],
             )
         )
-    except HUB_ERRORS as error:
-        excluded = [word for pattern in ignored for word in ("--exclude", pattern)]
+    except Exception as error:
         raise RunError(
-            f"the upload to {repo_id} failed ({one_line(error)}). The result is whole in {args.output_dir}; push it "
-            f"with: {shlex.join(['hf', 'upload', repo_id, args.output_dir, '.', *excluded])}"
+            f"the upload to {repo_id} failed ({reason(error)}). The result is whole in {output.path}; push it with: "
+            f"{push_command(repo_id, output, stale)}"
         ) from error
+
+
+@contextmanager
+def result_is_safe(output: OutputFolder, repo_id: str | None) -> Iterator[None]:
+    """Turn whatever fails in the block into one line, which says that the result is whole and how to push it."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        push = "" if repo_id is None else f" Push it with: {push_command(repo_id, output)}"
+        raise RunError(f"{one_line(error)}. The result is whole in {output.path}.{push}") from error
 
 
 def model_card(
@@ -165,20 +201,11 @@ def _description(args: Namespace, base_name: str, adapters: bool) -> str:
     return text if vae is None else f"{text} The VAE in training was {vae}."
 
 
-def save_card(card: ModelCard, images: Sequence[Image.Image], output_dir: str) -> None:
-    """Writes README.md and the images it shows into the output folder."""
+def publish(
+    args: Namespace, output: OutputFolder, repo_id: str, images: Sequence[Image.Image], **card: Any
+) -> None:
+    """Write the model card, of the arguments that `model_card` takes, with its images, and upload the result."""
     for number, image in enumerate(images):
-        image.save(Path(output_dir, f"image_{number}.png"))
-    card.save(Path(output_dir, "README.md"))
-
-
-def clear_stale(output_dir: str) -> None:
-    """Takes the adapters that an earlier run with other flags left out of the output folder."""
-    for path in Path(output_dir).glob(ADAPTERS):
-        path.unlink()
-
-
-def publish(args: Namespace, repo_id: str, images: Sequence[Image.Image], **card: Any) -> None:
-    """Writes the model card, of the arguments that `model_card` takes, and uploads the result."""
-    save_card(model_card(args, repo_id, images, **card), images, args.output_dir)
-    upload(args, repo_id)
+        output.write_result(f"image_{number}.png", image.save)
+    output.write_result("README.md", model_card(args, repo_id, images, **card).save)
+    upload(args, output, repo_id)

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, DynamoBackend
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..errors import RunError, one_line, read_lines
-from . import checkpoints, hub, optimization
+from . import checkpoints, hub, optimization, output
 from .data import UNREADABLE, open_image
 
+logger = get_logger(__name__)
 
 def check_processes(args: Namespace, accelerator: Accelerator) -> None:
     """Refuses ways of running many processes that the loop is not made for, or that nobody has tried."""
@@ -69,7 +71,8 @@ def _nearest(path: Path) -> Path:
 
 
 def check_surroundings(args: Namespace) -> None:
-    """Refuses flags that ask for a package, a device or an image that is not there."""
+    """Refuses folders that overlap, and flags that ask for a package, a device or an image that is not there."""
+    output.check_folders(args)
     needed = {
         "bitsandbytes": ("--use_8bit_adam", args.use_8bit_adam),
         "xformers": ("--enable_xformers_memory_efficient_attention", args.enable_xformers_memory_efficient_attention),
@@ -154,12 +157,20 @@ def check_disk(args: Namespace, parameters: Sequence[torch.nn.Parameter]) -> Non
         raise RunError(f"--output_dir {args.output_dir}: a checkpoint takes {size:,} bytes, there are {free:,} free.")
 
 
-def open_output(args: Namespace, accelerator: Accelerator) -> tuple[Path | None, str | None]:
-    """The output folder's checkpoint to resume from, and the repository to push to, if any."""
+def open_output(
+    args: Namespace, accelerator: Accelerator
+) -> tuple[output.OutputFolder, Path | None, str | None]:
+    """The output folder, its checkpoint to resume from, and the repository to push to, if any."""
     check_folder(args.output_dir, "--output_dir")
     check_folder(str(Path(args.output_dir, args.logging_dir)), "--logging_dir")
     if args.with_prior_preservation:
         check_folder(args.class_data_dir, "--class_data_dir")
+    folder = output.OutputFolder(args.output_dir)
     checkpoint = checkpoints.find(args.output_dir, args.resume_from_checkpoint)
-    repo_id = hub.create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
-    return checkpoint, repo_id
+    if not accelerator.is_main_process:
+        return folder, checkpoint, None
+    index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    folder.open(output.result_names(args, [name for name, value in index.items() if isinstance(value, (list, tuple))]))
+    if contents := folder.contents(args.logging_dir):
+        logger.info(contents)
+    return folder, checkpoint, hub.create_repository(args) if args.push_to_hub else None

@@ -10,12 +10,13 @@ import pytest
 import yaml
 from accelerate import Accelerator
 from conftest import flags
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.utils import filter_repo_objects
-from loopback_hub import CUT, LoopbackHub
+from huggingface_hub import ModelCard
+from loopback_hub import CUT, OTHER, PORTAL, STALL, LoopbackHub
 from PIL import Image
 
-from diffusers_lipreg.dreambooth.hub import create_repository, ignored_files, model_card, save_card, upload
+from diffusers_lipreg import hub_client
+from diffusers_lipreg.dreambooth.hub import create_repository, model_card, push_command, upload
+from diffusers_lipreg.dreambooth.output import MANIFEST, OutputFolder
 from diffusers_lipreg.dreambooth.setup import tracker_config
 from diffusers_lipreg.errors import RunError
 from train_dreambooth_lipreg import parse_args
@@ -131,20 +132,11 @@ def test_the_code_in_the_card_is_code(prompt: str) -> None:
     assert prompt in compile(text, "card", "exec").co_consts
 
 
-def test_images_are_saved_beside_the_card_that_shows_them(tmp_path: Path) -> None:
-    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    args = arguments("--validation_prompt", "sks dog in a bucket")
-    written = model_card(
-        args, REPO, images, license="creativeml-openrail-m", tags=TAGS, penalty=PENALTY, adapters=False
-    )
-    save_card(written, images, str(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "image_0.png", "image_1.png"}
-    assert Image.open(tmp_path / "image_1.png").getpixel((0, 0)) == (0, 0, 255)
-    loaded = ModelCard.load(tmp_path / "README.md")
-    assert loaded.data.to_dict() == written.data.to_dict()
-    for text in ("sks dog in a bucket", "(./image_0.png)", "(./image_1.png)"):
-        assert text in loaded.text
-    assert "image_2" not in loaded.text
+def test_the_card_shows_its_images() -> None:
+    text = card("--validation_prompt", "sks dog in a bucket", images=2).text
+    for part in ("sks dog in a bucket", "(./image_0.png)", "(./image_1.png)"):
+        assert part in text
+    assert "image_2" not in text
 
 
 def test_a_card_without_images_shows_none() -> None:
@@ -170,61 +162,6 @@ def test_trackers_get_all_other_flags_that_they_can_take() -> None:
     assert all(isinstance(value, (str, int, float, bool, type(None))) for value in tracker_config(args).values())
 
 
-# What is uploaded
-
-RESULT = [
-    "README.md",
-    "image_0.png",
-    "model_index.json",
-    "feature_extractor/preprocessor_config.json",
-    "safety_checker/model.safetensors",
-    "scheduler/scheduler_config.json",
-    "text_encoder/model-00001-of-00002.safetensors",
-    "text_encoder/model.safetensors.index.json",
-    "tokenizer/merges.txt",
-    "tokenizer/vocab.json",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-]
-STATE = [
-    "checkpoint-500/optimizer.bin",
-    "checkpoint-500/sampler_state.pt",
-    "checkpoint-500/unet/diffusion_pytorch_model.safetensors",
-    "checkpoint-1000/random_states_0.pkl",
-    ".checkpoint-1500.partial/optimizer.bin",
-    ".checkpoint-1500.partial/unet/config.json",
-    ".cache/huggingface/upload/README.md.metadata",
-    ".DS_Store",
-]
-LOGS = ["dreambooth/events.out.tfevents.1763698000.host.1.0", "dreambooth/1763698000.1/hparams.yml"]
-
-
-def uploaded(args: Namespace, files: list[str]) -> list[str]:
-    return list(filter_repo_objects(files, ignore_patterns=ignored_files(args)))
-
-
-@pytest.mark.parametrize(
-    ("logging_dir", "folder"),
-    [
-        ("logs", "logs"),
-        ("logs/", "logs"),
-        ("./logs", "logs"),
-        ("runs/first", "runs/first"),
-        ("{output}/logs", "logs"),
-    ],
-)
-def test_only_the_result_is_uploaded(tmp_path: Path, logging_dir: str, folder: str) -> None:
-    args = arguments("--output_dir", str(tmp_path), "--logging_dir", logging_dir.format(output=tmp_path))
-    logs = [Path(folder, log).as_posix() for log in LOGS]
-    assert uploaded(args, RESULT + STATE + logs) == RESULT
-
-
-def test_logs_elsewhere_do_not_hide_results(tmp_path: Path) -> None:
-    args = arguments("--output_dir", str(tmp_path / "out"), "--logging_dir", str(tmp_path / "logs"))
-    assert uploaded(args, RESULT + STATE) == RESULT
-
-
 # A Hub that fails
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -241,13 +178,23 @@ def waits(fresh_accelerate, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def result(tmp_path: Path) -> Namespace:
-    """The arguments of a run, whose output folder holds a result."""
-    out = tmp_path / "sks-dog"
-    (out / "unet").mkdir(parents=True)
-    (out / WEIGHTS).write_bytes(bytes(range(256)) * 4096)
-    (out / "README.md").write_text("A dog.")
-    return arguments("--output_dir", str(out), "--push_to_hub", "--hub_token", "hf_alice")
+def output(tmp_path: Path) -> OutputFolder:
+    """An output folder that holds a result."""
+    output = OutputFolder(tmp_path / "sks-dog")
+
+    def write_trained(folder: Path) -> None:
+        (folder / "unet").mkdir()
+        (folder / WEIGHTS).write_bytes(bytes(range(256)) * 4096)
+
+    with output.result(write_trained) as folder:
+        (folder / "README.md").write_text("A dog.")
+    return output
+
+
+@pytest.fixture
+def result(output: OutputFolder) -> Namespace:
+    """The arguments of the run that made it."""
+    return arguments("--output_dir", str(output.path), "--push_to_hub", "--hub_token", "hf_alice")
 
 
 @pytest.mark.parametrize(
@@ -262,21 +209,23 @@ def result(tmp_path: Path) -> Namespace:
         ({"commit": [500], "create": [CUT]}, [2.0, 2.0]),
     ],
 )
-def test_what_passes_is_waited_for(hub: LoopbackHub, result: Namespace, waits: list[float], fail, waited) -> None:
+def test_what_passes_is_waited_for(
+    hub: LoopbackHub, output: OutputFolder, result: Namespace, waits: list[float], fail, waited
+) -> None:
     hub.fail = fail
-    upload(result, create_repository(result))
-    assert hub.files("alice/sks-dog").keys() == {WEIGHTS, "README.md"}
+    upload(result, output, create_repository(result))
+    assert hub.files("alice/sks-dog").keys() == {WEIGHTS, "README.md", MANIFEST}
     assert waits == waited
 
 
 @pytest.mark.parametrize("endpoint", ["preupload", "lfs_batch", "lfs_put"])
 @pytest.mark.parametrize("status", [500, CUT])
 def test_an_upload_that_breaks_off_goes_on(
-    hub: LoopbackHub, result: Namespace, waits: list[float], endpoint: str, status: int
+    hub: LoopbackHub, output: OutputFolder, result: Namespace, waits: list[float], endpoint: str, status: int
 ) -> None:
     """The client asks again by itself here; what it needs is that it is not in the way."""
     hub.fail = {endpoint: [status]}
-    upload(result, create_repository(result))
+    upload(result, output, create_repository(result))
     assert hub.files("alice/sks-dog")[WEIGHTS] == Path(result.output_dir, WEIGHTS).read_bytes()
     assert len(waits) == 1
 
@@ -287,19 +236,56 @@ def test_an_upload_that_breaks_off_goes_on(
      ({"commit": 500}, 3), ({"commit": CUT}, 3), ({"lfs_put": CUT}, 3), ({"lfs_put": 403}, 1)],
 )  # fmt: skip
 def test_what_does_not_pass_ends_with_the_command_that_pushes(
-    hub: LoopbackHub, result: Namespace, waits: list[float], fail, attempts: int
+    hub: LoopbackHub, output: OutputFolder, result: Namespace, waits: list[float], fail, attempts: int
 ) -> None:
     repo_id = create_repository(result)
-    before = {path: path.read_bytes() for path in Path(result.output_dir).rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in output.path.rglob("*") if path.is_file()}
     hub.fail = fail
-    with pytest.raises(RunError, match=f"the upload to alice/sks-dog failed .* hf upload alice/sks-dog {result.output_dir}"):
-        upload(result, repo_id)
+    with pytest.raises(RunError) as failed:
+        upload(result, output, repo_id)
+    assert str(failed.value).startswith("the upload to alice/sks-dog failed (")
+    assert str(failed.value).endswith(push_command(repo_id, output))
     assert len([wait for wait in waits if wait in (*PATIENCE, 7.0)]) >= attempts - 1
     if "commit" in fail:
         assert len([request for request in hub.requests if "/commit/" in request.path]) == attempts
     assert {path: path.read_bytes() for path in before} == before
     assert sum(waits) < 90
 
-    hub.fail = {}
-    HfApi(endpoint=hub.url, token="hf_alice").upload_folder(repo_id=repo_id, folder_path=result.output_dir)
-    assert hub.files(repo_id)[WEIGHTS] == Path(result.output_dir, WEIGHTS).read_bytes()
+
+# A Hub that is slow, or is none
+
+
+@pytest.fixture
+def impatient(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client as every command has it, but that gives up sooner."""
+    monkeypatch.setattr(hub_client, "ANSWER", 0.2)
+    hub_client.bound_waiting()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("answer", [STALL, PORTAL, OTHER])
+@pytest.mark.parametrize("endpoint", ["create", "resolve", "preupload", "lfs_batch", "lfs_put", "commit"])
+def test_what_answers_as_no_hub_does_ends_in_one_line(
+    hub: LoopbackHub, output: OutputFolder, result: Namespace, waits: list[float], endpoint: str, answer: int
+) -> None:
+    """What the client makes of such an answer is its own: any exception, or none."""
+    hub.fail = {endpoint: answer}
+    began = time.monotonic()
+    if endpoint == "create":
+        with pytest.raises(RunError, match="--push_to_hub: cannot write to sks-dog on http"):
+            create_repository(result)
+    else:
+        with pytest.raises(RunError, match="the upload to alice/sks-dog failed .* push it with: hf upload alice/sks-dog"):
+            upload(result, output, create_repository(result))
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("endpoint", ["create", "auth_check", "preupload", "commit"])
+def test_the_hub_does_not_say_how_long_we_wait(
+    hub: LoopbackHub, output: OutputFolder, result: Namespace, waits: list[float], endpoint: str
+) -> None:
+    hub.fail, hub.retry_after = {endpoint: 429}, "9999"
+    with pytest.raises(RunError, match="429"):
+        upload(result, output, create_repository(result))
+    assert 60 <= max(waits) <= 61
