@@ -3,7 +3,7 @@
 
 Every flag of diffusers' official train_dreambooth.py, and those for the penalty. The paper's configuration:
 
-    accelerate launch train_dreambooth_lipreg.py \
+    python train_dreambooth_lipreg.py \
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
       --instance_data_dir photos --instance_prompt "a photo of sks dog" --output_dir sks-dog \
       --train_batch_size 1 --learning_rate 2e-6 --lr_warmup_steps 0 --max_train_steps 1000 --push_to_hub

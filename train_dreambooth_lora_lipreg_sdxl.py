@@ -3,7 +3,7 @@
 
 Every flag of diffusers' official train_dreambooth_lora_sdxl.py, and those for the penalty. The paper's configuration:
 
-    accelerate launch train_dreambooth_lora_lipreg_sdxl.py \
+    python train_dreambooth_lora_lipreg_sdxl.py \
       --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
       --instance_data_dir photos --instance_prompt "a photo of sks dog" --output_dir sks-dog-lora \
       --train_batch_size 1 --gradient_accumulation_steps 4 --learning_rate 5e-4 --lr_warmup_steps 0 \
