@@ -53,7 +53,11 @@ class GracefulExit:
             yield
             return
         # nohup has a run ignore that its terminal is closed. torchrun does not, and kills what goes on after that.
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT or ELASTIC]
+        heard = [
+            number
+            for number in SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT or ELASTIC
+        ]
         before = {number: signal.signal(number, self._on_signal) for number in heard}
         streams = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = map(_Deaf, streams)  # type: ignore[assignment]
@@ -169,7 +173,9 @@ def warn_of_launcher() -> None:
     if ELASTIC or find_launcher() is None:
         return
     script = Path(sys.argv[0]).name
-    _say(f"Under this launcher an interrupted run writes its checkpoint after the launcher has ended; `python {script}` waits.")
+    _say(
+        f"Under this launcher an interrupted run writes its checkpoint after the launcher has ended; `python {script}` waits."
+    )
     if secrets():
         _say("The launcher may print its command line, and the token in it: `hf auth login` or set HF_TOKEN instead.")
 
