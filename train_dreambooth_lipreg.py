@@ -3,7 +3,7 @@
 
 Every flag of diffusers' official train_dreambooth.py, and those for the penalty. The paper's configuration:
 
-    accelerate launch train_dreambooth_lipreg.py \
+    python train_dreambooth_lipreg.py \
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
       --instance_data_dir photos --instance_prompt "a photo of sks dog" --output_dir sks-dog \
       --train_batch_size 1 --learning_rate 2e-6 --lr_warmup_steps 0 --max_train_steps 1000 --push_to_hub
@@ -44,7 +44,7 @@ from diffusers_lipreg.dreambooth import (
     text,
     validation,
 )
-from diffusers_lipreg.dreambooth.interruption import Interruption
+from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
 from diffusers_lipreg.dreambooth.models import (
     TEACHER_FLAGS,
     load_part,
@@ -54,7 +54,7 @@ from diffusers_lipreg.dreambooth.models import (
     text_encoder_class,
 )
 from diffusers_lipreg.drift import REDUCTIONS
-from diffusers_lipreg.errors import OneLineParser, RunError, run_cli
+from diffusers_lipreg.errors import OneLineParser, RunError
 from diffusers_lipreg.monitor import watch
 from diffusers_lipreg.penalties import add_gradients, card_facts, check_rounding, take_teachers
 from diffusers_lipreg.probe import PROMPTS
@@ -305,7 +305,8 @@ def held_out_loss(
     return denoising_loss(args, models, batch, lambda size: text_states(halves * size)[:size], prior_weight=None)
 
 
-def main(args: argparse.Namespace) -> None:
+@guarded
+def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     accelerator = setup.start_accelerator(args)
     instance_images = data.find_instance_images(args.instance_data_dir)
     preflight.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=False)
@@ -369,12 +370,12 @@ def main(args: argparse.Namespace) -> None:
         output.claim()
     accelerator.init_trackers("dreambooth", config=setup.tracker_config(args))
     images: list[Image.Image] = []
-    interruption = Interruption(accelerator)
     check_finite = partial(setup.check_finite, args, accelerator, lr_scheduler)
     progress = tqdm(
         desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
     )
-    for _ in interruption.during(epochs):
+    graceful_exit.defer("finishing this update and writing a checkpoint")
+    for _ in epochs:
         for model in models.trained.values():
             model.train()
         for batch in loader:
@@ -393,9 +394,10 @@ def main(args: argparse.Namespace) -> None:
                 step += 1
                 progress.update(1)
                 monitor.on_step_end(step)
-                if interruption.agreed() or step % args.checkpointing_steps == 0:
+                stopping = graceful_exit.requested(accelerator)
+                if stopping or step % args.checkpointing_steps == 0:
                     checkpoints.save(accelerator, loader, args.output_dir, step, args.checkpoints_total_limit)
-                if args.validation_prompt is not None and step % args.validation_steps == 0:
+                if args.validation_prompt is not None and step % args.validation_steps == 0 and not stopping:
                     trained = checkpoints.whole(accelerator, bare)
                     if accelerator.is_main_process:
                         images = validate(args, accelerator, models, trained, validation_prompt, step)
@@ -405,11 +407,14 @@ def main(args: argparse.Namespace) -> None:
             monitor.on_log(logs)
             progress.set_postfix(**logs)
             accelerator.log(logs, step=step)
-            if interruption.stopping:
-                interruption.leave()
+            if accelerator.sync_gradients and stopping:
+                progress.close()
+                graceful_exit.exit(accelerator, f"checkpoint-{step}")
             if step >= args.max_train_steps:
                 break
 
+    progress.close()
+    graceful_exit.defer("finishing the result")
     accelerator.wait_for_everyone()
     monitor.on_train_end()
     for name, penalty in penalties.items():
@@ -432,12 +437,15 @@ def main(args: argparse.Namespace) -> None:
                 output,
                 repo_id,
                 images,
+                graceful_exit.at_once,
                 license="creativeml-openrail-m",
                 tags=[*tags, *(["lipschitz-drift"] if penalties else [])],
                 penalty=facts,
                 adapters=args.rank is not None,
             )
+        elif accelerator.is_main_process:
+            graceful_exit.at_once(f"The result is whole in {args.output_dir}.")
 
 
 if __name__ == "__main__":
-    run_cli(main, parse_args())
+    run_script(main, parse_args)

@@ -3,7 +3,7 @@
 
 Every flag of diffusers' official train_dreambooth_lora_sdxl.py, and those for the penalty. The paper's configuration:
 
-    accelerate launch train_dreambooth_lora_lipreg_sdxl.py \
+    python train_dreambooth_lora_lipreg_sdxl.py \
       --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
       --instance_data_dir photos --instance_prompt "a photo of sks dog" --output_dir sks-dog-lora \
       --train_batch_size 1 --gradient_accumulation_steps 4 --learning_rate 5e-4 --lr_warmup_steps 0 \
@@ -50,9 +50,9 @@ from diffusers_lipreg.dreambooth import (
     text,
     validation,
 )
-from diffusers_lipreg.dreambooth.interruption import Interruption
+from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
 from diffusers_lipreg.dreambooth.models import load_part, load_tokenizer, loading, text_encoder_class
-from diffusers_lipreg.errors import OneLineParser, RunError, run_cli
+from diffusers_lipreg.errors import OneLineParser, RunError
 from diffusers_lipreg.monitor import watch
 from diffusers_lipreg.penalties import add_gradients, card_facts, take_teachers
 from diffusers_lipreg.probe import PROMPTS
@@ -279,7 +279,8 @@ def save_weights(models: Mapping[str, nn.Module], folder: str) -> None:
     lora.save_adapters(StableDiffusionXLPipeline, folder, lora.adapter_weights(models))
 
 
-def main(args: argparse.Namespace) -> None:
+@guarded
+def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     accelerator = setup.start_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
     preflight.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=True)
     probe_prompts = preflight.probe_prompts(args, PROMPTS)
@@ -346,12 +347,12 @@ def main(args: argparse.Namespace) -> None:
         "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=setup.tracker_config(args)
     )
     images: list[Image.Image] = []
-    interruption = Interruption(accelerator)
     check_finite = partial(setup.check_finite, args, accelerator, lr_scheduler)
     progress = tqdm(
         desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
     )
-    for epoch in interruption.during(epochs):
+    graceful_exit.defer("finishing this update and writing a checkpoint")
+    for epoch in epochs:
         for model in models.trained.values():
             model.train()
         for batch in loader:
@@ -370,7 +371,8 @@ def main(args: argparse.Namespace) -> None:
                 step += 1
                 progress.update(1)
                 monitor.on_step_end(step)
-                if interruption.agreed() or step % args.checkpointing_steps == 0:
+                stopping = graceful_exit.requested(accelerator)
+                if stopping or step % args.checkpointing_steps == 0:
                     checkpoints.save(accelerator, loader, args.output_dir, step, args.checkpoints_total_limit)
             logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
             for penalty in penalties.values():
@@ -378,8 +380,9 @@ def main(args: argparse.Namespace) -> None:
             monitor.on_log(logs)
             progress.set_postfix(**logs)
             accelerator.log(logs, step=step)
-            if interruption.stopping:
-                interruption.leave()
+            if accelerator.sync_gradients and stopping:
+                progress.close()
+                graceful_exit.exit(accelerator, f"checkpoint-{step}")
             if step >= args.max_train_steps:
                 break
         if accelerator.is_main_process and args.validation_prompt is not None and epoch % args.validation_epochs == 0:
@@ -391,6 +394,8 @@ def main(args: argparse.Namespace) -> None:
             )
             validation.log_images(accelerator, images, args.validation_prompt, epoch)
 
+    progress.close()
+    graceful_exit.defer("finishing the result")
     accelerator.wait_for_everyone()
     monitor.on_train_end()
     for name, penalty in penalties.items():
@@ -402,7 +407,7 @@ def main(args: argparse.Namespace) -> None:
                 if args.output_kohya_format:
                     lora.save_kohya(folder, lora.adapter_weights(bare))
     with hub.result_is_safe(output, repo_id):
-        if accelerator.is_main_process and args.validation_prompt is not None:
+        if accelerator.is_main_process and args.validation_prompt is not None and not graceful_exit.signal:
             pipeline = load_pipeline(args, models, dtype)
             trained = {name: getattr(pipeline, name) for name in models.trained_names}
             lora.add_adapters(args, trained, alpha=args.rank)
@@ -419,12 +424,15 @@ def main(args: argparse.Namespace) -> None:
                 output,
                 repo_id,
                 images,
+                graceful_exit.at_once,
                 license="playground-v2dot5-community" if playground else "openrail++",
                 tags=[*tags, f"{family}-diffusers", *(["lipschitz-drift"] if penalties else [])],
                 penalty=card_facts(penalties.values()) | monitor.facts,
                 adapters=True,
             )
+        elif accelerator.is_main_process:
+            graceful_exit.at_once(f"The result is whole in {args.output_dir}.")
 
 
 if __name__ == "__main__":
-    run_cli(main, parse_args())
+    run_script(main, parse_args)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+# A flag for a token, misspelled or not; and what looks like a token of the Hub.
+TOKEN_FLAG = re.compile(r"-{1,2}(hub(?![_-]?m)|[\w-]*token(?!iz))", re.I)
+HUB_TOKEN = re.compile(r"(?<![\w/.-])hf_\w+(?![\w/.-])")
 
 
 class RunError(Exception):
@@ -16,6 +21,14 @@ class RunError(Exception):
 
 class OneLineParser(argparse.ArgumentParser):
     """Answer a mistake with one line; the usage of 66 flags would bury it."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Refuse unknown flags by name; what follows one may be a secret."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
+            self.error(f"unrecognized arguments: {' '.join(flags or rest)}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {printable(message)} (--help lists all flags)\n")
@@ -39,15 +52,31 @@ def run_cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace
         sys.exit(f"{name or Path(sys.argv[0]).name}: error: {printable(str(error))}")
 
 
+def secrets() -> set[str]:
+    """Return what the command line may hold of tokens: what follows a flag for one, and what looks like one."""
+    flags = [TOKEN_FLAG.match(word) for word in sys.argv]
+    beside = [word.partition("=")[2] for word, flag in zip(sys.argv, flags, strict=True) if flag]
+    behind = [word for word, flag in zip(sys.argv[1:], flags, strict=False) if flag and not word.startswith("-")]
+    return {word for word in [*beside, *behind, *HUB_TOKEN.findall(" ".join(sys.argv))] if word}
+
+
+def masked(text: str) -> str:
+    """Return the text with "***" for each token that it quotes: of the command line, the environment, or by its look."""
+    tokens = {*secrets(), os.environ.get("HF_TOKEN", ""), os.environ.get("HUGGING_FACE_HUB_TOKEN", "")}
+    for token in sorted((token for token in tokens if len(token) > 3), key=len, reverse=True):
+        text = text.replace(token, "***")
+    return HUB_TOKEN.sub("***", text)
+
+
 def one_line(error: BaseException) -> str:
     """Return an error's message without line breaks and links to general advice, 300 characters at most."""
-    text = re.sub(r"For more information check: \S+", "", " ".join(str(error).split()))
+    text = re.sub(r"For more information check: \S+", "", masked(" ".join(str(error).split())))
     return text.strip()[:300] or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Return the text with line breaks and other control characters, as a path may hold them, written out."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    """Return the text with control characters, as a path may hold them, written out, and without tokens."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in masked(text))
 
 
 def read_lines(path: str | Path, flag: str) -> tuple[str, ...]:

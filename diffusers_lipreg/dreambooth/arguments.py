@@ -6,8 +6,8 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 
@@ -92,7 +92,7 @@ def _add_hub_logs_and_validation(parser: argparse.ArgumentParser) -> None:
     flag("--num_validation_images", type=int, default=4, help="How many.")
     flag = parser.add_argument_group("hub and logs").add_argument
     flag("--push_to_hub", action="store_true", help="Upload the result.")
-    flag("--hub_token", help="Token for the upload; default: the one of `hf auth login`.")
+    flag("--hub_token", help="Token for the upload; default, and safer: HF_TOKEN or `hf auth login`.")
     flag("--hub_model_id", help="Repository to push to; default: the name of --output_dir.")
     flag("--logging_dir", default="logs", help="Folder of the logs, inside --output_dir.")
     flag("--report_to", default="tensorboard", help='Tracker: tensorboard, wandb, comet_ml, ... or "all".')
@@ -269,9 +269,10 @@ def check_shared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     trackers = [tracker.value for tracker in LoggerType]
     if args.report_to not in trackers:
         parser.error(f"--report_to must be one of {', '.join(trackers)}, got {args.report_to}")
-    wandb = args.report_to == "wandb" or (args.report_to == "all" and find_spec("wandb") is not None)
-    if wandb and args.hub_token is not None:
-        parser.error("--hub_token with wandb, which stores the command line: use `hf auth login` instead, tokens do not belong in runs")
+    wanted = [tracker.value for tracker in get_available_trackers()] if args.report_to == "all" else [args.report_to]
+    others = sorted(set(wanted) - {"tensorboard"})
+    if others and args.hub_token is not None:  # wandb, comet_ml, clearml and swanlab store the command line
+        parser.error(f"--hub_token with {others[0]}, which may store the command line: set HF_TOKEN or use `hf auth login` instead")
 
 
 def check_sd(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, get_worker_info
 
 from ..errors import RunError, one_line
+from .interruption import ignore_signals
 
 logger = get_logger(__name__)
 # What Pillow's decoders raise on damaged files; AVIF's raises RuntimeError.
@@ -435,5 +436,6 @@ def make_loader(
         sampler=resumable.sampler,
         collate_fn=partial(collate_fn, layouts=layouts),
         num_workers=workers,
+        worker_init_fn=ignore_signals,
         persistent_workers=workers > 0,  # an epoch is five photos: starting new ones takes longer
     )

@@ -202,10 +202,19 @@ def _description(args: Namespace, base_name: str, adapters: bool) -> str:
 
 
 def publish(
-    args: Namespace, output: OutputFolder, repo_id: str, images: Sequence[Image.Image], **card: Any
+    args: Namespace,
+    output: OutputFolder,
+    repo_id: str,
+    images: Sequence[Image.Image],
+    before_upload: Callable[[str], None],
+    **card: Any,
 ) -> None:
-    """Write the model card, of the arguments that `model_card` takes, with its images, and upload the result."""
+    """Write the model card, of the arguments that `model_card` takes, with its images, and upload the result.
+
+    `before_upload` is told how to upload it by hand.
+    """
     for number, image in enumerate(images):
         output.write_result(f"image_{number}.png", image.save)
     output.write_result("README.md", model_card(args, repo_id, images, **card).save)
+    before_upload(f"The result is whole in {output.path}; push it with: {push_command(repo_id, output)}")
     upload(args, output, repo_id)

@@ -250,6 +250,12 @@ MISTAKES = [
     (["--lr_scheduler", "piecewise_constant"], "--lr_scheduler"),  # needs rules that no flag gives
     (["--report_to", "none"], "--report_to must be one of"),
     (["--report_to", "wandb", "--hub_token", "hf_secret"], "--hub_token"),
+    (["--report_to", "comet_ml", "--hub_token", "hf_secret"], "--hub_token"),
+    (["--hub-token", "hf_secret"], "unrecognized arguments: --hub-token"),
+    (["--hf_token=hf_secret"], "unrecognized arguments: --hf_token"),
+    (["--hub_=hf_secret"], "ambiguous option: --hub_"),
+    (["--seed", "hf_secret"], "--seed"),
+    (["--instance_prompt", "a", "photo"], "unrecognized arguments: photo"),
     (["--mixed_precision", "fp8"], "--mixed_precision"),
     (["--validation_scheduler", "DDIMScheduler"], "--validation_scheduler"),
 ]
