@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import release_memory
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -45,16 +45,9 @@ from diffusers_lipreg.dreambooth import (
     validation,
 )
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
-from diffusers_lipreg.dreambooth.models import (
-    TEACHER_FLAGS,
-    load_part,
-    load_tokenizer,
-    loading,
-    mapped_weights,
-    text_encoder_class,
-)
+from diffusers_lipreg.dreambooth.models import TEACHER_FLAGS, Base, limit_length, loading, text_encoder_class
 from diffusers_lipreg.drift import REDUCTIONS
-from diffusers_lipreg.errors import OneLineParser, RunError
+from diffusers_lipreg.errors import OneLineParser
 from diffusers_lipreg.monitor import watch
 from diffusers_lipreg.penalties import add_gradients, card_facts, check_rounding, take_teachers
 from diffusers_lipreg.probe import PROMPTS
@@ -90,20 +83,17 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 class Models:
     """The pipeline's parts that training needs; what is trained is so whole, or with `--rank` by adapters."""
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator) -> None:
-        model, revision = args.pretrained_model_name_or_path, args.revision
-        load = partial(load_part, model=model, revision=revision, variant=args.variant)
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, base: Base) -> None:
+        self.text_encoder = base.load("text_encoder", text_encoder_class(base.folders["text_encoder"]))
         if args.tokenizer_name:
-            self.tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=revision)
+            source = {"revision": args.revision, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, **source)
+            self.tokenizer = limit_length(tokenizer, self.text_encoder.config)
         else:
-            self.tokenizer = load_tokenizer(model, revision)
-        self.noise_scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", revision=revision)
-        self.text_encoder = load(text_encoder_class(model, revision), subfolder="text_encoder")
-        limit = getattr(self.text_encoder.config, "max_position_embeddings", math.inf)
-        if (args.tokenizer_max_length or 0) > limit:
-            raise RunError(f"--tokenizer_max_length {args.tokenizer_max_length}: the text encoder takes {limit}.")
-        self.vae = load(AutoencoderKL, subfolder="vae") if has_vae(args) else None
-        self.unet = load(UNet2DConditionModel, subfolder="unet")
+            self.tokenizer = base.load("tokenizer")
+        self.noise_scheduler = base.load("scheduler", DDPMScheduler)
+        self.vae = base.load("vae") if "vae" in base.classes else None
+        self.unet = base.load("unet")
         self.unet_channels = self.unet.config.in_channels
         self.dtype = setup.weight_dtype(accelerator)
         self.trained_names = ["unet", "text_encoder"] if args.train_text_encoder else ["unet"]
@@ -139,12 +129,6 @@ class Models:
         for name in set(names) - set(self.trained_names):
             if getattr(self, name) is not None:
                 getattr(self, name).to(accelerator.device, dtype=self.dtype)
-
-
-def has_vae(args: argparse.Namespace) -> bool:
-    """Whether the pipeline's index, fetched at the start, names a VAE; those that diffuse pixels do not."""
-    index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
-    return index.get("vae", [None, None])[0] is not None
 
 
 def encode_prompts(
@@ -193,19 +177,17 @@ def probe_denoiser(
 def validate(
     args: argparse.Namespace,
     accelerator: Accelerator,
+    base: Base,
     models: Models,
     trained: Mapping[str, nn.Module],
     prompt: dict[str, Any],
     step: int,
 ) -> list[Image.Image]:
     """Samples from the weights as they are, those of the bare `trained`, and hands the images to the trackers."""
-    pipeline = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
+    pipeline = base.pipeline(
+        models.dtype,
         **{"text_encoder": models.text_encoder, **trained},
         tokenizer=models.tokenizer,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=models.dtype,
         **({} if models.vae is None or moments.dropped(models.vae) else {"vae": models.vae}),
     )
     validation.set_scheduler(pipeline, args.validation_scheduler)
@@ -214,11 +196,10 @@ def validate(
     return images
 
 
-def teacher_options(args: argparse.Namespace, models: dict[str, nn.Module], name: str) -> dict[str, Any]:
+def teacher_options(args: argparse.Namespace, base: Base, models: dict[str, nn.Module], name: str) -> dict[str, Any]:
     """Where the pretrained weights of one of the bare models are kept, and in what type."""
     if args.lipreg_teacher_device == "disk":
-        source = {"subfolder": name, "revision": args.revision, "variant": args.variant}
-        return {"stored": mapped_weights(models[name], args.pretrained_model_name_or_path, **source)}
+        return {"stored": base.stored(name, models[name])}
     dtype = setup.DTYPES[args.lipreg_teacher_dtype]
     if dtype is not None:
         check_rounding(models[name], dtype, args.learning_rate)
@@ -234,13 +215,15 @@ def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], fold
         lora.save_adapters(StableDiffusionPipeline, folder, lora.adapter_weights(models, scale))
 
 
-def save_rest(args: argparse.Namespace, models: Mapping[str, nn.Module], folder: Path) -> dict[str, str]:
-    """Write what makes a pipeline of the trained models in the folder; return what is notable about it."""
+def save_rest(args: argparse.Namespace, base: Base, models: Mapping[str, nn.Module], folder: Path) -> dict[str, str]:
+    """Write what makes a pipeline of the trained models in the folder; return what is notable about it.
+
+    All of it is in float32, as the trained models are: with parts of another type it would not run as it is loaded.
+    """
     if args.rank is not None:
         return {}
-    source = {"revision": args.revision, "variant": args.variant}
     parts = dict(models, text_encoder=None) if args.skip_save_text_encoder else models
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **source, **parts)
+    pipeline = base.pipeline(torch.float32, **parts)
     validation.set_scheduler(pipeline)
     for name, part in pipeline.components.items():
         if part is not None and name not in models:
@@ -250,10 +233,7 @@ def save_rest(args: argparse.Namespace, models: Mapping[str, nn.Module], folder:
         shutil.rmtree(folder / "text_encoder", ignore_errors=True)
     if args.extract_lora_rank is None:
         return {}
-    pretrained = {
-        name: type(model).from_pretrained(args.pretrained_model_name_or_path, subfolder=name, **source)
-        for name, model in models.items()
-    }
+    pretrained = {name: base.load(name, type(model)) for name, model in models.items()}
     weights, kept = lora.extract_adapters(models, pretrained, args.extract_lora_rank)
     lora.save_adapters(StableDiffusionPipeline, folder, weights)
     logger.info(f"The adapters of rank {args.extract_lora_rank} keep {kept:.1%} of the squared drift.")
@@ -309,16 +289,15 @@ def held_out_loss(
 def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     accelerator = setup.start_accelerator(args)
     instance_images = data.find_instance_images(args.instance_data_dir)
-    preflight.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=False)
+    base = preflight.open_base(args, accelerator, sdxl=False)
     probe_prompts = preflight.probe_prompts(args, PROMPTS)
-    output, checkpoint, repo_id = preflight.open_output(args, accelerator)
+    output, checkpoint, repo_id = preflight.open_output(args, accelerator, base)
     with loading(args):
-        class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
+        class_images = prior.ensure_class_images(args, accelerator, base) if args.with_prior_preservation else []
         transform = data.PhotoTransform(args.resolution, args.center_crop)
         images_seen = [*instance_images, *class_images]
-        cached = moments.cacheable(args, len(images_seen), images_seen, transform, has_vae(args))
-        models = Models(args, accelerator)
-    preflight.check_models(args, models.noise_scheduler, models.vae)
+        cached = moments.cacheable(args, len(images_seen), images_seen, transform, "vae" in base.classes)
+        models = Models(args, accelerator, base)
     bare = models.trained
     models.place_frozen(accelerator, ["vae"] if args.pre_compute_text_embeddings else ["vae", "text_encoder"])
     denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
@@ -350,7 +329,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
             models.trained,
             {"unet": args.lipreg_weight, "text_encoder": args.lipreg_text_encoder_weight},
             args.lipreg_reduction,
-            partial(teacher_options, args, bare),
+            partial(teacher_options, args, base, bare),
         )
     monitor = watch(
         args,
@@ -400,7 +379,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
                 if args.validation_prompt is not None and step % args.validation_steps == 0 and not stopping:
                     trained = checkpoints.whole(accelerator, bare)
                     if accelerator.is_main_process:
-                        images = validate(args, accelerator, models, trained, validation_prompt, step)
+                        images = validate(args, accelerator, base, models, trained, validation_prompt, step)
             logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
             for penalty in penalties.values():
                 penalty.on_log(logs=logs)
@@ -425,7 +404,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     if accelerator.is_main_process:
         with checkpoints.writing(args.output_dir, args.output_dir):
             with output.result(partial(save_weights, args, trained)) as folder:
-                facts |= save_rest(args, trained, folder)
+                facts |= save_rest(args, base, trained, folder)
     with hub.result_is_safe(output, repo_id):
         accelerator.end_training()
         if repo_id is not None:
@@ -442,6 +421,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
                 tags=[*tags, *(["lipschitz-drift"] if penalties else [])],
                 penalty=facts,
                 adapters=args.rank is not None,
+                commit=base.commit,
             )
         elif accelerator.is_main_process:
             graceful_exit.at_once(f"The result is whole in {args.output_dir}.")

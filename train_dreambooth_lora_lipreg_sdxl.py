@@ -29,7 +29,6 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
 from torch import nn
@@ -51,7 +50,7 @@ from diffusers_lipreg.dreambooth import (
     validation,
 )
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
-from diffusers_lipreg.dreambooth.models import load_part, load_tokenizer, loading, text_encoder_class
+from diffusers_lipreg.dreambooth.models import Base, loading, text_encoder_class
 from diffusers_lipreg.errors import OneLineParser, RunError
 from diffusers_lipreg.monitor import watch
 from diffusers_lipreg.penalties import add_gradients, card_facts, take_teachers
@@ -80,23 +79,16 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 class Models:
     """SDXL's parts, frozen, with adapters on those that are trained."""
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator) -> None:
-        model, revision = args.pretrained_model_name_or_path, args.revision
-        load = partial(load_part, revision=revision, variant=args.variant)
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, base: Base) -> None:
         dtype = setup.weight_dtype(accelerator)
-        self.tokens = text.read_once(
-            [load_tokenizer(model, revision, name) for name in ("tokenizer", "tokenizer_2")]
-        )
-        self.noise_scheduler = noise_scheduler_class(args).from_pretrained(
-            model, subfolder="scheduler", revision=revision
-        )
+        self.tokens = text.read_once([base.load(name) for name in ("tokenizer", "tokenizer_2")])
+        self.noise_scheduler = base.load("scheduler", noise_scheduler_class(args, base))
         self.edm = not isinstance(self.noise_scheduler, DDPMScheduler)
         for name in ("text_encoder", "text_encoder_2"):
-            encoder_class = text_encoder_class(model, revision, name)
-            encoder = load(encoder_class, model, subfolder=name)
+            encoder = base.load(name, text_encoder_class(base.folders[name]))
             setattr(self, name, encoder.requires_grad_(False).to(accelerator.device, dtype=dtype))
-        self.vae = load_vae(args).to(accelerator.device)
-        self.unet = load(UNet2DConditionModel, model, subfolder="unet")
+        self.vae = load_vae(base).to(accelerator.device)
+        self.unet = base.load("unet")
         self.unet.requires_grad_(False).to(accelerator.device, dtype=dtype)
         if args.enable_xformers_memory_efficient_attention:
             self.unet.enable_xformers_memory_efficient_attention()
@@ -118,20 +110,14 @@ class Models:
         return {name: getattr(self, name) for name in self.trained_names}
 
 
-def load_vae(args: argparse.Namespace) -> AutoencoderKL:
+def load_vae(base: Base) -> AutoencoderKL:
     """Always in float32, for the VAE of SDXL overflows in float16."""
-    if args.pretrained_vae_model_name_or_path is not None:
-        vae = load_part(AutoencoderKL, args.pretrained_vae_model_name_or_path)
-    else:
-        source = {"model": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant}
-        vae = load_part(AutoencoderKL, subfolder="vae", **source)
-    return vae.requires_grad_(False).to(dtype=torch.float32)
+    return base.load("vae").requires_grad_(False).to(dtype=torch.float32)
 
 
-def noise_scheduler_class(args: argparse.Namespace) -> type:
+def noise_scheduler_class(args: argparse.Namespace, base: Base) -> type:
     """EDM's where the model was trained with it, Euler's for training in EDM's terms, else DDPM's."""
-    config = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
-    if "EDM" in config["scheduler"][1]:
+    if "EDM" in base.classes["scheduler"].__name__:
         if args.snr_gamma is not None:
             raise RunError("--snr_gamma has no meaning for a model trained with an EDM scheduler: leave it out.")
         return EDMEulerScheduler
@@ -260,16 +246,9 @@ def held_out_loss(
     return denoising_loss(args, models, batch, instance_states, dtype, prior_weight=None)
 
 
-def load_pipeline(args: argparse.Namespace, models: Models, dtype: torch.dtype, **parts: Any) -> DiffusionPipeline:
+def load_pipeline(base: Base, models: Models, dtype: torch.dtype, **parts: Any) -> DiffusionPipeline:
     """The base pipeline with parts exchanged, ready to sample."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        vae=load_vae(args) if moments.dropped(models.vae) else models.vae,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=dtype,
-        **parts,
-    )
+    pipeline = base.pipeline(dtype, vae=load_vae(base) if moments.dropped(models.vae) else models.vae, **parts)
     if not models.edm:
         validation.set_scheduler(pipeline, "DPMSolverMultistepScheduler")
     return pipeline
@@ -282,19 +261,18 @@ def save_weights(models: Mapping[str, nn.Module], folder: str) -> None:
 @guarded
 def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     accelerator = setup.start_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
-    preflight.check_pipeline(args.pretrained_model_name_or_path, args.revision, sdxl=True)
+    base = preflight.open_base(args, accelerator, sdxl=True)
     probe_prompts = preflight.probe_prompts(args, PROMPTS)
     photos = data.photos_with_prompts(args)
-    output, checkpoint, repo_id = preflight.open_output(args, accelerator)
+    output, checkpoint, repo_id = preflight.open_output(args, accelerator, base)
     with loading(args):
-        class_images = prior.ensure_class_images(args, accelerator) if args.with_prior_preservation else []
+        class_images = prior.ensure_class_images(args, accelerator, base) if args.with_prior_preservation else []
         transform = data.PhotoTransform(
             args.resolution, args.center_crop, args.image_interpolation_mode, args.random_flip
         )
         images_to_encode = len(photos) * args.repeats + len(class_images)  # photos are cropped once in any case
         cached = moments.cacheable(args, images_to_encode, class_images, transform, has_vae=True)
-        models = Models(args, accelerator)
-    preflight.check_models(args, models.noise_scheduler, models.vae)
+        models = Models(args, accelerator, base)
     bare = models.trained
     dtype = setup.weight_dtype(accelerator)
     denoiser = probe_denoiser(args, models, probe_prompts, dtype)
@@ -388,7 +366,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         if accelerator.is_main_process and args.validation_prompt is not None and epoch % args.validation_epochs == 0:
             parts = {name: getattr(models, name) for name in lora.TARGETS}
             live = {name: checkpoints.unwrap(accelerator, part) for name, part in parts.items() if part is not None}
-            pipeline = load_pipeline(args, models, dtype, **live)
+            pipeline = load_pipeline(base, models, dtype, **live)
             images = validation.sample_images(
                 args, accelerator, pipeline, {"prompt": args.validation_prompt}, steps=50
             )
@@ -408,7 +386,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
                     lora.save_kohya(folder, lora.adapter_weights(bare))
     with hub.result_is_safe(output, repo_id):
         if accelerator.is_main_process and args.validation_prompt is not None and not graceful_exit.signal:
-            pipeline = load_pipeline(args, models, dtype)
+            pipeline = load_pipeline(base, models, dtype)
             trained = {name: getattr(pipeline, name) for name in models.trained_names}
             lora.add_adapters(args, trained, alpha=args.rank)
             lora.load_adapters(args.output_dir, trained)
@@ -429,6 +407,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
                 tags=[*tags, f"{family}-diffusers", *(["lipschitz-drift"] if penalties else [])],
                 penalty=card_facts(penalties.values()) | monitor.facts,
                 adapters=True,
+                commit=base.commit,
             )
         elif accelerator.is_main_process:
             graceful_exit.at_once(f"The result is whole in {args.output_dir}.")

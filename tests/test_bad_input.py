@@ -169,6 +169,32 @@ class Things:
         torch.save(load_file(file), file.with_suffix(".bin"))
         file.unlink()
 
+    def edits_images(self, path: Path) -> None:
+        config = self.pipeline(path) / "unet" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 8}))
+
+    def half_a_download(self, path: Path) -> None:
+        index = self.pipeline(path) / "model_index.json"
+        checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"safety_checker": checker}))
+        write(path / "safety_checker" / "config.json", b"{}")
+
+    def pickled_checker(self, path: Path) -> None:
+        self.half_a_download(path)
+        torch.save({}, path / "safety_checker" / "pytorch_model.bin")
+
+    def only_a_variant(self, path: Path) -> None:
+        file = self.pipeline(path) / UNET
+        file.rename(file.with_suffix(".fp16.safetensors"))
+
+    def single_file(self, path: Path) -> None:
+        write(path, b"")
+
+    def code_of_its_own(self, path: Path) -> None:
+        index = self.pipeline(path) / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": ["evil", "Evil"]}))
+        write(path / "unet" / "evil.py", b"raise SystemExit('it ran')")
+
     def predicts_samples(self, path: Path) -> None:
         config = self.pipeline(path) / "scheduler" / "scheduler_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
@@ -293,7 +319,7 @@ MISTAKES = [
     Mistake(2, "--seed 4294967296", "--seed must be from 0 to 4294967295, got 4294967296"),
     Mistake(1, "--lipreg_teacher_device attic", "--lipreg_teacher_device attic: ", "sd"),
     Mistake(1, f"--validation_images {{missing}} {VALIDATION}", "--validation_images {missing}: ", "sd"),
-    Mistake(1, "--resolution 4", "--resolution 4: the VAE makes one latent of 8 x 8 pixels", loads=True),
+    Mistake(1, "--resolution 4", "--resolution 4: the VAE makes one latent of 8 x 8 pixels"),
     Mistake(1, "--cache_latents", "is no square, and cropped at random whenever it is seen. Add --center_crop", "sd"),
     Mistake(1, f"--cache_latents {PRIOR} {{wide_class_images}} --num_class_images 1", "Add --center_crop", "sdxl"),
     # paths
@@ -331,8 +357,8 @@ MISTAKES = [
     # models
     Mistake(1, f"{MODEL} {{missing}}", f"{MODEL} {{missing}}: no such folder"),
     Mistake(1, f"{MODEL} {{no_index}}", "the folder holds no model_index.json"),
-    Mistake(1, f"{MODEL} {{damaged_index}}", "model_index.json' is not a valid JSON file"),
-    Mistake(1, f"{MODEL} {{unknown_class}}", "its tokenizer is a NoTokenizer, which the installed transformers does not"),
+    Mistake(1, f"{MODEL} {{damaged_index}}", "model_index.json is not a valid JSON file"),
+    Mistake(1, f"{MODEL} {{unknown_class}}", "its tokenizer is a NoTokenizer of transformers, which the installed"),
     Mistake(1, f"{MODEL} {PARITY / 'pipeline_sdxl'}", "use train_dreambooth_lora_lipreg_sdxl.py", "sd"),
     Mistake(1, f"{MODEL} {PARITY / 'pipeline'}", "use train_dreambooth_lipreg.py", "sdxl"),
     *(
@@ -341,17 +367,24 @@ MISTAKES = [
     ),
     Mistake(1, f"{MODEL} {{pickled}}", "unet has no safetensors, but diffusion_pytorch_model.bin, a pickle"),
     Mistake(1, f"{MODEL} {{pickled_vae}}", "vae has no safetensors, but diffusion_pytorch_model.bin, a pickle"),
-    Mistake(1, f"{MODEL} {{damaged_config}}", "config.json' is not a valid JSON file", loads=True),
+    Mistake(1, f"{MODEL} {{damaged_config}}", "config.json is not a valid JSON file"),
     Mistake(1, f"{MODEL} {{other_shapes}}", "{other_shapes}: Cannot load because conv_in.weight expected", loads=True),
     Mistake(1, f"{MODEL} {{other_shapes_of_text}}", f"{MODEL} {{other_shapes_of_text}}: ", loads=True),
     Mistake(1, f"{MODEL} {{weight_missing}}", "unet lacks 1 weights, conv_in.weight first", loads=True),
-    Mistake(1, f"{MODEL} {{cut_weights}}", f"{MODEL} {{cut_weights}}: Unable to load weights", loads=True),
-    Mistake(1, f"{MODEL} {{cut_weights_of_text}}", f"{MODEL} {{cut_weights_of_text}}: ", loads=True),
-    Mistake(1, f"{MODEL} {{predicts_samples}}", "The scheduler predicts sample; supported: epsilon", loads=True),
-    Mistake(1, "--variant fp16", "--variant fp16", loads=True),
+    Mistake(1, f"{MODEL} {{cut_weights}}", "unet/diffusion_pytorch_model.safetensors is not there or not whole"),
+    Mistake(1, f"{MODEL} {{cut_weights_of_text}}", "text_encoder/model.safetensors is not there or not whole"),
+    Mistake(1, f"{MODEL} {{half_a_download}}", "safety_checker has no weights, model.safetensors", "sd"),
+    Mistake(1, f"{MODEL} {{pickled_checker}}", "safety_checker has no safetensors, but pytorch_model.bin, a pickle", "sd"),
+    Mistake(1, f"{MODEL} {{edits_images}}", "whose UNet has in_channels 8, not 4. Start from a text-to-image model"),
+    Mistake(1, f"{MODEL} {{only_a_variant}}", "only those of a variant: add --variant fp16"),
+    Mistake(1, f"{MODEL} {{single_file}}", "{single_file} is one file, not a folder. Make one of it: python -c"),
+    Mistake(1, f"{MODEL} {{code_of_its_own}}", "Code that comes with a model is not run"),
+    Mistake(1, "--mixed_precision fp16", "mixed precision fp16 is for GPUs, and this run is on a CPU: add --mixed_precision no"),
+    Mistake(1, f"{MODEL} {{predicts_samples}}", "The scheduler predicts sample; supported: epsilon"),
+    Mistake(1, "--variant fp16", "--variant fp16: no part has weight files of this variant"),
     Mistake(1, "--tokenizer_name {missing}", "--tokenizer_name {missing}", "sd", loads=True),
-    Mistake(1, "--tokenizer_max_length 500", "--tokenizer_max_length 500: the text encoder takes", "sd", loads=True),
-    Mistake(1, "--pretrained_vae_model_name_or_path {empty}", "_vae_model_name_or_path {empty}", "sdxl", loads=True),
+    Mistake(1, "--tokenizer_max_length 500", "--tokenizer_max_length 500: the text encoder takes", "sd"),
+    Mistake(1, "--pretrained_vae_model_name_or_path {empty}", "_vae_model_name_or_path {empty}: empty has no config.json", "sdxl"),
     Mistake(1, f"{BF16} --learning_rate 2e-6", "--lipreg_teacher_dtype bf16: ", "sd", loads=True),
     Mistake(1, f"{BF16} --learning_rate 2e-6", "more than 0.1 of an update's step at a learning rate of 2e-06", "sd", loads=True),
     # checkpoints

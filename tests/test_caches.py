@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from conftest import PARITY, assert_equal_weights, load
 from diffusers import AutoencoderKL
 from PIL import Image
+from transformers import CLIPTokenizer
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.dreambooth import moments, text
 from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, collate
-from diffusers_lipreg.dreambooth.models import load_tokenizer
 
 SCRIPTS = {"train": train_dreambooth_lipreg, "train_sdxl": train_dreambooth_lora_lipreg_sdxl}
 WEIGHTS = {"train": "unet/diffusion_pytorch_model.safetensors", "train_sdxl": "pytorch_lora_weights.safetensors"}
@@ -173,7 +173,7 @@ def test_a_run_that_accelerate_compiles_is_saved_and_resumed_under_the_same_name
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_prompt_is_tokenized_once():
     Accelerator(cpu=True)
-    tokenizer = load_tokenizer(str(PARITY / "pipeline_sdxl"), None)
+    tokenizer = CLIPTokenizer.from_pretrained(PARITY / "pipeline_sdxl" / "tokenizer")
     calls = []
 
     class Counting(type(tokenizer)):

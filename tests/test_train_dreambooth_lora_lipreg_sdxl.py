@@ -52,9 +52,8 @@ def test_the_logged_drift_is_that_of_the_merged_weights(train_sdxl, tmp_path, lo
     assert logs[3][1]["drift"] == pytest.approx(merged_drift(out / "checkpoint-3"), rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_adapters_and_their_optimizer_stay_in_float32(precision, train_sdxl, tmp_path):
-    out = train_sdxl(tmp_path, "--mixed_precision", precision, "--checkpointing_steps", "2", "--train_text_encoder")
+def test_adapters_and_their_optimizer_stay_in_float32(train_sdxl, tmp_path):
+    out = train_sdxl(tmp_path, "--mixed_precision", "bf16", "--checkpointing_steps", "2", "--train_text_encoder")
     assert {tensor.dtype for tensor in load_file(out / LORA).values()} == {torch.float32}
     moments = torch.load(out / "checkpoint-2" / "optimizer.bin", weights_only=True)["state"].values()
     assert {state["exp_avg"].dtype for state in moments} == {torch.float32}

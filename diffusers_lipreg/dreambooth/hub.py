@@ -145,8 +145,12 @@ def model_card(
     tags: Sequence[str],
     penalty: Mapping[str, str],
     adapters: bool,
+    commit: str | None = None,
 ) -> ModelCard:
-    """The model card of a whole pipeline, or of adapters to its base; `penalty` is a table of names and values."""
+    """The model card of a whole pipeline, or of adapters to its base; `penalty` is a table of names and values.
+
+    `commit` is the base's, of a base on the Hub.
+    """
     base = args.pretrained_model_name_or_path
     on_hub = not Path(base).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
     base_name = base if on_hub else Path(base).resolve().name
@@ -163,7 +167,7 @@ def model_card(
         widget=widget or None,
         tags=list(tags),
     )
-    sections = [f"# DreamBooth - {repo_id}", _description(args, base_name, adapters)]
+    sections = [f"# DreamBooth - {repo_id}", _description(args, base_name, adapters, commit)]
     if penalty:
         rows = "\n".join(f"| {name} | {value} |" for name, value in penalty.items())
         sections.append(
@@ -184,17 +188,21 @@ def model_card(
 
 
 def _code(args: Namespace, source: str, load: str = "") -> str:
+    """Return code that draws. It names a type, for without one diffusers loads a base in float16 partly in float32."""
+    variant = f", variant={args.variant!r}" if load and args.variant else ""
     return (
-        "```python\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{source}")\n{load}'
-        f"image = pipe({args.instance_prompt!r}).images[0]\n```"
+        "```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
+        'device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{source}"{variant}, dtype=dtype)\n{load}'
+        f"image = pipe.to(device)({args.instance_prompt!r}).images[0]\n```"
     )
 
 
-def _description(args: Namespace, base_name: str, adapters: bool) -> str:
-    what = f"This is {base_name} taught a subject"
+def _description(args: Namespace, base_name: str, adapters: bool, commit: str | None) -> str:
+    base = base_name if commit is None else f"{base_name} (commit {commit[:12]})"
+    what = f"This is {base} taught a subject"
     if adapters:
-        what = f"These are LoRA adapters that teach {base_name} a subject"
+        what = f"These are LoRA adapters that teach {base} a subject"
     trained = "was trained, too" if args.train_text_encoder else "was not trained"
     text = f"{what}, by DreamBooth training. The text encoder {trained}."
     vae = vars(args).get("pretrained_vae_model_name_or_path")

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.logging import get_logger
-from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .data import list_images
+from .models import Base
 
 logger = get_logger(__name__)
 
@@ -26,7 +26,7 @@ def prior_dtype(precision: str | None, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
-def ensure_class_images(args: Namespace, accelerator: Accelerator) -> list[Path]:
+def ensure_class_images(args: Namespace, accelerator: Accelerator, base: Base) -> list[Path]:
     """The class images to train on, at most `--num_class_images`; those missing from the folder are sampled first.
 
     Sampling draws from the default generators, so a run that samples and a later one that finds the images differ, as
@@ -36,24 +36,20 @@ def ensure_class_images(args: Namespace, accelerator: Accelerator) -> list[Path]
     images = list_images(folder) if folder.is_dir() else []
     accelerator.wait_for_everyone()  # all have counted before the first writes
     if len(images) < args.num_class_images:
-        sample_class_images(args, accelerator, folder, len(images))
+        sample_class_images(args, accelerator, folder, len(images), base)
         accelerator.wait_for_everyone()
         images = list_images(folder)
     return images[: args.num_class_images]
 
 
-def sample_class_images(args: Namespace, accelerator: Accelerator, folder: Path, present: int) -> None:
+def sample_class_images(
+    args: Namespace, accelerator: Accelerator, folder: Path, present: int, base: Base
+) -> None:
     """Samples class images number `present` and up, shared out among the processes."""
     missing = args.num_class_images - present
     logger.info(f"Sampling {missing} class images into {folder}.")
-    pipeline = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        dtype=prior_dtype(args.prior_generation_precision, accelerator.device),
-        safety_checker=None,
-        revision=args.revision,
-        variant=args.variant,
-        use_safetensors=True,
-    ).to(accelerator.device)
+    dtype = prior_dtype(args.prior_generation_precision, accelerator.device)
+    pipeline = base.pipeline(dtype, safety_checker=None).to(accelerator.device)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     # Not accelerator.prepare: that would sample the last images twice, to give each process as many.

@@ -17,7 +17,7 @@ from accelerate.utils import KwargsHandler, ProjectConfiguration, set_seed
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..errors import RunError
+from ..errors import RunError, one_line
 from . import checkpoints, preflight
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
@@ -26,16 +26,20 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
     """The accelerator of a run, with logs set up and random generators seeded."""
     preflight.check_surroundings(args)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        kwargs_handlers=list(handlers),
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
-        ),
-    )
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to,
+            kwargs_handlers=list(handlers),
+            project_config=ProjectConfiguration(
+                project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+            ),
+        )
+    except Exception as error:  # of its configuration, its environment variables, the device, the other processes
+        raise RunError(f"accelerate cannot start: {one_line(error)}") from error
     preflight.check_processes(args, accelerator)
+    preflight.check_precision(accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if torch.backends.mps.is_available():

@@ -1,4 +1,4 @@
-"""Prompts to text-encoder states, and the text encoder a pipeline comes with."""
+"""Prompts to text-encoder states."""
 
 from __future__ import annotations
 

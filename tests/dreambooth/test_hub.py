@@ -128,7 +128,7 @@ def code(card: ModelCard) -> str:
 )
 def test_the_code_in_the_card_is_code(prompt: str) -> None:
     text = code(card("--instance_prompt", prompt))
-    assert f'from_pretrained("{REPO}")' in text
+    assert f'from_pretrained("{REPO}", dtype=dtype)' in text
     assert prompt in compile(text, "card", "exec").co_consts
 
 

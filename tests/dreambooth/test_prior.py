@@ -13,6 +13,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_lipreg.dreambooth import prior
+from diffusers_lipreg.dreambooth.models import Base
+from diffusers_lipreg.dreambooth.preflight import open_base
 from train_dreambooth_lipreg import parse_args
 
 
@@ -65,12 +67,12 @@ def test_precision(precision: str | None, device: str, dtype: torch.dtype) -> No
 
 def test_enough_images_are_used_as_they_are(tmp_path: Path, accelerator: Accelerator, no_sampling: None) -> None:
     images = save_images(tmp_path, "c.png", "a.jpg", "b.png")
-    assert prior.ensure_class_images(arguments(tmp_path, 3), accelerator) == sorted(images)
+    assert prior.ensure_class_images(arguments(tmp_path, 3), accelerator, base=None) == sorted(images)
 
 
 def test_no_more_are_used_than_asked_for(tmp_path: Path, accelerator: Accelerator, no_sampling: None) -> None:
     images = save_images(tmp_path, "c.png", "a.jpg", "b.png")
-    assert prior.ensure_class_images(arguments(tmp_path, 2), accelerator) == sorted(images)[:2]
+    assert prior.ensure_class_images(arguments(tmp_path, 2), accelerator, base=None) == sorted(images)[:2]
 
 
 def test_what_is_no_image_does_not_count(
@@ -83,12 +85,12 @@ def test_what_is_no_image_does_not_count(
     Path(tmp_path, "broken.jpg").write_bytes(b"")
     asked = []
 
-    def sample(args: Namespace, accelerator: Accelerator, folder: Path, present: int) -> None:
+    def sample(args: Namespace, accelerator: Accelerator, folder: Path, present: int, base: Base) -> None:
         asked.append((folder, present))
         good.extend(save_images(folder, "1-sampled.jpg", "2-sampled.jpg"))
 
     monkeypatch.setattr(prior, "sample_class_images", sample)
-    assert prior.ensure_class_images(arguments(tmp_path, 3), accelerator) == sorted(good)
+    assert prior.ensure_class_images(arguments(tmp_path, 3), accelerator, base=None) == sorted(good)
     assert asked == [(tmp_path, 1)]
 
 
@@ -96,7 +98,9 @@ def test_missing_images_are_sampled_without_a_generator_of_their_own(tmp_path: P
     folder = tmp_path / "class" / "images"
     (present,) = save_images(folder, "there.png")
     torch.manual_seed(0)
-    images = prior.ensure_class_images(arguments(folder, 3, "--sample_batch_size", "2"), accelerator)
+    args = arguments(folder, 3, "--sample_batch_size", "2")
+    base = open_base(args, accelerator, sdxl=False)
+    images = prior.ensure_class_images(args, accelerator, base)
     state = torch.get_rng_state()
 
     # As the official script: the loader's seed, then a batch of the plain pipeline.
@@ -114,17 +118,16 @@ def test_missing_images_are_sampled_without_a_generator_of_their_own(tmp_path: P
 
 
 def test_the_folder_is_made_and_batches_fill_it_exactly(
-    tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, accelerator: Accelerator
 ) -> None:
     asked = []
 
     class Pipeline:
         """Paints instead of sampling: the n-th image is n times 10 grey."""
 
-        @classmethod
-        def from_pretrained(cls, model: str, **options: object) -> "Pipeline":
-            asked.append((model, options["dtype"], options["revision"], options["variant"]))
-            return cls()
+        def pipeline(self, dtype: torch.dtype, safety_checker: None) -> "Pipeline":
+            asked.append(dtype)
+            return self
 
         def to(self, device: torch.device) -> "Pipeline":
             asked.append(device)
@@ -138,11 +141,10 @@ def test_the_folder_is_made_and_batches_fill_it_exactly(
             first = 10 * sum(len(prompts) for prompts in asked[2:-1])
             return Namespace(images=[Image.new("RGB", (8, 8), (first + 10 * i,) * 3) for i in range(len(prompts))])
 
-    monkeypatch.setattr(prior, "DiffusionPipeline", Pipeline)
-    more = ["--sample_batch_size", "3", "--prior_generation_precision", "bf16", "--revision", "v1", "--variant", "ema"]
-    images = prior.ensure_class_images(arguments(tmp_path / "new" / "dogs", 5, *more), accelerator)
+    more = ["--sample_batch_size", "3", "--prior_generation_precision", "bf16"]
+    images = prior.ensure_class_images(arguments(tmp_path / "new" / "dogs", 5, *more), accelerator, Pipeline())
     assert asked == [
-        (str(PARITY / "pipeline"), torch.bfloat16, "v1", "ema"),
+        torch.bfloat16,
         accelerator.device,
         ["a photo of dog"] * 3,
         ["a photo of dog"] * 2,
