@@ -20,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..errors import RunError, one_line, read_lines
 from . import checkpoints, hub, optimization, output
-from .data import UNREADABLE, open_image
+from .data import open_image
 
 logger = get_logger(__name__)
 
@@ -90,8 +90,8 @@ def check_surroundings(args: Namespace) -> None:
     for path in vars(args).get("validation_images") or ():
         try:
             open_image(path)
-        except UNREADABLE as error:
-            raise RunError(f"--validation_images {path}: {one_line(error)}") from error
+        except RunError as error:
+            raise RunError(f"--validation_images {error}") from error
 
 
 def probe_prompts(args: Namespace, default: Sequence[str]) -> Sequence[str]:
