@@ -161,7 +161,7 @@ def watch(script, batches: list, monkeypatch: pytest.MonkeyPatch) -> None:
         ("train", ("--train_text_encoder",)),
         ("train", ("--pre_compute_text_embeddings",)),
         ("train_sdxl", ()),
-        ("train_sdxl", ("--train_text_encoder",)),
+        ("train_sdxl", ("--train_text_encoder", "--text_encoder_lr", "1e-12")),
     ],
 )
 def test_each_photo_is_trained_with_its_own_caption(script, more, folder: Path, tmp_path: Path, request, seen) -> None:
