@@ -15,11 +15,20 @@ logger = get_logger(__name__)
 TextStates = Callable[[Sequence[str]], Tensor]  # of a batch, by the prompts of its instance half
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int | None) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of one prompt, both (1, max_length), padded or cut to the length."""
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int | None, cut: set[str]
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of one prompt, both (1, max_length), padded or cut to the length.
+
+    Prompts that are cut are put into `cut`; the first three are named in the log, for there may be thousands.
+    """
     length = len(tokenizer(prompt, verbose=False).input_ids)
-    if length > (limit := max_length or tokenizer.model_max_length):
-        logger.warning_once(f"The text encoder reads {limit} tokens; this prompt has {length} and is cut: {prompt!r}.")
+    if length > (limit := max_length or tokenizer.model_max_length) and prompt not in cut:
+        cut.add(prompt)
+        if len(cut) <= 3:
+            logger.warning(f"The text encoder reads {limit} tokens; this prompt has {length} and is cut: {prompt!r}.")
+        elif len(cut) == 4:
+            logger.warning("There are more prompts that are too long, and cut.")
     tokens = tokenizer(
         prompt,
         truncation=True,
@@ -38,7 +47,8 @@ def encode(text_encoder: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def read_once(tokenizers: Sequence[PreTrainedTokenizerBase]) -> Callable[[str], list[Tensor]]:
     """Token ids (1, length) of a prompt by each of the tokenizers, which see every prompt only once."""
-    return cache(lambda prompt: [tokenize(tokenizer, prompt, None)[0] for tokenizer in tokenizers])
+    cut: set[str] = set()
+    return cache(lambda prompt: [tokenize(tokenizer, prompt, None, cut)[0] for tokenizer in tokenizers])
 
 
 def encode_sdxl(
@@ -62,7 +72,8 @@ class Prompts:
     """Prompts as text states; each is tokenized once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, use_mask: bool) -> None:
-        self.tokens = cache(lambda prompt: tokenize(tokenizer, prompt, max_length))
+        cut: set[str] = set()
+        self.tokens = cache(lambda prompt: tokenize(tokenizer, prompt, max_length, cut))
         self.use_mask = use_mask
 
     def encode(self, text_encoder: nn.Module, prompts: Sequence[str]) -> Tensor:

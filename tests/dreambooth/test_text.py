@@ -98,7 +98,7 @@ def test_prompts_are_padded_or_cut(
     tokenizer: PreTrainedTokenizerBase, max_length: int | None, length: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     Accelerator(cpu=True)  # which logs need
-    ids, mask = tokenize(tokenizer, CLASS, max_length)
+    ids, mask = tokenize(tokenizer, CLASS, max_length, set())
     alone = tokenizer(CLASS).input_ids
     assert 4 < len(alone) < 9
     assert ids.shape == mask.shape == (1, length)
@@ -108,3 +108,14 @@ def test_prompts_are_padded_or_cut(
         assert ids[0].tolist() == alone + [tokenizer.pad_token_id] * (length - len(alone))
     assert mask.sum() == min(length, len(alone))
     assert ("is cut: 'a photo of dog'" in caplog.text) == (length == 4)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_of_many_prompts_that_are_cut_three_are_named(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    Accelerator(cpu=True)
+    prompts = Prompts(tokenizer, 4, use_mask=False)
+    for number in range(50):
+        prompts.tokens(f"a photo of dog {number}")
+    assert len(caplog.messages) == 4
