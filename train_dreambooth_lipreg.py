@@ -32,6 +32,7 @@ from transformers import AutoTokenizer
 from diffusers_lipreg import AdapterSnapshot, Denoiser
 from diffusers_lipreg.dreambooth import (
     arguments,
+    captions,
     checkpoints,
     data,
     hub,
@@ -132,27 +133,36 @@ class Models:
 
 
 def encode_prompts(
-    args: argparse.Namespace, models: Models, device: torch.device
+    args: argparse.Namespace, models: Models, device: torch.device, prompts: Sequence[str]
 ) -> tuple[text.TextStates, dict[str, Any]]:
-    """The text states of a batch by its size, and what a pipeline takes for the validation prompt.
+    """The text states of a batch by its prompts, those of the run, and what a pipeline takes for the validation prompt.
 
     A frozen text encoder is run here for the last time, and let go.
     """
-    options = {"max_length": args.tokenizer_max_length, "use_mask": args.text_encoder_use_attention_mask}
-    prompts = [args.instance_prompt, *([args.class_prompt] if args.with_prior_preservation else [])]
-    encoder = text.Prompts(models.tokenizer, prompts, **options)
+    encoder = text.Prompts(models.tokenizer, args.tokenizer_max_length, args.text_encoder_use_attention_mask)
+    class_prompt = [args.class_prompt] if args.with_prior_preservation else []
+
+    def rows(prompts: Sequence[str]) -> list[str]:
+        return [*prompts, *class_prompt * len(prompts)]
+
     if args.train_text_encoder:
-        return lambda size: encoder.encode(models.text_encoder, size), {"prompt": args.validation_prompt}
-    batch_size = None if args.pre_compute_text_embeddings else moments.rows(args)
-    of_batch = encoder.precompute(models.text_encoder, device, batch_size)
+        return lambda prompts: encoder.encode(models.text_encoder, rows(prompts)), {"prompt": args.validation_prompt}
+    different = sorted(set(prompts))
+    if args.pre_compute_text_embeddings or len(different) > 1:
+        batches = [[prompt] for prompt in [*different, *class_prompt]]
+    else:  # in the shape of a batch, as the official script has it
+        batches = [rows(different * args.train_batch_size)]
+    states_of = encoder.precompute(models.text_encoder, device, batches)
     validation_prompt = {}
     if args.validation_prompt is not None:
-        for name, prompt in (("prompt_embeds", args.validation_prompt), ("negative_prompt_embeds", "")):
-            alone = text.Prompts(models.tokenizer, [prompt], **options)
-            validation_prompt[name] = alone.precompute(models.text_encoder, device)(1)
+        alone = encoder.precompute(models.text_encoder, device, [[args.validation_prompt], [""]])
+        validation_prompt = {
+            "prompt_embeds": alone([args.validation_prompt]),
+            "negative_prompt_embeds": alone([""]),
+        }
     models.text_encoder = models.tokenizer = None
     release_memory()
-    return of_batch, validation_prompt
+    return lambda prompts: states_of(rows(prompts)), validation_prompt
 
 
 def probe_denoiser(
@@ -160,15 +170,13 @@ def probe_denoiser(
 ) -> Denoiser:
     """The bare models as the probe calls them; call it while they are bare, and the text encoder is there."""
     unet, channels, encoder, dtype = models.unet, models.unet_channels, models.text_encoder, models.dtype
-    options = {"max_length": args.tokenizer_max_length, "use_mask": args.text_encoder_use_attention_mask}
-    tokens = {prompt: text.Prompts(models.tokenizer, [prompt], **options) for prompt in prompts}
-    if args.train_text_encoder:
-        states_of = {prompt: partial(tokens[prompt].encode, encoder) for prompt in prompts}
-    else:  # holds no encoder
-        states_of = {prompt: tokens[prompt].precompute(encoder, accelerator.device) for prompt in prompts}
+    prompt_encoder = text.Prompts(models.tokenizer, args.tokenizer_max_length, args.text_encoder_use_attention_mask)
+    states_of = partial(prompt_encoder.encode, encoder)
+    if not args.train_text_encoder:  # holds no encoder
+        states_of = prompt_encoder.precompute(encoder, accelerator.device, [[prompt] for prompt in prompts])
 
     def denoise(noisy: torch.Tensor, timestep: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        states = torch.cat([states_of[prompt](1) for prompt in texts])
+        states = torch.cat([states_of([prompt]) for prompt in texts])
         return predict(args, unet, channels, noisy.to(dtype), timestep.expand(len(noisy)), states.to(dtype))
 
     return Denoiser(denoise, list(models.trained.values()))
@@ -254,7 +262,7 @@ def predict(
 def denoising_loss(
     args: argparse.Namespace,
     models: Models,
-    batch: dict[str, torch.Tensor],
+    batch: dict[str, Any],
     text_states: text.TextStates,
     prior_weight: float | None,
 ) -> torch.Tensor:
@@ -270,7 +278,7 @@ def denoising_loss(
     timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     return optimization.dreambooth_loss(
-        predict(args, models.unet, models.unet_channels, noisy, timesteps, text_states(len(latents))),
+        predict(args, models.unet, models.unet_channels, noisy, timesteps, text_states(batch["prompts"])),
         optimization.diffusion_target(scheduler, latents, noise, timesteps),
         None if args.snr_gamma is None else optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma),
         prior_weight,
@@ -278,17 +286,17 @@ def denoising_loss(
 
 
 def held_out_loss(
-    args: argparse.Namespace, models: Models, batch: dict[str, torch.Tensor], text_states: text.TextStates
+    args: argparse.Namespace, models: Models, batch: dict[str, Any], text_states: text.TextStates
 ) -> torch.Tensor:
     """The denoising loss on crops that are not trained on; of the text states it needs the instance half."""
-    halves = moments.halves(args)
-    return denoising_loss(args, models, batch, lambda size: text_states(halves * size)[:size], prior_weight=None)
+    return denoising_loss(args, models, batch, lambda prompts: text_states(prompts)[: len(prompts)], prior_weight=None)
 
 
 @guarded
 def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     accelerator = setup.start_accelerator(args)
     instance_images = data.find_instance_images(args.instance_data_dir)
+    prompts = captions.prompts_of_folder(args, instance_images)
     base = preflight.open_base(args, accelerator, sdxl=False)
     probe_prompts = preflight.probe_prompts(args, PROMPTS)
     output, checkpoint, repo_id = preflight.open_output(args, accelerator, base)
@@ -301,14 +309,14 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     bare = models.trained
     models.place_frozen(accelerator, ["vae"] if args.pre_compute_text_embeddings else ["vae", "text_encoder"])
     denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
-    text_states, validation_prompt = encode_prompts(args, models, accelerator.device)
-    dataset = data.DreamBoothDataset(instance_images, class_images, transform)
+    text_states, validation_prompt = encode_prompts(args, models, accelerator.device, prompts)
+    dataset = data.DreamBoothDataset(instance_images, class_images, transform, prompts)
     crops = {}
     if args.keep_best:
-        pixels = data.held_out_crops(map(data.open_image, instance_images[:4]), args.resolution)
-        crops = moments.of_crops(models.vae, pixels, accelerator.device)
+        pixels = data.held_out_crops([partial(data.open_image, path) for path in instance_images[:4]], args.resolution)
+        crops = moments.of_crops(models.vae, pixels, accelerator.device) | {"prompts": prompts[:4]}
     layouts = moments.cache(args, accelerator, models.vae, dataset) if cached else None
-    loader = data.make_loader(args, dataset, data.collate, layouts)
+    loader = data.make_loader(args, dataset, layouts)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     optimizer = optimization.create_adamw(args, models.parameters, setup.fuses_adamw(accelerator))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,7 @@ from diffusers_lipreg.dreambooth import (
 )
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
 from diffusers_lipreg.dreambooth.models import Base, loading, text_encoder_class
+from diffusers_lipreg.dreambooth.photos import find_photos
 from diffusers_lipreg.errors import OneLineParser, RunError
 from diffusers_lipreg.monitor import watch
 from diffusers_lipreg.penalties import add_gradients, card_facts, take_teachers
@@ -124,11 +125,11 @@ def noise_scheduler_class(args: argparse.Namespace, base: Base) -> type:
     return EulerDiscreteScheduler if args.do_edm_style_training else DDPMScheduler
 
 
-TextStates = Callable[[int, Sequence[str]], tuple[torch.Tensor, torch.Tensor]]
+TextStates = Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
-def encode_prompts(args: argparse.Namespace, models: Models, captions: Iterable[str]) -> TextStates:
-    """The text states of a batch from its size and its captions: instance rows first, then class rows.
+def encode_prompts(args: argparse.Namespace, models: Models, run_prompts: Sequence[str]) -> TextStates:
+    """The text states of a batch by its prompts, which are some of the run's: instance rows first, then class rows.
 
     Frozen text encoders are run here for the last time, and let go.
     """
@@ -139,7 +140,7 @@ def encode_prompts(args: argparse.Namespace, models: Models, captions: Iterable[
             return text.encode_sdxl(models.tokens, models.text_encoders, prompts)
 
     else:
-        prompts = {*captions, *([args.class_prompt] if args.with_prior_preservation else [])}
+        prompts = {*run_prompts, *([args.class_prompt] if args.with_prior_preservation else [])}
         known = {prompt: text.encode_sdxl(models.tokens, models.text_encoders, [prompt]) for prompt in sorted(prompts)}
         models.text_encoder = models.text_encoder_2 = None
         release_memory()
@@ -148,12 +149,14 @@ def encode_prompts(args: argparse.Namespace, models: Models, captions: Iterable[
             states, pooled = zip(*(known[prompt] for prompt in prompts), strict=True)
             return torch.cat(states), torch.cat(pooled)
 
-    def text_states(batch_size: int, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        prompts = tuple(captions) if args.caption_column is not None else (args.instance_prompt,)
+    same = args.caption_column is None and len(set(run_prompts)) == 1  # then the official script encodes one row
+
+    def text_states(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        different = tuple(prompts[:1] if same else prompts)
         if args.with_prior_preservation:
-            prompts += (args.class_prompt,) * len(prompts)
-        states, pooled = encode(prompts)
-        rows = batch_size // len(prompts)
+            different += (args.class_prompt,) * len(different)
+        states, pooled = encode(different)
+        rows = len(prompts) if same else 1
         return states.repeat_interleave(rows, dim=0), pooled.repeat_interleave(rows, dim=0)
 
     return text_states
@@ -210,7 +213,7 @@ def denoising_loss(
     else:
         timesteps = torch.randint(0, steps, (len(latents),), device=latents.device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    states, pooled = text_states(len(latents), batch["prompts"])
+    states, pooled = text_states(batch["prompts"])
     prediction = models.unet(
         optimization.edm_input(scheduler, noisy, sigmas) if models.edm else noisy,
         timesteps,
@@ -239,9 +242,9 @@ def held_out_loss(
 ) -> torch.Tensor:
     """The denoising loss on crops that are not trained on; of the text states it needs the instance half."""
 
-    def instance_states(size: int, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        states, pooled = text_states(moments.halves(args) * size, captions)
-        return states[:size], pooled[:size]
+    def instance_states(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        states, pooled = text_states(prompts)
+        return states[: len(prompts)], pooled[: len(prompts)]
 
     return denoising_loss(args, models, batch, instance_states, dtype, prior_weight=None)
 
@@ -263,7 +266,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     accelerator = setup.start_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
     base = preflight.open_base(args, accelerator, sdxl=True)
     probe_prompts = preflight.probe_prompts(args, PROMPTS)
-    photos = data.photos_with_prompts(args)
+    photos = find_photos(args)
     output, checkpoint, repo_id = preflight.open_output(args, accelerator, base)
     with loading(args):
         class_images = prior.ensure_class_images(args, accelerator, base) if args.with_prior_preservation else []
@@ -276,17 +279,16 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     bare = models.trained
     dtype = setup.weight_dtype(accelerator)
     denoiser = probe_denoiser(args, models, probe_prompts, dtype)
-    text_states = encode_prompts(args, models, (prompt for _, prompt in photos))
+    text_states = encode_prompts(args, models, [photo.prompt for photo in photos])
     dataset = data.PreparedPhotos(photos, args.repeats, class_images, transform)
     crops = {}
     if args.keep_best:
-        pixels = data.held_out_crops((image for image, _ in photos[:4]), args.resolution)
+        pixels = data.held_out_crops([photo.open for photo in photos[:4]], args.resolution)
         time_ids = torch.tensor([[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]])
         crops = moments.of_crops(models.vae, pixels, accelerator.device)
-        crops |= {"prompts": [prompt for _, prompt in photos[:4]], "time_ids": time_ids.repeat(len(pixels), 1)}
-    del photos  # the crops are kept, the originals may be large
+        crops |= {"prompts": [photo.prompt for photo in photos[:4]], "time_ids": time_ids.repeat(len(pixels), 1)}
     layouts = moments.cache(args, accelerator, models.vae, dataset) if cached else None
-    loader = data.make_loader(args, dataset, data.collate_prepared, layouts)
+    loader = data.make_loader(args, dataset, layouts)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in bare.items()}

@@ -43,7 +43,7 @@ def fixed_loss(
     noise = latents.flip(-1)
     timesteps = torch.full((len(latents),), 500)
     noisy = models.noise_scheduler.add_noise(latents, noise, timesteps)
-    return mse_loss(models.unet(noisy, timesteps, text_states(len(latents)), return_dict=False)[0], noise)
+    return mse_loss(models.unet(noisy, timesteps, text_states(batch["prompts"]), return_dict=False)[0], noise)
 
 
 class Run:

@@ -127,6 +127,7 @@ def add_sd_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that only the official SD script has."""
     flag = parser.add_argument_group("Stable Diffusion").add_argument
     flag("--instance_data_dir", required=True, help="Folder with the photos of the subject.")
+    flag("--caption_column", help="Field of captions in the metadata.jsonl beside the photos.")
     flag("--tokenizer_name", help="Another tokenizer than the pipeline's: a folder or a Hub id.")
     flag("--tokenizer_max_length", type=int, help="Tokens a prompt; default: the tokenizer's.")
     flag("--text_encoder_use_attention_mask", action="store_true", help="Hide padding from the text encoder.")

@@ -2,80 +2,199 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import os
 import random
+import warnings
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from datasets import Image as ImageFeature
-from datasets import load_dataset
 from diffusers import AutoencoderKL
-from PIL import Image
-from PIL.ImageOps import exif_transpose
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, get_worker_info
 
-from ..errors import RunError, one_line
+from ..errors import RunError, one_line, printable
+from . import captions
 from .interruption import ignore_signals
 
 logger = get_logger(__name__)
-# What Pillow's decoders raise on damaged files; AVIF's raises RuntimeError.
-UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what its decoders find is told in one line of ours
 Encode = Callable[[Iterable[Tensor]], Iterable[Tensor]]  # of pixels (3, size, size) moments (2C, h, w)
 Layouts = Mapping[int, torch.memory_format]  # by batch size
+# What undoes the turn that EXIF's tag of that value tells of.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def as_photo(image: Image.Image) -> Image.Image:
-    """The image as RGB, turned the way its EXIF data says; a strip, which would be huge when resized, is a ValueError."""
+def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Return an image as RGB, turned the way its EXIF data says, and whether parts of it were transparent: now white.
+
+    Raises:
+        ValueError: It is a strip, which would be huge when resized.
+    """
     if max(image.size) > 100 * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels, one side more than 100 times the other")
-    image = exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel: convert would cut them off at 255, which leaves white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # EXIF data that cannot be read costs the photo its turn, not its place in the run
+        turn = None
+    transparent = False
+    if image.mode[0] in "IF":
+        image = Image.fromarray(eight_bits(np.asarray(image), image.mode))
+    elif image.has_transparency_data:
+        layer = image.convert("RGBA")
+        transparent = layer.getextrema()[3][0] < 255
+        if transparent:  # converted to RGB, it would show whatever color is stored there
+            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    image = image.convert("RGB")
+    return (image if turn is None else image.transpose(turn)), transparent
+
+
+def eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Scale pixels of more than 8 bits to 0..255. Where `mode` does not say 16 bits, the largest tells the range.
+
+    PIL would cut them off at 255, which leaves 16 bits white and floats up to 1 black.
+    """
+    values = np.nan_to_num(values.astype(np.float64))
+    top = 65535 if ";16" in mode else values.max()
+    scale = 255 if top <= 1 else 1 if top <= 255 else 1 / 256 if top <= 65535 else 255 / top
+    return (values * scale).clip(0, 255).astype(np.uint8)
+
+
+@cache
+def formats() -> list[str]:
+    """Name the formats that Pillow decodes itself: EPS it hands to Ghostscript, and no photo may start a program."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
+def decode(source: str | Path | BinaryIO | Callable[[], BinaryIO], name: str) -> tuple[Image.Image, bool]:
+    """Read an image as `to_rgb` returns it.
+
+    Raises:
+        RunError: It cannot be read, whatever the decoder raised. `name` is what the message calls it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(source() if callable(source) else source, formats=formats()) as image:
+                return to_rgb(image)
+    except Exception as error:  # decoders raise anything on damaged files
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise RunError(f"{name}: not an image that can be read ({reason}).") from error
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """In the block, keep what C libraries write to standard error from it, as libtiff does for each line of a broken file."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no standard error
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The file as `as_photo` has it; raises one of `UNREADABLE`."""
-    with Image.open(path) as image:
-        return as_photo(image)
+    """Read a file as RGB, turned the way its EXIF data says, on white where it is transparent.
+
+    Raises:
+        RunError: It cannot be read.
+    """
+    return decode(path, str(path))[0]
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The images of a folder in the order of their names; sub-folders and hidden files are passed over.
+    """List the images of a folder in the order of their names; sub-folders and hidden files are passed over.
 
-    Every image is decoded once: a broken one is left out here, with a warning, and not met in mid-run.
+    Every image is decoded once: a broken one is left out here, with a warning, and not met in mid-run. Files that are
+    no images are named in one line, but for captions.
+
+    Raises:
+        RunError: The folder cannot be read.
     """
-    images = []
+    images, broken, others, transparent = [], [], [], 0
     try:
-        paths = sorted(Path(folder).iterdir())
+        paths = [path for path in sorted(Path(folder).iterdir()) if path.name[0] != "." and path.is_file()]
     except OSError as error:
         raise RunError(f"{folder}: cannot be read ({error.strerror}).") from error
-    for path in paths:
-        if path.name.startswith(".") or not path.is_file():
-            continue
-        try:
-            open_image(path)
-        except UNREADABLE as error:
-            logger.warning(f"Skipped {path}: not an image that can be read ({type(error).__name__}: {error}).")
-        else:
-            images.append(path)
+    with quiet_libraries():
+        for path in paths:
+            try:
+                transparent += decode(path, str(path))[1]
+                images.append(path)
+            except RunError as error:
+                if has_image_name(path):
+                    broken.append(str(error))
+                else:
+                    others.append(path)
+    report(broken, transparent)
+    texts = {*captions.beside(images, others).values(), Path(folder, captions.METADATA)}
+    if names := [path.name for path in others if path not in texts]:
+        warn(f"Skipped {len(names):,} files of {folder} that are no images: {captions.few(names)}.")
     return images
+
+
+def warn(message: str) -> None:
+    logger.warning(printable(message))
+
+
+def has_image_name(path: Path) -> bool:
+    """Tell by its suffix whether a file is meant to be an image."""
+    return path.suffix.lower() in Image.registered_extensions()
+
+
+def report(broken: Sequence[str], transparent: int) -> None:
+    """Warn of images that cannot be read, five at most one by one; say how many have transparent parts."""
+    for reason in broken[:5]:
+        warn(f"Skipped {reason}")
+    if len(broken) > 5:
+        logger.warning(f"Skipped {len(broken) - 5:,} more images that cannot be read.")
+    if transparent:
+        logger.info(f"{transparent:,} images have transparent parts, which are white here.")
 
 
 def find_instance_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[Path]:
     """As `list_images`, of a folder that has to be there and hold at least one image; `flag` is where it was named."""
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         raise RunError(f"{flag} {folder}: there is no such folder.")
     images = list_images(folder)
+    below = Counter(
+        path.parent.relative_to(folder).as_posix()
+        for pattern in ("*/*", "*/*/*")
+        for path in sorted(folder.glob(pattern))
+        if has_image_name(path) and path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}"
+    )
+    hint = ", ".join(f"{number:,} in {name}" for name, number in list(below.items())[:3])
     if not images:
-        raise RunError(f"{flag} {folder}: there is no image in it that can be read.")
+        more = f" There are {hint}: point {flag} there." if hint else ""
+        raise RunError(f"{flag} {folder}: there is no image in it that can be read.{more}")
+    if hint:
+        warn(f"{folder}: images in its sub-folders are not used ({hint}): {flag} takes one folder.")
     return images
 
 
@@ -86,7 +205,9 @@ class PhotoTransform:
     the square already: as torchvision, on which the official scripts' random stream rests.
     """
 
-    def __init__(self, size: int, center_crop: bool, interpolation: str = "bilinear", random_flip: bool = False) -> None:
+    def __init__(
+        self, size: int, center_crop: bool, interpolation: str = "bilinear", random_flip: bool = False
+    ) -> None:
         self.size = size
         self.center_crop = center_crop
         self.interpolation = interpolation
@@ -137,8 +258,10 @@ def first_random_crop(images: Sequence[Path], transform: PhotoTransform) -> Path
     if transform.center_crop:
         return None
     for path in images:
-        with Image.open(path) as image:  # reads the header only
-            width, height = transform.resized(*image.size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:  # reads the header only
+                width, height = transform.resized(*image.size)
         if width != height:
             return path
     return None
@@ -152,28 +275,41 @@ def latent_shape(vae: AutoencoderKL | None, size: int) -> tuple[int, int, int]:
     return (vae.config.latent_channels, side, side)
 
 
-def held_out_crops(images: Iterable[Image.Image], size: int) -> Tensor:
+class Photo(NamedTuple):
+    """An instance photo and its prompt; `open` decodes it anew each time, for photos may be large and many."""
+
+    open: Callable[[], Image.Image]
+    prompt: str
+
+
+def held_out_crops(photos: Iterable[Callable[[], Image.Image]], size: int) -> Tensor:
     """The middle four fifths of photos, closer than any crop that is trained on: (B, 3, size, size) in [-1, 1]."""
     transform = PhotoTransform(size, center_crop=True)
-    crops = []
-    for image in images:
-        width, height = image.size
-        left, top = width // 10, height // 10
-        crops.append(transform(image.crop((left, top, width - left, height - top))))
-    return torch.stack(crops)
+
+    def crop(image: Image.Image) -> Tensor:
+        left, top = image.width // 10, image.height // 10
+        return transform(image.crop((left, top, image.width - left, image.height - top)))
+
+    return torch.stack([crop(open_photo()) for open_photo in photos])
 
 
 class DreamBoothDataset(Dataset):
     """Instance photos, each with a class image beside it where prior preservation asks for one.
 
-    An item is {"instance": (3, size, size)} and perhaps {"class": (3, size, size)}. The shorter list starts over.
+    An item is {"instance": (3, size, size)}, perhaps with "class": (3, size, size), and "prompt", that of the photo,
+    where there are `prompts`. The shorter list of images starts over.
     """
 
     def __init__(
-        self, instance_images: Sequence[Path], class_images: Sequence[Path], transform: PhotoTransform
+        self,
+        instance_images: Sequence[Path],
+        class_images: Sequence[Path],
+        transform: PhotoTransform,
+        prompts: Sequence[str] = (),
     ) -> None:
         self.instance_images = instance_images
         self.class_images = class_images
+        self.prompts = prompts
         self.load: Callable[[Path], Tensor] = partial(load, transform)
 
     def encode(self, encode: Encode) -> None:
@@ -183,8 +319,11 @@ class DreamBoothDataset(Dataset):
     def __len__(self) -> int:
         return max(len(self.instance_images), len(self.class_images))
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        item = {"instance": self.load(self.instance_images[index % len(self.instance_images)])}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        photo = index % len(self.instance_images)
+        item: dict[str, Any] = {"instance": self.load(self.instance_images[photo])}
+        if self.prompts:
+            item["prompt"] = self.prompts[photo]
         if self.class_images:
             item["class"] = self.load(self.class_images[index % len(self.class_images)])
         return item
@@ -201,16 +340,22 @@ def encoded(images: Sequence[Path], load: Callable[[Path], Tensor], encode: Enco
     return dict(zip(images, encode(map(load, images)), strict=True)).__getitem__
 
 
-def collate(items: Sequence[dict[str, Tensor]], layouts: Layouts | None = None) -> dict[str, Tensor]:
+def collate(items: Sequence[dict[str, Any]], layouts: Layouts | None = None) -> dict[str, Any]:
     """Stacks items to {"pixel_values": (B, 3, size, size)}: the instance half first, then the class half, if any.
 
     Of items with moments in place of pixels it makes {"moments": (B, 2C, h, w)}, in the order in memory that `layouts`
-    has for their number: noise is drawn in that order.
+    has for their number: noise is drawn in that order. Where items have them, the batch has "prompts", a list of the
+    instance half, and "time_ids" (B, 6), for both halves the same.
     """
     images = torch.stack([item[kind] for kind in ("instance", "class") for item in items if kind in item])
-    if layouts is None:
-        return {"pixel_values": images}
-    return {"moments": images.contiguous(memory_format=layouts[len(images)])}
+    batch: dict[str, Any] = {"pixel_values": images}
+    if layouts is not None:
+        batch = {"moments": images.contiguous(memory_format=layouts[len(images)])}
+    if "prompt" in items[0]:
+        batch["prompts"] = [item["prompt"] for item in items]
+    if "time_ids" in items[0]:
+        batch["time_ids"] = torch.tensor([item["time_ids"] for item in items] * (len(images) // len(items)))
+    return batch
 
 
 class PreparedPhotos(Dataset):
@@ -221,20 +366,20 @@ class PreparedPhotos(Dataset):
     """
 
     def __init__(
-        self,
-        photos: Iterable[tuple[Image.Image, str]],
-        repeats: int,
-        class_images: Sequence[Path],
-        transform: PhotoTransform,
+        self, photos: Iterable[Photo], repeats: int, class_images: Sequence[Path], transform: PhotoTransform
     ) -> None:
         self.items: list[dict] = []
         self.class_images = class_images
         self.load_class: Callable[[Path], Tensor] = partial(load, transform.without_flip())
-        for image, prompt in photos:
-            for _ in range(repeats):
-                pixels, corner = transform.crop(image)
-                time_ids = (image.height, image.width, *corner, transform.size, transform.size)
-                self.items.append({"instance": pixels, "prompt": prompt, "time_ids": time_ids})
+        for photo in photos:
+            self._crop(photo, repeats, transform)
+
+    def _crop(self, photo: Photo, repeats: int, transform: PhotoTransform) -> None:
+        image = photo.open()  # which is let go before the next one is read
+        for _ in range(repeats):
+            pixels, corner = transform.crop(image)
+            time_ids = (image.height, image.width, *corner, transform.size, transform.size)
+            self.items.append({"instance": pixels, "prompt": photo.prompt, "time_ids": time_ids})
 
     def encode(self, encode: Encode) -> None:
         """Puts what `encode` makes of the images in place of their pixels."""
@@ -250,70 +395,6 @@ class PreparedPhotos(Dataset):
         if self.class_images:
             item["class"] = self.load_class(self.class_images[index % len(self.class_images)])
         return item
-
-
-def collate_prepared(items: Sequence[dict], layouts: Layouts | None = None) -> dict:
-    """As `collate`, with "prompts", a list of the instance half, and "time_ids" (B, 6), for both halves the same."""
-    batch: dict = collate(items, layouts)
-    batch["prompts"] = [item["prompt"] for item in items]
-    batch["time_ids"] = torch.tensor([item["time_ids"] for item in items] * (2 if "class" in items[0] else 1))
-    return batch
-
-
-def photos_with_prompts(args: Namespace) -> list[tuple[Image.Image, str]]:
-    """The photos of `--instance_data_dir` or `--dataset_name`, each with its caption or else `--instance_prompt`."""
-    if args.dataset_name is not None:
-        return _from_dataset(args)
-    images = find_instance_images(args.instance_data_dir)
-    captions = _folder_captions(args) if args.caption_column is not None else {}
-    return [(open_image(path), captions.get(path.name) or args.instance_prompt) for path in images]
-
-
-def _folder_captions(args: Namespace) -> dict[str, str]:
-    """Captions by file name, from the metadata.jsonl beside the photos."""
-    metadata = Path(args.instance_data_dir, "metadata.jsonl")
-    if not metadata.is_file():
-        raise RunError(f"--caption_column {args.caption_column}: there is no {metadata} to take captions from.")
-    try:
-        rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
-        columns = sorted({column for row in rows for column in row})
-        captions = {row["file_name"]: row.get(args.caption_column, "") for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{metadata}: expected a JSON object with a file_name in each line ({error!r}).") from error
-    _check_column(args.caption_column, columns, "--caption_column")
-    return captions
-
-
-def _from_dataset(args: Namespace) -> list[tuple[Image.Image, str]]:
-    try:
-        loaded = load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
-    except (OSError, ValueError) as error:
-        raise RunError(f"--dataset_name {args.dataset_name}: cannot be loaded ({one_line(error)}).") from error
-    if "train" not in loaded:
-        raise RunError(f"--dataset_name {args.dataset_name}: it has no split train, but {', '.join(loaded)}.")
-    rows = loaded["train"]
-    _check_column(args.image_column, rows.column_names, "--image_column")
-    if not isinstance(rows.features[args.image_column], ImageFeature):
-        raise RunError(f"--image_column {args.image_column}: it holds no images, but {rows.features[args.image_column]}.")
-    if args.caption_column is not None:
-        _check_column(args.caption_column, rows.column_names, "--caption_column")
-    photos = []
-    for index in range(len(rows)):
-        try:
-            row = rows[index]
-            image = as_photo(row[args.image_column])
-        except UNREADABLE as error:
-            logger.warning(f"Skipped row {index} of {args.dataset_name}: {type(error).__name__}: {error}.")
-            continue
-        photos.append((image, (args.caption_column and row[args.caption_column]) or args.instance_prompt))
-    if not photos:
-        raise RunError(f"--dataset_name {args.dataset_name}: there is no image in it that can be read.")
-    return photos
-
-
-def _check_column(column: str, columns: Sequence[str], flag: str) -> None:
-    if column not in columns:
-        raise RunError(f"{flag} {column}: there is no such column; there are {', '.join(columns)}.")
 
 
 class ResumableDataset(Dataset):
@@ -418,12 +499,7 @@ class _Order(RandomSampler):
             yield index
 
 
-def make_loader(
-    args: Namespace,
-    dataset: Dataset,
-    collate_fn: Callable[[Sequence[dict], Layouts | None], dict],
-    layouts: Layouts | None,
-) -> DataLoader[ResumableDataset]:
+def make_loader(args: Namespace, dataset: Dataset, layouts: Layouts | None) -> DataLoader[ResumableDataset]:
     """The loader of a run, whose data set knows the place in the epoch, which checkpoints need.
 
     With `layouts` the images are encoded already, and workers have nothing to do.
@@ -434,7 +510,7 @@ def make_loader(
         resumable,
         batch_size=args.train_batch_size,
         sampler=resumable.sampler,
-        collate_fn=partial(collate_fn, layouts=layouts),
+        collate_fn=partial(collate, layouts=layouts),
         num_workers=workers,
         worker_init_fn=ignore_signals,
         persistent_workers=workers > 0,  # an epoch is five photos: starting new ones takes longer

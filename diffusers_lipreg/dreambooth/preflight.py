@@ -32,7 +32,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import RunError, one_line, read_lines
 from . import checkpoints, hub, optimization, output
-from .data import UNREADABLE, open_image
+from .data import open_image
 from .models import BASE_FLAGS, Base, find_weights, list_files, loading, parse_json, read_json
 
 logger = get_logger(__name__)
@@ -115,8 +115,8 @@ def check_surroundings(args: Namespace) -> None:
     for path in vars(args).get("validation_images") or ():
         try:
             open_image(path)
-        except UNREADABLE as error:
-            raise RunError(f"--validation_images {path}: {one_line(error)}") from error
+        except RunError as error:
+            raise RunError(f"--validation_images {error}") from error
 
 
 def probe_prompts(args: Namespace, default: Sequence[str]) -> Sequence[str]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
+from collections.abc import Sequence
 from hashlib import sha1
+from itertools import count, islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
 from accelerate.logging import get_logger
-from torch.utils.data import DataLoader
+from numpy import uint64
+from numpy.random import SeedSequence
 from tqdm.auto import tqdm
 
+from ..errors import RunError, one_line
 from .data import list_images
 from .models import Base
 
@@ -29,40 +33,49 @@ def prior_dtype(precision: str | None, device: torch.device) -> torch.dtype:
 def ensure_class_images(args: Namespace, accelerator: Accelerator, base: Base) -> list[Path]:
     """The class images to train on, at most `--num_class_images`; those missing from the folder are sampled first.
 
-    Sampling draws from the default generators, so a run that samples and a later one that finds the images differ, as
-    with the official script.
+    Sampling draws nothing from the default generators: a run that samples and a later one that finds the images, both
+    with the same `--seed`, are the same.
     """
     folder = Path(args.class_data_dir)
     images = list_images(folder) if folder.is_dir() else []
     accelerator.wait_for_everyone()  # all have counted before the first writes
     if len(images) < args.num_class_images:
-        sample_class_images(args, accelerator, folder, len(images), base)
+        taken = {int(found[1]) for path in images if (found := re.match(r"(\d+)-", path.name))}
+        missing = islice((number for number in count() if number not in taken), args.num_class_images - len(images))
+        sample_class_images(args, accelerator, folder, list(missing), base)
         accelerator.wait_for_everyone()
         images = list_images(folder)
     return images[: args.num_class_images]
 
 
 def sample_class_images(
-    args: Namespace, accelerator: Accelerator, folder: Path, present: int, base: Base
+    args: Namespace, accelerator: Accelerator, folder: Path, numbers: Sequence[int], base: Base
 ) -> None:
-    """Samples class images number `present` and up, shared out among the processes."""
-    missing = args.num_class_images - present
-    logger.info(f"Sampling {missing} class images into {folder}.")
+    """Sample class images of these numbers, shared out among the processes, each from a generator of its own."""
+    logger.info(f"Sampling {len(numbers):,} class images into {folder}.")
     dtype = prior_dtype(args.prior_generation_precision, accelerator.device)
     pipeline = base.pipeline(dtype, safety_checker=None).to(accelerator.device)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
-    # Not accelerator.prepare: that would sample the last images twice, to give each process as many.
-    numbers = prepare_data_loader(
-        DataLoader(range(missing), batch_size=args.sample_batch_size),
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        even_batches=False,
-    )
-    for batch in tqdm(numbers, desc="Class images", disable=not accelerator.is_local_main_process):
-        images = pipeline([args.class_prompt] * len(batch)).images
-        for number, image in zip(batch.tolist(), images, strict=True):
-            image.save(folder / f"{present + number}-{sha1(image.tobytes()).hexdigest()}.jpg")
+    size = args.sample_batch_size
+    batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    for batch in tqdm(mine, desc="Class images", disable=not accelerator.is_local_main_process):
+        generators = [generator(args.seed, number) for number in batch]
+        images = pipeline([args.class_prompt] * len(batch), generator=generators).images
+        for number, image in zip(batch, images, strict=True):
+            partial = folder / f".{number}.partial"  # hidden: what a killed run leaves of it is no class image
+            try:
+                image.save(partial, format="JPEG")
+                partial.replace(folder / f"{number}-{sha1(image.tobytes()).hexdigest()}.jpg")
+            except OSError as error:
+                raise RunError(f"--class_data_dir {folder}: cannot be written ({one_line(error)}).") from error
     del pipeline
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def generator(seed: int | None, number: int) -> torch.Generator:
+    """Random numbers for the class image of that number: of `--seed` and the number, or without one of fresh entropy."""
+    state = SeedSequence(None if seed is None else (seed, number)).generate_state(1, uint64)
+    return torch.Generator().manual_seed(int(state[0]))

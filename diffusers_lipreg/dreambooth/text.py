@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from itertools import cycle
 
 import torch
 from accelerate.logging import get_logger
@@ -11,14 +12,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
-TextStates = Callable[[int], Tensor]
+TextStates = Callable[[Sequence[str]], Tensor]  # of a batch, by the prompts of its instance half
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int | None) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of one prompt, both (1, max_length), padded or cut to the length."""
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int | None, cut: set[str]
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of one prompt, both (1, max_length), padded or cut to the length.
+
+    Prompts that are cut are put into `cut`; the first three are named in the log, for there may be thousands.
+    """
     length = len(tokenizer(prompt, verbose=False).input_ids)
-    if length > (limit := max_length or tokenizer.model_max_length):
-        logger.warning_once(f"The text encoder reads {limit} tokens; this prompt has {length} and is cut: {prompt!r}.")
+    if length > (limit := max_length or tokenizer.model_max_length) and prompt not in cut:
+        cut.add(prompt)
+        if len(cut) <= 3:
+            logger.warning(f"The text encoder reads {limit} tokens; this prompt has {length} and is cut: {prompt!r}.")
+        elif len(cut) == 4:
+            logger.warning("There are more prompts that are too long, and cut.")
     tokens = tokenizer(
         prompt,
         truncation=True,
@@ -37,7 +47,8 @@ def encode(text_encoder: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def read_once(tokenizers: Sequence[PreTrainedTokenizerBase]) -> Callable[[str], list[Tensor]]:
     """Token ids (1, length) of a prompt by each of the tokenizers, which see every prompt only once."""
-    return cache(lambda prompt: [tokenize(tokenizer, prompt, None)[0] for tokenizer in tokenizers])
+    cut: set[str] = set()
+    return cache(lambda prompt: [tokenize(tokenizer, prompt, None, cut)[0] for tokenizer in tokenizers])
 
 
 def encode_sdxl(
@@ -58,35 +69,34 @@ def encode_sdxl(
 
 
 class Prompts:
-    """The prompts of a run as text states of a batch, in blocks as its pixels are: instance first, then class."""
+    """Prompts as text states; each is tokenized once."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int | None, use_mask: bool
-    ) -> None:
-        self.tokens = [tokenize(tokenizer, prompt, max_length) for prompt in prompts]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, use_mask: bool) -> None:
+        cut: set[str] = set()
+        self.tokens = cache(lambda prompt: tokenize(tokenizer, prompt, max_length, cut))
         self.use_mask = use_mask
 
-    def encode(self, text_encoder: nn.Module, batch_size: int) -> Tensor:
-        """States (batch_size, length, width), with a gradient where the encoder is trained."""
-        rows = batch_size // len(self.tokens)
-        ids, mask = (torch.cat([tokens.repeat(rows, 1) for tokens in kind]) for kind in zip(*self.tokens, strict=True))
+    def encode(self, text_encoder: nn.Module, prompts: Sequence[str]) -> Tensor:
+        """States (len(prompts), length, width), with a gradient where the encoder is trained."""
+        ids, mask = (torch.cat(kind) for kind in zip(*map(self.tokens, prompts), strict=True))
         return encode(text_encoder, ids, mask if self.use_mask else None)
 
     @torch.no_grad()
-    def precompute(self, text_encoder: nn.Module, device: torch.device, batch_size: int | None = None) -> TextStates:
-        """States by batch size, from one pass; the encoder is not needed any more.
+    def precompute(
+        self, text_encoder: nn.Module, device: torch.device, batches: Iterable[Sequence[str]]
+    ) -> Callable[[Sequence[str]], Tensor]:
+        """States of prompts from one pass over each of the batches; the encoder is not needed any more.
 
-        The pass is that of a batch of `batch_size`, for matrices of another shape may round otherwise, or by default
-        one of each prompt alone.
+        A prompt that stands several times in a batch has several states, which it is given in turn: matrices of another
+        shape may round otherwise, and so may rows at another place.
         """
-        if batch_size is None:
-            blocks = [encode(text_encoder, ids, mask if self.use_mask else None) for ids, mask in self.tokens]
-        else:
-            blocks = list(self.encode(text_encoder, batch_size).chunk(len(self.tokens)))
-        blocks = [block.to(device) for block in blocks]
+        known: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            for prompt, states in zip(batch, self.encode(text_encoder, batch).to(device), strict=True):
+                known.setdefault(prompt, []).append(states)
 
-        def states(size: int) -> Tensor:
-            rows = torch.arange(size // len(blocks), device=device)
-            return torch.cat([block[rows % len(block)] for block in blocks])
+        def states_of(prompts: Sequence[str]) -> Tensor:
+            turns = {prompt: cycle(known[prompt]) for prompt in prompts}
+            return torch.stack([next(turns[prompt]) for prompt in prompts])
 
-        return cache(states)
+        return states_of

@@ -115,10 +115,10 @@ def official_work(on: bool) -> Iterator[None]:
     """In the block, prompts are encoded at each step, and AdamW is not fused."""
     adamw, precompute = optimization.create_adamw, text.Prompts.precompute
 
-    def at_each_step(self, text_encoder, device, batch_size=None):
-        def states(size):
+    def at_each_step(self, text_encoder, device, batches):
+        def states(prompts):
             with torch.no_grad():
-                return self.encode(text_encoder, size)
+                return self.encode(text_encoder, prompts)
 
         return states
 

@@ -17,7 +17,7 @@ OFFICIAL: dict[str, list[dict[str, Any]]] = {
     name: json.loads(Path(__file__).parent.with_name(f"flags_{name}.json").read_text()) for name in SCRIPTS
 }
 OWN = {
-    "sd": {"--rank", "--lora_alpha", "--lora_dropout", "--use_dora", "--extract_lora_rank"},
+    "sd": {"--rank", "--lora_alpha", "--lora_dropout", "--use_dora", "--extract_lora_rank", "--caption_column"},
     "sdxl": set(),
 }
 # To the official parser these are --use_8bit_adam, --enable_xformers... and --dataloader_num_workers; --use_dora,

@@ -1,5 +1,10 @@
 """Photos to batches: the pixels, crops and random draws of the official scripts, also after a resume."""
 
+import io
+import random
+import struct
+import subprocess
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image, features
+from PIL import EpsImagePlugin, Image, PngImagePlugin, features
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,9 +22,11 @@ from diffusers_lipreg.dreambooth.data import (
     PhotoTransform,
     ResumableDataset,
     collate,
+    decode,
     find_instance_images,
     list_images,
     open_image,
+    quiet_libraries,
 )
 from diffusers_lipreg.errors import RunError
 
@@ -40,6 +47,11 @@ def corner(pixels: Tensor) -> tuple[int, int]:
     """Row and column that the upper left pixel of a cropped `map_of_pixels` had."""
     column, row = ((pixels[:2, 0, 0] / 2 + 0.5) * 255).round().int().tolist()
     return row, column
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log says, without the rank that newer versions of accelerate put before it."""
+    return [message.removeprefix("[RANK 0] ") for message in caplog.messages]
 
 
 # Resize
@@ -131,26 +143,154 @@ def test_values_are_scaled_exactly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "suffix"),
+    ("mode", "color", "suffix", "expected"),
     [
-        ("L", 51, "png"),
-        ("RGBA", (51, 51, 51, 7), "png"),
-        ("P", 0, "png"),
-        ("1", 0, "png"),
-        ("CMYK", (0, 0, 0, 204), "jpg"),
+        ("L", 51, "png", 51),
+        ("1", 0, "png", 0),
+        ("P", 0, "png", 51),
+        ("CMYK", (0, 0, 0, 204), "jpg", 51),
+        ("RGBA", (51, 51, 51, 255), "png", 51),
+        ("RGBA", (51, 51, 51, 127), "png", 153),  # (51 * 127 + 255 * 128) / 255: half of the way to white
+        ("RGBA", (51, 51, 51, 0), "webp", 255),
+        ("LA", (51, 0), "png", 255),
+        ("I;16", 51 << 8, "png", 51),
+        ("I", 51, "tif", 51),
+        ("I", 51 << 8, "tif", 51),
+        ("F", 0.2, "tif", 51),
+        ("F", 51.0, "tif", 51),
+        ("F", float("nan"), "tif", 0),
     ],
 )
-def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, colour: object, suffix: str) -> None:
-    image = Image.new(mode, (8, 8), colour)
-    expected = 0
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, color: Any, suffix: str, expected: int) -> None:
+    image = Image.new(mode, (8, 8), color)
     if mode == "P":
         image.putpalette([51, 51, 51])
-    if mode != "1":
-        expected = 51
-    image.save(tmp_path / f"photo.{suffix}")
+    image.save(tmp_path / f"photo.{suffix}", lossless=True)
     opened = open_image(tmp_path / f"photo.{suffix}")
     assert opened.mode == "RGB"
     assert opened.getpixel((3, 3)) == pytest.approx((expected,) * 3, abs=2)  # JPEG is not exact
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "CMYK"])
+def test_without_transparency_pixels_are_those_of_pils_own_conversion(tmp_path: Path, mode: str) -> None:
+    image = Image.open(save_photo(tmp_path / "photo.png")).convert(mode)
+    image.save(tmp_path / "photo.tif")
+    if mode == "P":
+        image.save(tmp_path / "photo.png", transparency=b"\xff" * 256)  # a palette with opacities, all full
+    for path in tmp_path.iterdir():
+        with Image.open(path) as stored:
+            assert open_image(path).tobytes() == stored.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_cut_outs_lie_on_white_which_is_said_once(
+    tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    caplog.set_level("INFO")
+    save_photo(tmp_path / "whole.png")
+    for name in ("0.png", "1.png"):
+        image = Image.new(mode, (16, 8), 0)  # black, and all of it transparent
+        if mode == "P":
+            image.putpalette([0, 0, 0])
+            image.save(tmp_path / name, transparency=0)
+        else:
+            image.save(tmp_path / name)
+    assert len(find_instance_images(tmp_path)) == 3
+    assert said(caplog) == ["2 images have transparent parts, which are white here."]
+    assert open_image(tmp_path / "0.png").getextrema() == ((255, 255),) * 3
+
+
+def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data of (tag, type, count, value); values of more than four bytes are at its end."""
+    at, rows, values = 8 + 2 + 12 * len(entries) + 4, b"", b""
+    for tag, kind, count, value in entries:
+        rows += struct.pack("<HHL", tag, kind, count)
+        rows += value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<L", at + len(values))
+        values += value if len(value) > 4 else b""
+    return b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(entries)) + rows + bytes(4) + values
+
+
+ROTATED = (0x0112, 3, 1, struct.pack("<H", 6))
+
+
+@pytest.mark.parametrize(
+    ("data", "turned"),
+    [
+        (
+            exif(ROTATED, (0x011A, 10, 1, struct.pack("<ll", -1, 0))),
+            True,
+        ),  # a resolution of -1/0, which PIL cannot write
+        (exif(ROTATED)[:20], False),
+        (b"Exif\0\0garbage", False),
+    ],
+    ids=["resolution of -1/0", "cut off", "garbage"],
+)
+def test_broken_exif_data_costs_no_photo(train, tmp_path: Path, data: bytes, turned: bool) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (80, 64)).save(photos / "photo.jpg", exif=data)
+    assert open_image(photos / "photo.jpg").size == ((64, 80) if turned else (80, 64))
+    out = train(tmp_path / "out", "--instance_data_dir", str(photos), "--max_train_steps", "1", "--rank", "1")
+    assert (out / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [struct.error("x"), TypeError(), AttributeError(), KeyError(7), MemoryError(), RecursionError(), AssertionError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_decoder_raises_becomes_one_line(
+    tmp_path: Path,
+    accelerator: Accelerator,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    def load(image: Image.Image) -> None:
+        raise error
+
+    save_photo(tmp_path / "photo.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    assert list_images(tmp_path) == []
+    (line,) = said(caplog)
+    assert line.startswith(f"Skipped {tmp_path / 'photo.png'}: not an image that can be read ({type(error).__name__}")
+
+
+def test_mutated_images_are_rgb_or_refused_and_nothing_else_is_said(tmp_path: Path, capfd) -> None:
+    """A decoder sees three hundred damaged files of six formats."""
+    chance, seeds = random.Random(0), []
+    image = Image.open(save_photo(tmp_path / "photo.png", (60, 40)))
+    for number, kind in enumerate(("jpeg", "png", "webp", "gif", "tiff", "tiff")):
+        options = {"compression": "tiff_deflate"} if number == 5 else {}
+        image.save(path := tmp_path / f"{number}.{kind}", exif=exif(ROTATED), **options)
+        seeds.append(path.read_bytes())
+    seen = Counter()
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(300):
+            data = bytearray(chance.choice(seeds))
+            for _ in range(chance.choice((1, 2, 8))):
+                data[chance.randrange(min(len(data), 600))] = chance.randrange(256)
+            try:
+                decoded, _ = decode(io.BytesIO(data), "damaged")
+            except RunError:
+                seen["refused"] += 1
+            else:
+                assert decoded.mode == "RGB" and decoded.getextrema()
+                seen["read"] += 1
+    assert min(seen.values()) > 50
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_image_starts_a_program(tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL hands EPS, whatever its name, to Ghostscript."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **_: started.append(args))
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.eps")
+    (tmp_path / "photo.eps").rename(tmp_path / "photo.png")
+    assert list_images(tmp_path) == []
+    assert not started
 
 
 def test_a_photo_is_turned_the_way_its_exif_data_says(tmp_path: Path) -> None:
@@ -233,6 +373,39 @@ def test_a_broken_image_is_left_out_with_a_warning(
     assert record.levelname == "WARNING"
     assert str(bad) in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+def test_other_files_are_named_in_one_line_and_broken_images_up_to_five(
+    tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_photo(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("its caption")
+    (tmp_path / "metadata.jsonl").write_text("")
+    for number in range(1000):
+        (tmp_path / f"{number:04}.json").write_text("{}")
+    for number in range(8):
+        (tmp_path / f"broken-{number}.jpg").write_bytes(b"no image")
+    assert list_images(tmp_path) == [tmp_path / "0.png"]
+    *broken, more, others = said(caplog)
+    assert [f"broken-{number}.jpg" in line for number, line in enumerate(broken)] == [True] * 5
+    assert more == "Skipped 3 more images that cannot be read."
+    assert others == f"Skipped 1,000 files of {tmp_path} that are no images: 0000.json, 0001.json, 0002.json and 997 more."
+
+
+def test_images_in_sub_folders_get_a_hint(
+    tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("10_sks dog/0.png", "10_sks dog/1.png", "reg/1_dog/2.png", ".thumbnails/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save_photo(tmp_path / name)
+    where = "2 in 10_sks dog, 1 in reg/1_dog"
+    with pytest.raises(RunError, match=f"can be read. There are {where}: point --instance_data_dir there.$"):
+        find_instance_images(tmp_path)
+    save_photo(tmp_path / "0.png")
+    assert find_instance_images(tmp_path) == [tmp_path / "0.png"]
+    assert said(caplog) == [
+        f"{tmp_path}: images in its sub-folders are not used ({where}): --instance_data_dir takes one folder."
+    ]
 
 
 def test_a_dangling_link_is_left_out(tmp_path: Path) -> None:

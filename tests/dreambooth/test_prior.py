@@ -2,20 +2,21 @@
 
 import re
 from argparse import Namespace
-from hashlib import sha1
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PARITY, flags
-from diffusers import DiffusionPipeline
+from conftest import assert_equal_weights, flags
 from PIL import Image
 
 from diffusers_lipreg.dreambooth import prior
-from diffusers_lipreg.dreambooth.models import Base
 from diffusers_lipreg.dreambooth.preflight import open_base
+from diffusers_lipreg.errors import RunError
 from train_dreambooth_lipreg import parse_args
+
+LORA = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture
@@ -38,6 +39,11 @@ def arguments(folder: Path, number: int, *more: str) -> Namespace:
             *("--class_prompt", "a photo of dog", "--num_class_images", str(number), *more),
         )
     )
+
+
+def ensure(args: Namespace, accelerator: Accelerator) -> list[Path]:
+    """`ensure_class_images` with the base of the flags."""
+    return prior.ensure_class_images(args, accelerator, open_base(args, accelerator, sdxl=False))
 
 
 def save_images(folder: Path, *names: str) -> list[Path]:
@@ -85,36 +91,96 @@ def test_what_is_no_image_does_not_count(
     Path(tmp_path, "broken.jpg").write_bytes(b"")
     asked = []
 
-    def sample(args: Namespace, accelerator: Accelerator, folder: Path, present: int, base: Base) -> None:
-        asked.append((folder, present))
-        good.extend(save_images(folder, "1-sampled.jpg", "2-sampled.jpg"))
+    def sample(args: Namespace, accelerator: Accelerator, folder: Path, numbers: list[int], base: object) -> None:
+        asked.append((folder, numbers))
+        good.extend(save_images(folder, "0-sampled.jpg", "1-sampled.jpg"))
 
     monkeypatch.setattr(prior, "sample_class_images", sample)
-    assert prior.ensure_class_images(arguments(tmp_path, 3), accelerator, base=None) == sorted(good)
-    assert asked == [(tmp_path, 1)]
+    assert ensure(arguments(tmp_path, 3), accelerator) == sorted(good)
+    assert asked == [(tmp_path, [0, 1])]
 
 
-def test_missing_images_are_sampled_without_a_generator_of_their_own(tmp_path: Path, accelerator: Accelerator) -> None:
-    folder = tmp_path / "class" / "images"
-    (present,) = save_images(folder, "there.png")
-    torch.manual_seed(0)
-    args = arguments(folder, 3, "--sample_batch_size", "2")
-    base = open_base(args, accelerator, sdxl=False)
-    images = prior.ensure_class_images(args, accelerator, base)
+class Process(NamedTuple):
+    """One of several processes, as far as sampling knows."""
+
+    process_index: int
+    num_processes: int
+    device: torch.device = torch.device("cpu")
+    is_local_main_process: bool = False
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+def drawn(folder: Path) -> dict[str, bytes]:
+    """The class images by their numbers."""
+    return {path.name.split("-")[0]: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_each_image_has_its_own_random_numbers(tmp_path: Path, accelerator: Accelerator) -> None:
+    """One process or two, at once or continued: the same set, no image twice, and training's random state untouched."""
+    one = ("--sample_batch_size", "1", "--prior_generation_precision", "fp32")
     state = torch.get_rng_state()
-
-    # As the official script: the loader's seed, then a batch of the plain pipeline.
-    torch.manual_seed(0)
-    torch.empty((), dtype=torch.int64).random_()
-    pipeline = DiffusionPipeline.from_pretrained(PARITY / "pipeline", safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    expected = pipeline(["a photo of dog"] * 2).images
+    whole = ensure(arguments(tmp_path / "whole", 4, *one), accelerator)
     assert torch.equal(torch.get_rng_state(), state)
-    sampled = [folder / f"{n + 1}-{sha1(image.tobytes()).hexdigest()}.jpg" for n, image in enumerate(expected)]
-    assert images == [*sampled, present]
-    for path, image in zip(sampled, expected, strict=True):
+    assert [path.name.split("-")[0] for path in whole] == ["0", "1", "2", "3"]
+    assert len(set(drawn(tmp_path / "whole").values())) == 4
+    for path in whole:
         assert re.fullmatch(r"\d+-[0-9a-f]{40}\.jpg", path.name)
-        assert Image.open(path).size == image.size == (64, 64)
+        assert Image.open(path).size == (64, 64)
+
+    ensure(arguments(tmp_path / "continued", 2, *one), accelerator)
+    (first, _) = sorted((tmp_path / "continued").iterdir())
+    first.write_bytes(first.read_bytes()[:100])  # which a run that was killed in writing it would have left
+    ensure(arguments(tmp_path / "continued", 4, *one), accelerator)
+    assert drawn(tmp_path / "continued") == drawn(tmp_path / "whole")
+
+    args = arguments(tmp_path / "two", 4, *one)
+    base = open_base(args, accelerator, sdxl=False)
+    for process in (Process(1, 2), Process(0, 2)):
+        prior.sample_class_images(args, process, tmp_path / "two", [0, 1, 2, 3], base)
+    assert drawn(tmp_path / "two") == drawn(tmp_path / "whole")
+
+    other, unseeded = arguments(tmp_path / "other", 1, *one, "--seed", "1"), arguments(tmp_path / "unseeded", 2, *one)
+    unseeded.seed = None
+    for args in (other, unseeded):
+        ensure(args, accelerator)
+    seen = [drawn(tmp_path / name)[number] for name, number in (("whole", "0"), ("other", "0"), ("unseeded", "0"), ("unseeded", "1"))]
+    assert len(set(seen)) == 4
+
+
+def test_training_after_sampling_is_training_with_images_that_are_there(train, tmp_path: Path) -> None:
+    more = ("--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a dog")
+    more += ("--num_class_images", "2", "--rank", "2")
+    sampled = train(tmp_path / "sampled", *more)
+    assert_equal_weights(sampled / LORA, train(tmp_path / "found", *more) / LORA)
+
+
+def test_an_image_that_was_not_written_whole_is_none(
+    tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def save(image: Image.Image, path: Path, **options: object) -> None:
+        path.write_bytes(b"half an im")
+        raise Killed
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(Killed):
+        ensure(arguments(tmp_path, 2, "--sample_batch_size", "1"), accelerator)
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+
+
+def test_a_full_disk_is_named_by_the_folder(
+    tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(RunError, match=f"^--class_data_dir {tmp_path}: cannot be written .*No space left"):
+        ensure(arguments(tmp_path, 1), accelerator)
 
 
 def test_the_folder_is_made_and_batches_fill_it_exactly(
@@ -136,7 +202,8 @@ def test_the_folder_is_made_and_batches_fill_it_exactly(
         def set_progress_bar_config(self, **_: object) -> None:
             pass
 
-        def __call__(self, prompts: list[str]) -> Namespace:
+        def __call__(self, prompts: list[str], generator: list[torch.Generator]) -> Namespace:
+            assert len(generator) == len(prompts)
             asked.append(prompts)
             first = 10 * sum(len(prompts) for prompts in asked[2:-1])
             return Namespace(images=[Image.new("RGB", (8, 8), (first + 10 * i,) * 3) for i in range(len(prompts))])

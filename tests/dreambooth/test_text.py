@@ -36,17 +36,11 @@ def equal(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_instance_rows_come_before_class_rows(tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel) -> None:
-    expected = states(tokenizer, text_encoder, [INSTANCE, INSTANCE, CLASS, CLASS])
+def test_rows_are_those_of_the_prompts(tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel) -> None:
+    prompts = [INSTANCE, INSTANCE, CLASS, INSTANCE]
+    expected = states(tokenizer, text_encoder, prompts)
     assert not torch.equal(expected[1], expected[2])
-    equal(Prompts(tokenizer, [INSTANCE, CLASS], None, use_mask=False).encode(text_encoder, 4), expected)
-
-
-def test_without_class_images_all_rows_are_the_instance_prompt(
-    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
-) -> None:
-    expected = states(tokenizer, text_encoder, [INSTANCE] * 3)
-    equal(Prompts(tokenizer, [INSTANCE], None, use_mask=False).encode(text_encoder, 3), expected)
+    equal(Prompts(tokenizer, None, use_mask=False).encode(text_encoder, prompts), expected)
 
 
 @pytest.mark.parametrize("use_mask", [False, True])
@@ -55,56 +49,43 @@ def test_the_mask_is_used_only_when_asked(
 ) -> None:
     expected, other = (states(tokenizer, text_encoder, [INSTANCE], mask) for mask in (use_mask, not use_mask))
     assert not torch.equal(expected, other)
-    prompts = Prompts(tokenizer, [INSTANCE], None, use_mask)
-    equal(prompts.encode(text_encoder, 1), expected)
-    equal(prompts.precompute(text_encoder, torch.device("cpu"))(1), expected)
+    prompts = Prompts(tokenizer, None, use_mask)
+    equal(prompts.encode(text_encoder, [INSTANCE]), expected)
+    equal(prompts.precompute(text_encoder, torch.device("cpu"), [[INSTANCE]])([INSTANCE]), expected)
 
 
-def test_one_precomputed_row_is_the_encoded_one(
+def test_precomputed_states_are_those_of_the_batch_they_were_encoded_in(
     tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
 ) -> None:
-    prompts = Prompts(tokenizer, [INSTANCE], None, use_mask=False)
-    equal(prompts.precompute(text_encoder, torch.device("cpu"))(1), prompts.encode(text_encoder, 1))
-
-
-def test_precomputed_batches_have_the_same_blocks(
-    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
-) -> None:
-    prompts = Prompts(tokenizer, [INSTANCE, CLASS], None, use_mask=False)
-    of_batch = prompts.precompute(text_encoder, torch.device("cpu"))
-    for batch_size in (2, 4):
-        torch.testing.assert_close(of_batch(batch_size), prompts.encode(text_encoder, batch_size))
-
-
-def test_states_of_a_batch_are_those_of_its_own_shape(
-    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
-) -> None:
-    """To the last bit; other sizes take their rows from it, again and again where they need more."""
-    prompts = Prompts(tokenizer, [INSTANCE, CLASS], None, use_mask=False)
-    of_batch = prompts.precompute(text_encoder, torch.device("cpu"), 4)
-    equal(of_batch(4), prompts.encode(text_encoder, 4))
-    equal(of_batch(2), of_batch(4)[[0, 2]])
-    equal(of_batch(6), of_batch(4)[[0, 1, 0, 2, 3, 2]])
+    """To the last bit, row by row; other sizes take their rows from it, again and again where they need more."""
+    prompts = Prompts(tokenizer, None, use_mask=False)
+    batch = [INSTANCE, INSTANCE, CLASS, CLASS]
+    expected = prompts.encode(text_encoder, batch)
+    states_of = prompts.precompute(text_encoder, torch.device("cpu"), [batch])
+    equal(states_of(batch), expected)
+    equal(states_of([INSTANCE, CLASS]), expected[[0, 2]])
+    equal(states_of([INSTANCE] * 3 + [CLASS] * 3), expected[[0, 1, 0, 2, 3, 2]])
 
 
 def test_precomputed_states_outlive_the_encoder(
     tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
 ) -> None:
     passing = deepcopy(text_encoder).requires_grad_(True)
-    of_batch = Prompts(tokenizer, [INSTANCE], None, use_mask=False).precompute(passing, torch.device("cpu"))
-    expected = states(tokenizer, text_encoder, [INSTANCE])
+    prompts = Prompts(tokenizer, None, use_mask=False)
+    states_of = prompts.precompute(passing, torch.device("cpu"), [[INSTANCE], [CLASS]])
+    expected = [states(tokenizer, text_encoder, [prompt]) for prompt in (CLASS, INSTANCE)]
     with torch.no_grad():
         for parameter in passing.parameters():
             parameter.zero_()
-    equal(of_batch(1), expected)
-    assert not of_batch(1).requires_grad
+    equal(states_of([CLASS, INSTANCE]), torch.cat(expected))
+    assert not states_of([INSTANCE]).requires_grad
 
 
 def test_a_trained_encoder_gets_gradients_from_every_row(
     tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
 ) -> None:
     trained = deepcopy(text_encoder).requires_grad_(True)
-    encoded = Prompts(tokenizer, [INSTANCE, CLASS], None, use_mask=False).encode(trained, 2)
+    encoded = Prompts(tokenizer, None, use_mask=False).encode(trained, [INSTANCE, CLASS])
     for row in encoded:
         trained.zero_grad()
         row.square().sum().backward(retain_graph=True)
@@ -117,7 +98,7 @@ def test_prompts_are_padded_or_cut(
     tokenizer: PreTrainedTokenizerBase, max_length: int | None, length: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     Accelerator(cpu=True)  # which logs need
-    ids, mask = tokenize(tokenizer, CLASS, max_length)
+    ids, mask = tokenize(tokenizer, CLASS, max_length, set())
     alone = tokenizer(CLASS).input_ids
     assert 4 < len(alone) < 9
     assert ids.shape == mask.shape == (1, length)
@@ -127,3 +108,14 @@ def test_prompts_are_padded_or_cut(
         assert ids[0].tolist() == alone + [tokenizer.pad_token_id] * (length - len(alone))
     assert mask.sum() == min(length, len(alone))
     assert ("is cut: 'a photo of dog'" in caplog.text) == (length == 4)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_of_many_prompts_that_are_cut_three_are_named(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    Accelerator(cpu=True)
+    prompts = Prompts(tokenizer, 4, use_mask=False)
+    for number in range(50):
+        prompts.tokens(f"a photo of dog {number}")
+    assert len(caplog.messages) == 4

@@ -1,0 +1,124 @@
+"""Captions of photos: a .txt beside each, the rows of a metadata.jsonl, or a column of a data set."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import unicodedata
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from accelerate.logging import get_logger
+
+from ..errors import RunError, one_line, printable
+
+logger = get_logger(__name__)
+METADATA = "metadata.jsonl"
+
+
+def prompts_of_folder(args: Namespace, images: Sequence[Path]) -> list[str]:
+    """Return the prompt of each image of `--instance_data_dir`: its caption, or else `--instance_prompt`.
+
+    The caption is what `--caption_column` has in the folder's metadata.jsonl, or else the text of the .txt beside it.
+
+    Raises:
+        RunError: A file of captions cannot be read, or a caption is no text.
+    """
+    metadata = Path(args.instance_data_dir, METADATA)
+    texts = beside(images, sorted(metadata.parent.iterdir()))
+    captions = {image: " ".join(read_file(text).split()) for image, text in texts.items()}
+    if args.caption_column is not None:
+        rows = match(read_rows(metadata, args.caption_column), images)
+        captions |= {image: caption for image, caption in rows.items() if caption}
+    elif metadata.is_file():
+        logger.warning(f"{metadata} is not read: --caption_column has to name the field that holds the captions.")
+    return prompts(args, [captions.get(image, "") for image in images])
+
+
+def prompts(args: Namespace, captions: Sequence[str]) -> list[str]:
+    """Return captions, with `--instance_prompt` in place of empty ones; says how many there are."""
+    present = sum(map(bool, captions))
+    if present or args.caption_column is not None:
+        rest = "" if present == len(captions) else "; the others use --instance_prompt"
+        logger.info(f"{present:,} of {len(captions):,} photos have a caption{rest}.")
+    return [caption or args.instance_prompt for caption in captions]
+
+
+def beside(images: Iterable[Path], files: Iterable[Path]) -> dict[Path, Path]:
+    """Find among files the .txt of each image, which has its name but for the suffix."""
+    texts = {spelling(file.stem): file for file in files if file.suffix.lower() == ".txt"}
+    return {image: texts[name] for image in images if (name := spelling(image.stem)) in texts}
+
+
+def spelling(name: str) -> str:
+    """Return a path as all its spellings have it: ./ and backslashes, accents within a letter or behind it."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
+
+
+def match(rows: Iterable[tuple[str, str]], images: Iterable[Path]) -> dict[Path, str]:
+    """Give the images of a folder the captions that came with their names; warns of rows that are for none of them."""
+    unclaimed = {spelling(image.name): image for image in images}
+    captions, unmatched = {}, []
+    for name, caption in rows:
+        image = unclaimed.pop(spelling(name), None)
+        if image is None:
+            unmatched.append(name)
+        else:
+            captions[image] = caption
+    if unmatched:
+        number = f"{len(unmatched):,} rows of {METADATA}"
+        logger.warning(printable(f"{number} are for no photo, or for one that has a row already: {few(unmatched)}."))
+    return captions
+
+
+def read_rows(metadata: Path, column: str) -> list[tuple[str, str]]:
+    """Read file names and captions, "" where there is none, from the lines of a metadata.jsonl."""
+    if not metadata.is_file():
+        raise RunError(f"--caption_column {column}: there is no {metadata} to take captions from.")
+    rows, columns = [], set()
+    for number, line in enumerate(read_file(metadata).split("\n"), 1):  # splitlines would divide at U+2028, too
+        if not line.strip():
+            continue
+        where = f"{metadata}, line {number}"
+        try:
+            row = json.loads(line)
+            name = row["file_name"] + ""
+            columns |= row.keys()
+        except Exception as error:  # of any shape JSON may have
+            raise RunError(f"{where}: expected a JSON object with a file_name ({error!r}).") from error
+        rows.append((name, checked(row.get(column), where)))
+    check_column(column, sorted(columns), "--caption_column")
+    return rows
+
+
+def check_column(column: str, columns: Sequence[str], flag: str) -> None:
+    """Refuse a column that is not there."""
+    if column not in columns:
+        raise RunError(f"{flag} {column}: there is no such column; there are {', '.join(columns)}.")
+
+
+def checked(caption: object, where: str) -> str:
+    """Return a caption, "" for none or nothing but spaces.
+
+    Raises:
+        RunError: It is no text, or holds half a character. `where` tells the file and the row.
+    """
+    try:
+        text = "" if caption is None else caption.encode().decode()  # type: ignore[attr-defined]
+    except (AttributeError, UnicodeError) as error:
+        raise RunError(f"{where}: the caption is no text, but {caption!r:.100}.") from error
+    return text if text.strip() else ""
+
+
+def read_file(file: Path) -> str:
+    """Read a file of UTF-8, with or without a byte order mark."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read as a text in UTF-8 ({one_line(error)}).") from error
+
+
+def few(names: Sequence[str]) -> str:
+    """Join the first three names, and say how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")

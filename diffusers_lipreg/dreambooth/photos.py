@@ -1,0 +1,152 @@
+"""Instance photos with their prompts: of a folder, or of a data set, which may not name files other than its own."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+from zipfile import ZipFile
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+from PIL import Image
+
+from ..errors import RunError, one_line
+from . import captions
+from .data import Photo, decode, find_instance_images, open_image, quiet_libraries, report
+
+
+def find_photos(args: Namespace) -> list[Photo]:
+    """Return the photos of `--instance_data_dir` or `--dataset_name`, each with its caption or `--instance_prompt`.
+
+    Each is decoded once here; what cannot be read is left out with a warning.
+
+    Raises:
+        RunError: There is no such folder, data set or column, no image, a caption is no text, or a file lies elsewhere.
+    """
+    if args.dataset_name is None:
+        images = find_instance_images(args.instance_data_dir)
+        prompts = captions.prompts_of_folder(args, images)
+        return [Photo(partial(open_image, path), prompt) for path, prompt in zip(images, prompts, strict=True)]
+    rows, texts, openers, broken, transparent = Rows(args), [], [], [], 0
+    for index in range(len(rows)):
+        caption, source = rows.caption(index), rows.source(index)
+        try:
+            with quiet_libraries():
+                transparent += decode(source, rows.name(index))[1]
+        except RunError as error:
+            broken.append(str(error))
+        else:
+            texts.append(caption)
+            openers.append(partial(rows.open, index))
+    report(broken, transparent)
+    if not openers:
+        raise RunError(f"--dataset_name {args.dataset_name}: there is no image in it that can be read.")
+    return [Photo(*pair) for pair in zip(openers, captions.prompts(args, texts), strict=True)]
+
+
+class Rows:
+    """The images and captions of the split train of `--dataset_name`, by the index of the row.
+
+    Raises:
+        RunError: It cannot be loaded, has no such split or column, or names a file elsewhere.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        rows, self.folders = load_rows(args)
+        captions.check_column(args.image_column, rows.column_names, "--image_column")
+        kind = rows.features[args.image_column]
+        if not isinstance(kind, datasets.Image):
+            raise RunError(f"--image_column {args.image_column}: it holds no images, but {kind}.")
+        columns = [args.image_column]
+        if args.caption_column is not None:
+            captions.check_column(args.caption_column, rows.column_names, "--caption_column")
+            columns.append(args.caption_column)
+        self.rows = rows.select_columns(columns).cast_column(args.image_column, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"row {index} of {self.args.dataset_name}"
+
+    def caption(self, index: int) -> str:
+        column = self.args.caption_column
+        return "" if column is None else captions.checked(self.rows[index][column], self.name(index))
+
+    def source(self, index: int) -> Callable[[], str | BinaryIO]:
+        """Return what opens the image of a row, which lies in the row, a file of the data set or a zip file of it."""
+        image = self.rows[index][self.args.image_column] or {"bytes": b""}
+        if image["bytes"] is not None:
+            return partial(BytesIO, image["bytes"])
+        path = image["path"] or ""
+        zipped = re.fullmatch("zip://(.+?)::([^:]+)", path)
+        file = zipped[2] if zipped else path
+        if not lies_in(self.folders, file):
+            raise RunError(f"{self.name(index)} names a file elsewhere, {path}: only its own files are read.")
+        return (lambda: BytesIO(ZipFile(file).read(zipped[1]))) if zipped else (lambda: file)
+
+    def open(self, index: int) -> Image.Image:
+        return decode(self.source(index), self.name(index))[0]
+
+
+def load_rows(args: Namespace) -> tuple[datasets.Dataset, list[Path]]:
+    """Load the split train of `--dataset_name`, and say in which folders its files may lie."""
+    flag = f"--dataset_name {args.dataset_name}"
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # datasets 3 would ask whether to run a script
+    try:
+        builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+        folders = own_folders(args, builder.base_path)
+        for files in (builder.config.data_files or {}).values():
+            check_files(flag, files, builder.base_path, folders)
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
+    except RunError:
+        raise
+    except Exception as error:  # the Hub, the builders and the readers of all formats raise what they like
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        raise RunError(f"{flag}: cannot be loaded ({one_line(reason or error)}).") from error
+    if "train" not in splits:
+        raise RunError(f"{flag}: it has no split train, but {', '.join(splits)}.")
+    return splits["train"], folders
+
+
+def own_folders(args: Namespace, base: str) -> list[Path]:
+    """Return where the files of a data set lie: its folder, or that of its repository in the cache, and downloads.
+
+    Args:
+        base: The folder, or "hf://datasets/NAME@REVISION".
+    """
+    downloads = Path(args.cache_dir, "downloads") if args.cache_dir else Path(datasets.config.DOWNLOADED_DATASETS_PATH)
+    if base.startswith("hf://"):
+        repository = base.removeprefix("hf://datasets/").partition("@")[0]
+        own = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset"))
+    else:
+        own = Path(base).resolve()
+        if own.parent.name == "snapshots":  # a download, whose files are links to others two folders above
+            own = own.parents[1]
+    return [own.resolve(), downloads.resolve()]
+
+
+def lies_in(folders: Sequence[Path], file: str) -> bool:
+    """Tell whether a file is in one of the folders, links followed."""
+    try:
+        path = Path(file).resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a zero byte
+        return False
+    return any(path.is_relative_to(folder) for folder in folders)
+
+
+def check_files(flag: str, files: Sequence[str], base: str, folders: Sequence[Path]) -> None:
+    """Refuse a data set whose card names files that are not its own."""
+    for file in files:
+        own = file.startswith(base.partition("@")[0] + "@") if base.startswith("hf://") else lies_in(folders, file)
+        if not own:
+            raise RunError(f"{flag}: it names a file elsewhere, {file}: only its own files are read.")
