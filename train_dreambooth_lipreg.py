@@ -41,10 +41,12 @@ from diffusers_lipreg.dreambooth import (
     optimization,
     preflight,
     prior,
+    run_config,
     setup,
     text,
     validation,
 )
+from diffusers_lipreg.dreambooth.checkpoints import Checkpoints
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
 from diffusers_lipreg.dreambooth.models import TEACHER_FLAGS, Base, limit_length, loading, text_encoder_class
 from diffusers_lipreg.drift import REDUCTIONS
@@ -300,6 +302,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     base = preflight.open_base(args, accelerator, sdxl=False)
     probe_prompts = preflight.probe_prompts(args, PROMPTS)
     output, checkpoint, repo_id = preflight.open_output(args, accelerator, base)
+    config = run_config.start(args, base, checkpoint)
     with loading(args):
         class_images = prior.ensure_class_images(args, accelerator, base) if args.with_prior_preservation else []
         transform = data.PhotoTransform(args.resolution, args.center_crop)
@@ -325,7 +328,8 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     if args.rank is None:
         save_models, load_models = partial(checkpoints.save_models, bare), partial(checkpoints.load_models, bare)
     else:
-        save_models, load_models = lora.checkpoint_functions(StableDiffusionPipeline, bare)
+        scale = (args.lora_alpha or args.rank) / args.rank
+        save_models, load_models = lora.checkpoint_functions(StableDiffusionPipeline, bare, scale)
     checkpoints.write_models_with(accelerator, save_models, load_models)
     optimizer, loader, lr_scheduler = setup.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
@@ -339,6 +343,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
             args.lipreg_reduction,
             partial(teacher_options, args, base, bare),
         )
+    saved = Checkpoints(args, accelerator, output, config, loader, lr_scheduler)
     monitor = watch(
         args,
         accelerator,
@@ -348,16 +353,15 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         probe_prompts,
         {penalty.loss: models.trained[name] for name, penalty in penalties.items()},
         subject_loss=partial(held_out_loss, args, models, crops, text_states),
-        save_best=partial(checkpoints.save_best, accelerator, args.output_dir, bare, partial(save_weights, args)),
+        save_best=partial(saved.save_best, bare, partial(save_weights, args)),
     )
-    step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
+    step, epochs = saved.resume(checkpoint, updates_per_epoch, monitor)
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
     if accelerator.is_main_process:
         output.claim()
     accelerator.init_trackers("dreambooth", config=setup.tracker_config(args))
     images: list[Image.Image] = []
-    check_finite = partial(setup.check_finite, args, accelerator, lr_scheduler)
     progress = tqdm(
         desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
     )
@@ -368,11 +372,11 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         for batch in loader:
             with accelerator.accumulate(*models.trained.values()):
                 loss = loss_of(batch)
-                check_finite(step, loss=loss)
+                saved.check_finite(step, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     add_gradients(accelerator, monitor, penalties, models.trained)  # the new idea: of weight * drift
-                    check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+                    saved.check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad(set_to_none=args.set_grads_to_none)
@@ -383,7 +387,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
                 monitor.on_step_end(step)
                 stopping = graceful_exit.requested(accelerator)
                 if stopping or step % args.checkpointing_steps == 0:
-                    checkpoints.save(accelerator, loader, args.output_dir, step, args.checkpoints_total_limit)
+                    last = saved.save(step, monitor)
                 if args.validation_prompt is not None and step % args.validation_steps == 0 and not stopping:
                     trained = checkpoints.whole(accelerator, bare)
                     if accelerator.is_main_process:
@@ -396,7 +400,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
             accelerator.log(logs, step=step)
             if accelerator.sync_gradients and stopping:
                 progress.close()
-                graceful_exit.exit(accelerator, f"checkpoint-{step}")
+                graceful_exit.exit(accelerator, last)
             if step >= args.max_train_steps:
                 break
 
@@ -410,7 +414,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     trained = checkpoints.whole(accelerator, bare)
     facts = card_facts(penalties.values()) | monitor.facts
     if accelerator.is_main_process:
-        with checkpoints.writing(args.output_dir, args.output_dir):
+        with saved.writing(args.output_dir):
             with output.result(partial(save_weights, args, trained)) as folder:
                 facts |= save_rest(args, base, trained, folder)
     with hub.result_is_safe(output, repo_id):

@@ -45,10 +45,12 @@ from diffusers_lipreg.dreambooth import (
     optimization,
     preflight,
     prior,
+    run_config,
     setup,
     text,
     validation,
 )
+from diffusers_lipreg.dreambooth.checkpoints import Checkpoints
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
 from diffusers_lipreg.dreambooth.models import Base, loading, text_encoder_class
 from diffusers_lipreg.dreambooth.photos import find_photos
@@ -268,6 +270,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     probe_prompts = preflight.probe_prompts(args, PROMPTS)
     photos = find_photos(args)
     output, checkpoint, repo_id = preflight.open_output(args, accelerator, base)
+    config = run_config.start(args, base, checkpoint)
     with loading(args):
         class_images = prior.ensure_class_images(args, accelerator, base) if args.with_prior_preservation else []
         transform = data.PhotoTransform(
@@ -306,6 +309,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         {"unet": args.lipreg_weight, "text_encoder": text_weight, "text_encoder_2": text_weight},
         args.lipreg_reduction,
     )
+    saved = Checkpoints(args, accelerator, output, config, loader, lr_scheduler)
     monitor = watch(
         args,
         accelerator,
@@ -315,9 +319,9 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         probe_prompts,
         {penalty.loss: models.trained[name] for name, penalty in penalties.items()},
         subject_loss=partial(held_out_loss, args, models, crops, text_states, dtype),
-        save_best=partial(checkpoints.save_best, accelerator, args.output_dir, bare, save_weights),
+        save_best=partial(saved.save_best, bare, save_weights),
     )
-    step, epochs = checkpoints.resume(args, accelerator, loader, lr_scheduler, checkpoint, updates_per_epoch)
+    step, epochs = saved.resume(checkpoint, updates_per_epoch, monitor)
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     loss_of = partial(denoising_loss, args, models, text_states=text_states, dtype=dtype, prior_weight=prior_weight)
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
@@ -327,7 +331,6 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=setup.tracker_config(args)
     )
     images: list[Image.Image] = []
-    check_finite = partial(setup.check_finite, args, accelerator, lr_scheduler)
     progress = tqdm(
         desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
     )
@@ -338,11 +341,11 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         for batch in loader:
             with accelerator.accumulate(*models.trained.values()):
                 loss = loss_of(batch)
-                check_finite(step, loss=loss)
+                saved.check_finite(step, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     add_gradients(accelerator, monitor, penalties, models.trained)  # the new idea: of weight * drift
-                    check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+                    saved.check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
@@ -353,7 +356,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
                 monitor.on_step_end(step)
                 stopping = graceful_exit.requested(accelerator)
                 if stopping or step % args.checkpointing_steps == 0:
-                    checkpoints.save(accelerator, loader, args.output_dir, step, args.checkpoints_total_limit)
+                    last = saved.save(step, monitor)
             logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
             for penalty in penalties.values():
                 penalty.on_log(logs=logs)
@@ -362,7 +365,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
             accelerator.log(logs, step=step)
             if accelerator.sync_gradients and stopping:
                 progress.close()
-                graceful_exit.exit(accelerator, f"checkpoint-{step}")
+                graceful_exit.exit(accelerator, last)
             if step >= args.max_train_steps:
                 break
         if accelerator.is_main_process and args.validation_prompt is not None and epoch % args.validation_epochs == 0:
@@ -382,7 +385,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         penalty.on_train_end(model=models.trained[name])
         logger.info(f"Final drift: {penalty.logs}")
     if accelerator.is_main_process:
-        with checkpoints.writing(args.output_dir, args.output_dir):
+        with saved.writing(args.output_dir):
             with output.result(partial(save_weights, bare)) as folder:
                 if args.output_kohya_format:
                     lora.save_kohya(folder, lora.adapter_weights(bare))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .budget import DriftBudget
+from .errors import RunError
 from .losses import LipschitzDriftLoss
 from .probe import Denoiser, OutputDrift, OutputProbe
 
@@ -20,7 +21,7 @@ class DriftMonitor:
 
     Build it of the pretrained model, before a checkpoint is loaded; in the loop call `on_pre_optimizer_step` before
     the penalties act, and after backward until a budget has started, `on_step_end` after each update, `on_log` and, last,
-    `on_train_end`. It is its own state for `accelerator.register_for_checkpointing`. Every process has to call it.
+    `on_train_end`. Keep `state_dict()`, which JSON can hold, in checkpoints. Every process has to call it.
 
     Args:
         probe: Of the pretrained model, or `None`, to measure nothing.
@@ -101,6 +102,11 @@ class DriftMonitor:
                 f"Output drift was {before:.4g}: the change of the weights is scaled by {self.budget.alpha:.3f}, for "
                 f"the budget of {self.budget.budget:g}."
             )
+        if not math.isfinite(reading.output_drift_relative):
+            raise RunError(
+                f"the output drift is {reading.output_drift_relative} after training, so the model is lost: start again, or "
+                "from a checkpoint, with a lower --learning_rate."
+            )
         self._note(reading)
         logger.info(f"Final output drift: {reading.logs}")
 
@@ -161,7 +167,7 @@ def watch(
     subject_loss: Callable[[], torch.Tensor],
     save_best: Callable[[], Any],
 ) -> DriftMonitor:
-    """The monitor that a script's flags ask for, in its checkpoints where it steers: call it before one is loaded.
+    """The monitor that a script's flags ask for: call it before a checkpoint is loaded.
 
     `scheduler`, `shape` and `prompts` are those of `OutputProbe`, `penalties` those of `DriftBudget`. Without prompts
     nothing is measured.
@@ -171,7 +177,7 @@ def watch(
         probe = OutputProbe(denoiser, scheduler, shape, prompts=prompts, device=accelerator.device)
     if args.drift_budget is not None:
         budget = DriftBudget(args.drift_budget, args.max_train_steps, penalties)
-    monitor = DriftMonitor(
+    return DriftMonitor(
         probe,
         denoiser,
         args.probe_steps or args.max_train_steps,
@@ -179,6 +185,3 @@ def watch(
         subject_loss=subject_loss if args.keep_best else None,
         save_best=save_best if args.keep_best else None,
     )
-    if budget is not None or args.keep_best:
-        accelerator.register_for_checkpointing(monitor)
-    return monitor

@@ -293,10 +293,11 @@ MISTAKES = [
         for number in (0, -4)
     ),
     Mistake(2, "--learning_rate 0", "--learning_rate must be above 0"),
-    Mistake(2, "--learning_rate=-1e-4", "--learning_rate must be a finite number, 0 or more, got -0.0001"),
-    Mistake(2, "--learning_rate nan", "--learning_rate must be a finite number, 0 or more, got nan"),
-    Mistake(2, "--lipreg_weight -1", "--lipreg_weight must be a finite number, 0 or more, got -1.0"),
-    Mistake(2, "--lipreg_weight inf", "--lipreg_weight must be a finite number, 0 or more, got inf"),
+    Mistake(2, "--learning_rate=-1e-4", "--learning_rate must be a finite number, 0 or more, that float32 can hold, got -0.0001"),
+    Mistake(2, "--learning_rate nan", "--learning_rate must be a finite number, 0 or more, that float32 can hold, got nan"),
+    Mistake(2, "--learning_rate 1e39", "--learning_rate must be a finite number, 0 or more, that float32 can hold, got 1e+39"),
+    Mistake(2, "--lipreg_weight -1", "--lipreg_weight must be a finite number, 0 or more, that float32 can hold, got -1.0"),
+    Mistake(2, "--lipreg_weight inf", "--lipreg_weight must be a finite number, 0 or more, that float32 can hold, got inf"),
     Mistake(2, "--lipreg_reduction mean", "--lipreg_reduction: invalid choice: 'mean'"),
     Mistake(2, "--lipreg_reduction product", "--lipreg_reduction product needs a --lipreg_weight", "sdxl"),
     Mistake(2, "--lipreg_reduction product --lipreg_weight 1", "product is not for full fine-tuning", "sd"),
@@ -667,14 +668,31 @@ class Malicious:
         return Path.touch, (self.target,)
 
 
-@pytest.mark.parametrize("file", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "sampler_state.pt"])
-def test_a_checkpoint_runs_no_code(run: Run, train: Callable[..., Path], out: Path, tmp_path: Path, file: str) -> None:
-    train(out, "--rank", "1", "--checkpointing_steps", "1", "--max_train_steps", "1")
-    (out / "checkpoint-1" / file).write_bytes(pickle.dumps(Malicious(tmp_path / "malicious")))
-    line = run("--rank", "1", "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
-    assert "checkpoint-1 is not whole, or not of a run with these flags" in line
-    torch.save(Malicious(tmp_path / "malicious"), out / "checkpoint-1" / file)
-    run("--rank", "1", "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+@pytest.mark.parametrize("more", [("--rank", "1"), ("--train_text_encoder", "--drift_budget", "0.01")], ids=["adapters", "whole"])
+def test_a_checkpoint_runs_no_code(
+    run: Run, train: Callable[..., Path], out: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """None of its files, with the list of their sizes and without; nor one that accelerate would look for."""
+    checkpoint = train(out, *more, "--checkpointing_steps", "1", "--max_train_steps", "1") / "checkpoint-1"
+    # The bare layers of PyTorch's own format are what its reader opens first.
+    torch.save(Malicious(tmp_path / "malicious"), tmp_path / "archive")
+    attacks = [pickle.dumps(Malicious(tmp_path / "malicious")), (tmp_path / "archive").read_bytes()]
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "config.yaml"]
+    resume = (*more, "--max_train_steps", "2", "--resume_from_checkpoint", "checkpoint-1")
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(attacks[0])
+        assert f"checkpoint-1 is not whole: {file.name} missing or cut off" in run(*resume)
+        file.write_bytes(whole)
+    (checkpoint / "config.yaml").unlink()  # as the official script leaves it
+    for file in [*files, checkpoint / "custom_checkpoint_0.pkl"]:
+        if file.name == "config.json":  # is not read: see test_checkpoints.py
+            continue
+        whole = file.read_bytes() if file.exists() else None
+        for attack in attacks:
+            file.write_bytes(attack)
+            assert "checkpoint-1 is not whole" in run(*resume)
+        file.unlink() if whole is None else file.write_bytes(whole)
     assert not (tmp_path / "malicious").exists()
 
 
@@ -683,7 +701,7 @@ def test_a_checkpoint_of_other_flags(run: Run, train: Callable[..., Path], out: 
     train(out, "--rank", "2", "--checkpointing_steps", "2")
     before = tree(out)
     line = run("--rank", "2", *more, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
-    assert "checkpoint-2 is not whole, or not of a run with these flags" in line
+    assert f"{out / 'checkpoint-2'} does not fit: {more[0]} was" in line
     assert tree(out) == before
 
 

@@ -2,7 +2,9 @@
 
 import os
 import random
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,12 +22,14 @@ STEPS = ("--max_train_steps", "3", "--checkpointing_steps", "1")
 
 
 @pytest.mark.parametrize("file", [UNET, "optimizer.bin", "sampler_state.pt"])
-def test_a_broken_latest_checkpoint_is_named_and_the_one_before_used(train, tmp_path, caplog, file):
-    """Cut off in the middle, as by a disk that was full or a machine that was switched off."""
+@pytest.mark.parametrize("damage", ["cut off", "of the same length"])
+def test_a_broken_latest_checkpoint_is_named_and_the_one_before_used(train, tmp_path, caplog, file, damage):
+    """As by a disk that was full or is old, or a machine that was switched off."""
     whole = train(tmp_path / "whole", *STEPS)
     cut = train(tmp_path / "cut", *STEPS[2:], "--max_train_steps", "2")
     broken = cut / "checkpoint-2" / file
-    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    half = broken.read_bytes()[: broken.stat().st_size // 2]
+    broken.write_bytes(half if damage == "cut off" else half.ljust(broken.stat().st_size, b"\0"))
     train(cut, *STEPS, "--resume_from_checkpoint", "latest")
     assert f"{cut / 'checkpoint-2'} is not whole" in caplog.text
     assert "Going on from checkpoint-1 instead." in caplog.text
@@ -65,6 +69,24 @@ def test_a_full_disk_at_the_end(train, tmp_path):
             train(cut, "--max_train_steps", "1", "--resume_from_checkpoint", "latest")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_the_advice_after_a_lost_loss_works(train, tmp_path, logs):
+    """The rate of the command line takes effect: pasted with a lower one, the flags that are named train on."""
+    out = train(tmp_path, *STEPS[2:], "--max_train_steps", "2")
+    with pytest.raises(RunError, match="the loss is (nan|inf) in the step after update 3") as lost:
+        train(out, "--max_train_steps", "5", "--resume_from_checkpoint", "latest", "--learning_rate", "1e30")
+    advised = shlex.split(re.search(r"Start (--.*?)\.$", str(lost.value))[1])
+    assert advised == ["--resume_from_checkpoint", "checkpoint-2", "--learning_rate", "1e+29"]
+    logs.clear()
+    train(out, "--max_train_steps", "5", *advised[:-1], "1e-6")
+    assert [(step, values["lr"]) for step, values in logs] == [(3, 1e-6), (4, 1e-6), (5, 1e-6)]
+
+
+def test_a_drift_that_is_no_number_is_no_success(train, tmp_path):
+    """The last update of all is one to weights whose predictions overflow."""
+    with pytest.raises(RunError, match="the output drift is (nan|inf) after training"):
+        train(tmp_path, "--drift_budget", "0.01", "--learning_rate", "1e30", "--max_train_steps", "1")
 
 
 def test_a_fault_that_is_not_the_disks_is_not_hidden(train, tmp_path, monkeypatch):

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from conftest import PARITY, assert_equal_weights, load
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
+
+from diffusers_lipreg.errors import RunError
 
 LORA = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -35,6 +38,7 @@ VARIANTS = {
     "cached images": ("train", (3,), (*PRIOR, "--train_batch_size", "2", "--center_crop", "--cache_latents")),
     "workers": ("train", (2, 5), ("--dataloader_num_workers", "2")),
     "SD adapters": ("train", (3,), ("--rank", "2", "--use_dora", "--train_text_encoder")),
+    "SD adapters with alpha": ("train", (3,), ("--rank", "3", "--lora_alpha", "5")),
     "SDXL": ("train_sdxl", (3,), (*PRODUCT, *SCHEDULE, "--lora_dropout", "0.5")),
     "SDXL DoRA": ("train_sdxl", (3,), (*PRODUCT, "--use_dora", "--gradient_accumulation_steps", "3")),
     "SDXL text encoders": ("train_sdxl", (3,), (*PRODUCT, "--train_text_encoder", "--random_flip")),
@@ -83,6 +87,36 @@ def test_a_finished_run_trains_no_more_and_says_so(train, tmp_path, logs, caplog
     assert all(torch.equal(tensor, finished[name]) for name, tensor in load_file(out / UNET).items())
 
 
+@pytest.mark.parametrize("given", [None, "2", "3"])
+def test_accumulation_of_the_environment(train, tmp_path, monkeypatch, logs, given):
+    """accelerate follows its variable: so do the number of updates and the epochs, and a flag that contradicts it is refused."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    steps = ("--max_train_steps", "4", *(("--gradient_accumulation_steps", given) if given else ()))
+    if given == "3":
+        with pytest.raises(RunError, match="--gradient_accumulation_steps is 3, but .* is 2"):
+            train(tmp_path, *steps)
+        return
+    train(tmp_path, *steps)
+    assert max(step for step, _ in logs) == 4 and len(logs) == 8
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["gradient_accumulation_steps"] == 2
+
+
+def test_a_checkpoint_of_adapters_loads_at_full_strength(train, tmp_path):
+    out = train(tmp_path, "--rank", "4", "--lora_alpha", "16", "--checkpointing_steps", "2")
+    loads = []
+    for folder in (out / "checkpoint-2", out):
+        pipeline = StableDiffusionPipeline.from_pretrained(PARITY / "pipeline", safety_checker=None)
+        pipeline.load_lora_weights(folder)
+        pipeline.fuse_lora()
+        loads.append(pipeline.unet.state_dict())
+    pretrained = UNet2DConditionModel.from_pretrained(PARITY / "pipeline", subfolder="unet").state_dict()
+    changed = [name for name in loads[0] if name.endswith("to_q.base_layer.weight")]
+    assert changed
+    for name in changed:
+        assert torch.equal(loads[0][name], loads[1][name])
+        assert not torch.equal(loads[0][name], pretrained[name.replace(".base_layer", "")])
+
+
 # To and from the official scripts, whose checkpoints are ours without the states of the data set
 
 
@@ -90,7 +124,8 @@ def test_a_finished_run_trains_no_more_and_says_so(train, tmp_path, logs, caplog
 def test_a_checkpoint_of_the_official_script_resumes(script, request, tmp_path, logs):
     train = request.getfixturevalue(script)
     out = train(tmp_path, "--max_train_steps", "3", "--checkpointing_steps", "3")
-    (out / "checkpoint-3" / "sampler_state.pt").unlink()
+    for ours in ("sampler_state.pt", "monitor_state.json", "config.yaml"):
+        (out / "checkpoint-3" / ours).unlink()
     logs.clear()
     train(out, "--max_train_steps", "6", "--resume_from_checkpoint", "checkpoint-3")
     assert [step for step, _ in logs] == [4, 5, 6]

@@ -1,7 +1,6 @@
 """The flags of diffusers' official DreamBooth scripts: names, types, defaults and the checks between them."""
 
 import argparse
-import math
 import os
 import re
 import warnings
@@ -10,6 +9,8 @@ from collections.abc import Sequence
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
+
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 def add_shared_arguments(
@@ -251,8 +252,8 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if args.learning_rate == 0:
         parser.error("--learning_rate must be above 0: nothing would be trained")
     for name, number in vars(args).items():
-        if isinstance(number, float) and not (math.isfinite(number) and number >= 0):
-            parser.error(f"--{name} must be a finite number, 0 or more, got {number}")
+        if isinstance(number, float) and not 0 <= number <= FLOAT32_MAX:
+            parser.error(f"--{name} must be a finite number, 0 or more, that float32 can hold, got {number}")
 
 
 def check_shared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

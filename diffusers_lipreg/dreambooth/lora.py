@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -26,6 +27,7 @@ from ..errors import one_line
 logger = get_logger(__name__)
 Weights = dict[str, dict[str, Tensor]]
 WEIGHTS = "pytorch_lora_weights.safetensors"
+UNSCALED_WEIGHTS = "unscaled_lora_weights.safetensors"
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 MAGNITUDE = ".lora_magnitude_vector"
 TARGETS = {
@@ -117,8 +119,9 @@ def save_adapters(pipeline_class: type[DiffusionPipeline], folder: str | Path, w
 
 
 def load_adapters(folder: str | Path, models: Mapping[str, nn.Module]) -> None:
-    """Puts saved adapters into the bare models that have theirs already."""
-    weights = load_file(Path(folder, WEIGHTS))
+    """Put the adapters of a checkpoint into the bare models that have theirs already."""
+    unscaled = Path(folder, UNSCALED_WEIGHTS)
+    weights = load_file(unscaled if unscaled.exists() else Path(folder, WEIGHTS))
     for model_name, model in models.items():
         own = {k.removeprefix(f"{model_name}."): v for k, v in weights.items() if k.startswith(f"{model_name}.")}
         if model_name == "unet":
@@ -133,13 +136,22 @@ def load_adapters(folder: str | Path, models: Mapping[str, nn.Module]) -> None:
 
 
 def checkpoint_functions(
-    pipeline_class: type[DiffusionPipeline], models: Mapping[str, nn.Module]
+    pipeline_class: type[DiffusionPipeline], models: Mapping[str, nn.Module], scale: float = 1.0
 ) -> tuple[Callable[[str], None], Callable[[str], None]]:
-    """How a checkpoint writes and reads the adapters of the bare models: as they are, without alpha / rank."""
-    return (
-        lambda folder: save_adapters(pipeline_class, folder, adapter_weights(models)),
-        lambda folder: load_adapters(folder, models),
-    )
+    """Return how a checkpoint writes and reads the adapters of the bare models.
+
+    The file that other tools load has `scale` = alpha / rank multiplied in, which rounds. So where it is not 1, the
+    adapters as they are lie beside it.
+    """
+
+    def save(folder: str) -> None:
+        weights = adapter_weights(models)
+        save_adapters(pipeline_class, folder, weights if scale == 1.0 else adapter_weights(models, scale))
+        if scale != 1.0:
+            unscaled = {f"{model}.{name}": tensor for model, layers in weights.items() for name, tensor in layers.items()}
+            save_file(unscaled, Path(folder, UNSCALED_WEIGHTS))
+
+    return save, partial(load_adapters, models=models)
 
 
 def to_kohya(weights: Weights) -> dict[str, Tensor]:

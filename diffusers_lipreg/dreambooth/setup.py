@@ -14,11 +14,9 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import KwargsHandler, ProjectConfiguration, set_seed
-from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import RunError, one_line
-from . import checkpoints, preflight
+from . import preflight
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
 
@@ -38,6 +36,7 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
         )
     except Exception as error:  # of its configuration, its environment variables, the device, the other processes
         raise RunError(f"accelerate cannot start: {one_line(error)}") from error
+    settle_flags(args, accelerator)
     preflight.check_processes(args, accelerator)
     preflight.check_precision(accelerator)
     if args.allow_tf32:
@@ -58,6 +57,22 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
     return accelerator
 
 
+def settle_flags(args: Namespace, accelerator: Accelerator) -> None:
+    """Fill in the flags that accelerate takes from its own environment or configuration where they are not given.
+
+    Raises:
+        RunError: The environment says something else than a flag.
+    """
+    args.mixed_precision = str(accelerator.mixed_precision)
+    steps = accelerator.gradient_accumulation_steps
+    if args.gradient_accumulation_steps not in (1, steps):
+        raise RunError(
+            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS "
+            f"in the environment is {steps}, and accelerate follows that: leave one of them out."
+        )
+    args.gradient_accumulation_steps = steps
+
+
 def prepare(accelerator: Accelerator, holder: Any, names: Sequence[str], *others: Any) -> Sequence[Any]:
     """Hands the models that `holder` has under `names`, and the others, to the accelerator; returns the others."""
     prepared = accelerator.prepare(*(getattr(holder, name) for name in names), *others)
@@ -69,27 +84,6 @@ def prepare(accelerator: Accelerator, holder: Any, names: Sequence[str], *others
 def tracker_config(args: Namespace) -> dict:
     """The flags that go into the logs: not the token, and not lists, which trackers do not take."""
     return {name: value for name, value in vars(args).items() if name not in ("hub_token", "validation_images")}
-
-
-def check_finite(
-    args: Namespace, accelerator: Accelerator, lr_scheduler: LRScheduler, step: int, **quantities: torch.Tensor
-) -> None:
-    """Stops a run whose loss or gradient is lost, before it reaches the weights.
-
-    Gradients that overflow under fp16's loss scale are not lost: the scaler leaves that update out.
-    """
-    rate = lr_scheduler.get_last_lr()[0]
-    if accelerator.scaler is not None:
-        quantities.pop("gradient", None)
-    for name, value in quantities.items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if not torch.as_tensor(value).isfinite():
-            saved = checkpoints.checkpoints(args.output_dir)
-            again = f"--resume_from_checkpoint {saved[-1].name}" if saved else "anew, for there is no checkpoint yet"
-            raise RunError(
-                f"the {name} is {torch.as_tensor(value).item()} in the step after update {step}, at a learning rate of {rate:g}. "
-                f"Start {again}, with a lower --learning_rate, or with --mixed_precision bf16 in place of fp16."
-            )
 
 
 def fuses_adamw(accelerator: Accelerator) -> bool:

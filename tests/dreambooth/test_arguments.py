@@ -227,7 +227,7 @@ MISTAKES = [
     (["--validation_steps", "0"], "--validation_steps"),
     (["--learning_rate", "nan"], "--learning_rate"),
     (["--max_grad_norm", "-1"], "--max_grad_norm"),
-    (["--lipreg_weight", "-1"], "--lipreg_weight must be a finite number, 0 or more, got -1.0"),
+    (["--lipreg_weight", "-1"], "--lipreg_weight must be a finite number, 0 or more, that float32 can hold, got -1.0"),
     (["--lipreg_weight", "nan"], "--lipreg_weight"),
     (["--lipreg_weight", "inf"], "--lipreg_weight"),
     (["--lipreg_weight", "much"], "--lipreg_weight"),

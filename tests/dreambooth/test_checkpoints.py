@@ -1,7 +1,15 @@
 """Checkpoints: which one is meant, which are kept, and that a half-written one is never taken for whole."""
 
+import errno
+import json
+import os
+import pickle
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +23,9 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextModel
 
 from diffusers_lipreg.dreambooth import checkpoints
+from diffusers_lipreg.dreambooth.checkpoints import Checkpoints
 from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, ResumableDataset, collate
+from diffusers_lipreg.dreambooth.output import CONFIG, OutputFolder
 from diffusers_lipreg.errors import RunError
 
 BATCHES = 5
@@ -40,14 +50,56 @@ def dataset(folder: Path) -> DreamBoothDataset:
     return DreamBoothDataset(photos, [], PhotoTransform(16, center_crop=False))
 
 
+class Monitor:
+    """One that has measured something."""
+
+    state: dict[str, Any] = {"measured": 0.25}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+Begin = Callable[..., Checkpoints]
+
+
+@pytest.fixture
+def begin(output: Path, accelerator: Accelerator, loader: DataLoader[ResumableDataset]) -> Begin:
+    """Starts a run in the output folder: `begin("id", total_limit)`."""
+
+    def begin(name: str, limit: int | None = None, loader: DataLoader = loader, **optimizer: Any) -> Checkpoints:
+        accelerator.free_memory()  # of the run before
+        adam = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], **optimizer)
+        _, schedule = accelerator.prepare(adam, get_scheduler("linear", adam, None, 0, 100))
+        args = Namespace(
+            checkpoints_total_limit=limit, resume_from_checkpoint=None, drift_budget=None, keep_best=False
+        )
+        config = {"learning_rate": 1.0, "train_text_encoder": False}
+        config["run"] = {"id": name, "base": "", "photos": {}}
+        return Checkpoints(args, accelerator, OutputFolder(output), config, loader, schedule)
+
+    return begin
+
+
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    """A run's folder with four checkpoints and other things that are named alike."""
+    """A folder with four checkpoints of the official script and other things that are named alike."""
     folder = tmp_path / "out"
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-20", "checkpoint-best", "unet"):
-        (folder / name).mkdir(parents=True)
+    for number in (9, 10, 100, 20):
+        official(folder / f"checkpoint-{number}")
+    for name in ("checkpoint-best", "unet"):
+        (folder / name).mkdir()
     Path(folder, "checkpoint-500.zip").write_bytes(b"")
     return folder
+
+
+def official(checkpoint: Path) -> Path:
+    (checkpoint / "unet").mkdir(parents=True)
+    for name in (*checkpoints.OFFICIAL_FILES, "unet/diffusion_pytorch_model.safetensors"):
+        (checkpoint / name).write_bytes(b"")
+    return checkpoint
 
 
 def names(folder: Path) -> set[str]:
@@ -68,7 +120,7 @@ def test_no_wish_and_nothing_saved_yet_start_a_new_run(
     assert str(tmp_path / "new") in record.getMessage()
 
 
-def test_latest_is_the_highest_number(output: Path) -> None:
+def test_latest_of_the_official_script_is_the_highest_number(output: Path) -> None:
     assert checkpoints.find(str(output), "latest") == output / "checkpoint-100"
 
 
@@ -82,14 +134,12 @@ def test_a_name_or_a_path_means_the_one_in_the_output_folder(output: Path, wante
 
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_a_path_elsewhere_is_taken_if_only_it_is_there(output: Path, tmp_path: Path, slash: str) -> None:
-    elsewhere = tmp_path / "other" / "checkpoint-7"
-    elsewhere.mkdir(parents=True)
+    elsewhere = official(tmp_path / "other" / "checkpoint-7")
     assert checkpoints.find(str(output), f"{elsewhere}{slash}") == elsewhere
 
 
 def test_a_path_that_is_there_is_not_exchanged_for_its_namesake(output: Path, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "other" / "checkpoint-9"
-    elsewhere.mkdir(parents=True)
+    elsewhere = official(tmp_path / "other" / "checkpoint-9")
     assert checkpoints.find(str(output), str(elsewhere)) == elsewhere
 
 
@@ -111,42 +161,96 @@ def test_a_file_is_no_checkpoint(output: Path) -> None:
     assert checkpoints.find(str(output), "latest") == output / "checkpoint-100"
 
 
+def test_latest_is_of_the_run_that_wrote_last(output: Path, begin: Begin) -> None:
+    """Not of an earlier one that went on for longer, nor what the run that wrote last made before it was resumed."""
+    begin("earlier").save(300, Monitor())
+    later = begin("later")
+    for step in (7, 8, 7):
+        assert later.save(step, Monitor()) == checkpoints.find(str(output), "latest") == output / f"checkpoint-{step}"
+    assert [path.name for path in later.of_this_run()] == ["checkpoint-8", "checkpoint-7"]
+    newer = official(output / "checkpoint-200")  # the official script went on
+    os.utime(newer, times=(2e9, 2e9))
+    assert checkpoints.find(str(output), "latest") == newer
+
+
+# Whole or not
+
+
+@pytest.mark.parametrize("file", [*checkpoints.OFFICIAL_FILES, "unet/diffusion_pytorch_model.safetensors"])
+def test_an_official_checkpoint_that_lacks_a_file_is_not_whole(
+    output: Path, accelerator: Accelerator, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (output / "checkpoint-100" / file).unlink()
+    assert checkpoints.find(str(output), "latest") == output / "checkpoint-20"
+    assert f"{output / 'checkpoint-100'} is not whole" in caplog.text and "checkpoint-20 instead" in caplog.text
+    with pytest.raises(RunError, match="checkpoint-100 is not whole: .* missing"):
+        checkpoints.find(str(output), "checkpoint-100")
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut off"])
+def test_ours_knows_its_files_and_their_sizes(output: Path, begin: Begin, fault: str) -> None:
+    saved = begin("run").save(300, Monitor())
+    for file in sorted(path for path in saved.rglob("*") if path.is_file() and path.name != CONFIG):
+        content = file.read_bytes()
+        file.unlink() if fault == "missing" else file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(RunError, match=f"checkpoint-300 is not whole: {file.name} missing or cut off"):
+            checkpoints.find(str(output), "checkpoint-300")
+        file.write_bytes(content)
+    assert checkpoints.find(str(output), "checkpoint-300") == saved
+
+
+def test_where_none_is_whole_no_new_run_is_started(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(RunError, match="checkpoint-3 is not whole"):
+        checkpoints.find(str(tmp_path), "latest")
+
+
 # Which are kept
 
 
 @pytest.mark.parametrize(
-    ("limit", "kept"),
-    [
-        (None, {"checkpoint-9", "checkpoint-10", "checkpoint-20", "checkpoint-100", "checkpoint-101"}),
-        (9, {"checkpoint-9", "checkpoint-10", "checkpoint-20", "checkpoint-100", "checkpoint-101"}),
-        (3, {"checkpoint-20", "checkpoint-100", "checkpoint-101"}),
-        (1, {"checkpoint-101"}),
-        (0, {"checkpoint-101"}),
-    ],
+    ("limit", "kept"), [(None, {5, 6, 7, 8}), (9, {5, 6, 7, 8}), (3, {6, 7, 8}), (1, {8}), (0, {8})]
 )
-def test_the_limit_keeps_the_newest_and_what_is_not_a_checkpoint(
-    output: Path, accelerator: Accelerator, loader: DataLoader[ResumableDataset], limit: int | None, kept: set[str]
+def test_the_limit_counts_the_checkpoints_of_the_run_alone(
+    output: Path, begin: Begin, limit: int | None, kept: set[int]
 ) -> None:
-    checkpoints.save(accelerator, loader, str(output), 101, limit)
-    assert names(output) == kept | {"checkpoint-best", "unet", "checkpoint-500.zip"}
-
-
-def test_saving_a_step_again_replaces_it(
-    output: Path, accelerator: Accelerator, loader: DataLoader[ResumableDataset]
-) -> None:
-    Path(output, "checkpoint-20", "old").write_bytes(b"")
+    begin("earlier").save(300, Monitor())
     before = names(output)
-    checkpoints.save(accelerator, loader, str(output), 20, None)
-    assert names(output) == before
-    assert "old" not in names(output / "checkpoint-20")
+    run = begin("run", limit)
+    for step in (5, 6, 7):
+        run.save(step, Monitor())
+    begin("run", limit).save(8, Monitor())  # resumed, it is the same run
+    assert names(output) == before | {f"checkpoint-{step}" for step in kept}
+    assert set(OutputFolder(output).owned("checkpoint")) == {
+        "checkpoint-300",
+        *(f"checkpoint-{step}" for step in kept),
+    }
 
 
-# Half-written ones
+def test_one_of_an_earlier_run_of_ours_is_replaced_and_one_of_somebody_else_kept(output: Path, begin: Begin) -> None:
+    before = names(output)
+    begin("earlier").save(300, Monitor())
+    Path(output, "checkpoint-300", "old").write_bytes(b"")
+    Path(output, "checkpoint-20", "old").write_bytes(b"")
+    Path(output, "checkpoint-best", "mine").write_bytes(b"")
+    run = begin("run")
+    for step in (300, 20, 20):
+        run.save(step, Monitor())
+    run.save_best({}, lambda models, folder: Path(folder, "unet").write_bytes(b""))
+    kept = {"checkpoint-20.kept-1", "checkpoint-best.kept-1"}
+    assert names(output) == before | kept | {"checkpoint-300", ".lipreg"}
+    assert "old" not in names(output / "checkpoint-300")
+    assert "old" in names(output / "checkpoint-20.kept-1") and "mine" in names(output / "checkpoint-best.kept-1")
+
+
+# Half-written and half-removed ones
 
 
 def test_a_checkpoint_that_was_cut_off_is_never_found(
-    output: Path, accelerator: Accelerator, loader: DataLoader[ResumableDataset], monkeypatch: pytest.MonkeyPatch
+    output: Path, accelerator: Accelerator, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = begin("run", limit=1)
+    run.save(150, Monitor())
     before = names(output)
 
     def killed(folder: str) -> None:
@@ -157,19 +261,73 @@ def test_a_checkpoint_that_was_cut_off_is_never_found(
     with monkeypatch.context() as patch:
         patch.setattr(accelerator, "save_state", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(accelerator, loader, str(output), 200, total_limit=1)
+            run.save(200, Monitor())
     (left,) = names(output) - before
     assert before < names(output)  # the old ones are removed when the new one is whole, not before
-    assert checkpoints.find(str(output), "latest") == output / "checkpoint-100"
+    assert checkpoints.find(str(output), "latest") == output / "checkpoint-150"
     for wanted in (left, "checkpoint-200"):
         with pytest.raises(RunError):
             checkpoints.find(str(output), wanted)
 
-    checkpoints.save(accelerator, loader, str(output), 200, None)
+    begin("run").save(200, Monitor())
     assert names(output) == before | {"checkpoint-200"}
     assert checkpoints.find(str(output), "latest") == output / "checkpoint-200"
-    assert Path(output, "checkpoint-200", "random_states_0.pkl").exists()
-    assert "optimizer.bin" not in names(output / "checkpoint-200")
+
+
+def test_a_checkpoint_that_was_half_removed_has_lost_its_name(
+    output: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, before = begin("run", limit=1), names(output)
+    run.save(150, Monitor())
+
+    def killed(folder: Path, **_: Any) -> None:
+        if Path(folder).exists():
+            next(path for path in Path(folder).rglob("*") if path.is_file()).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.save(200, Monitor())
+    assert [path.name for path in run.of_this_run()] == ["checkpoint-200"]
+    with pytest.raises(RunError, match="no such checkpoint"):
+        checkpoints.find(str(output), "checkpoint-150")
+    begin("run", limit=1).save(201, Monitor())
+    assert names(output) == before | {"checkpoint-201", ".lipreg"}
+
+
+def test_a_system_that_flushes_only_what_may_be_written_to(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows, whose `os.fsync` calls such a descriptor bad."""
+    import fcntl
+
+    def fsync(descriptor: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flushed.append(descriptor)
+
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", fsync)
+    begin("run").save(300, Monitor())
+    assert flushed
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Make room on the disk, then start again"),
+        (OSError(errno.EROFS, "Read-only file system"), "Mend that, then start again"),
+        (RuntimeError("iostream error"), "See whether the disk is full, then start again"),
+    ],
+)
+def test_the_advice_fits_the_error(
+    accelerator: Accelerator, begin: Begin, monkeypatch: pytest.MonkeyPatch, error: Exception, advice: str
+) -> None:
+    def fails(folder: str) -> None:
+        raise error
+
+    monkeypatch.setattr(accelerator, "save_state", fails)
+    with pytest.raises(RunError, match=advice):
+        begin("run").save(300, Monitor())
 
 
 # What is in them
@@ -198,9 +356,90 @@ def test_models_are_saved_and_loaded_by_name(tmp_path: Path, accelerator: Accele
         for model in models.values():
             for parameter in model.parameters():
                 parameter.zero_()
+    for name in models:  # of these nothing is read
+        Path(tmp_path, name, "config.json").write_text('{"auto_map": "elsewhere", "_class_name": "os.system"}')
+        Path(tmp_path, name, "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+        Path(tmp_path, name, "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../elsewhere"}}')
     accelerator.load_state(str(tmp_path))
     for name, model in models.items():
         torch.testing.assert_close(dict(model.state_dict()), expected[name], rtol=0, atol=0)
+
+
+def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
+    model = UNet2DConditionModel.from_pretrained(PARITY / "pipeline", subfolder="unet")
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(ValueError, match="unet lacks .* weights"):
+        checkpoints.load_models({"unet": model}, str(tmp_path))
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.target,)
+
+
+def test_nothing_that_is_loaded_as_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where a library asks for it, nor where the user's environment does."""
+    torch.save(Malicious(tmp_path / "marker"), tmp_path / "file")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with checkpoints.tensors_only():
+        for options in ({}, {"weights_only": False}):
+            with pytest.raises(pickle.UnpicklingError):
+                torch.load(tmp_path / "file", **options)
+    assert not (tmp_path / "marker").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+
+
+def test_hyperparameters_of_the_command_line_take_effect(begin: Begin) -> None:
+    before = begin("run", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+    for _ in range(10):
+        before.schedule.optimizer.step()
+        before.schedule.step()
+    saved = before.save(10, Monitor())
+    assert before.schedule.get_last_lr() == [1e-3 * 0.9]
+    same = begin("run", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+    same.load(saved, 100, Monitor())
+    assert (
+        same.schedule.optimizer.state_dict()["param_groups"] == before.schedule.optimizer.state_dict()["param_groups"]
+    )
+    after = begin("run", lr=1e-6, betas=(0.5, 0.6), eps=1e-4, weight_decay=0.5)
+    after.load(saved, 100, Monitor())
+    assert after.schedule.get_last_lr() == [1e-6 * 0.9] and after.schedule.base_lrs == [1e-6]
+    (group,) = after.schedule.optimizer.param_groups
+    values = {name: group[name] for name in ("lr", "initial_lr", "betas", "eps", "weight_decay")}
+    assert values == {"lr": 1e-6 * 0.9, "initial_lr": 1e-6, "betas": (0.5, 0.6), "eps": 1e-4, "weight_decay": 0.5}
+
+
+def test_the_monitors_state_is_json_and_comes_back(begin: Begin) -> None:
+    run, monitor = begin("run"), Monitor()
+    saved = run.save(10, monitor)
+    assert json.loads((saved / checkpoints.MONITOR_STATE).read_text()) == monitor.state
+    assert not list(saved.glob("custom_checkpoint*"))
+    other = Monitor()
+    other.state = {}
+    run.load(saved, 100, other)
+    assert other.state == monitor.state
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "advice"),
+    [
+        (7, "Start --resume_from_checkpoint checkpoint-7 --learning_rate 0.1."),
+        (10, "Start anew --learning_rate 0.1."),
+    ],
+)
+def test_a_lost_loss_names_a_checkpoint_whose_weights_are_not_lost_yet(
+    begin: Begin, checkpoint: int, advice: str
+) -> None:
+    begin("earlier").save(3, Monitor())
+    run = begin("run", lr=1.0)
+    run.save(checkpoint, Monitor())
+    run.check_finite(10, loss=torch.tensor(1.0))
+    with pytest.raises(RunError) as lost:
+        run.check_finite(10, loss=torch.tensor(float("nan")))
+    assert str(lost.value) == f"the loss is nan in the step after update 10, at a learning rate of 1. {advice}"
 
 
 def train(accelerator: Accelerator, loader: DataLoader, save=None) -> list[tuple[Tensor, Tensor]]:
@@ -221,27 +460,25 @@ def train(accelerator: Accelerator, loader: DataLoader, save=None) -> list[tuple
 )
 @pytest.mark.parametrize("official", [False, True])
 def test_a_checkpoint_brings_back_the_place_in_the_epoch(
-    tmp_path: Path, accelerator: Accelerator, updates: int, batches: int, official: bool
+    tmp_path: Path, accelerator: Accelerator, begin: Begin, updates: int, batches: int, official: bool
 ) -> None:
     def resumable() -> DataLoader[ResumableDataset]:
         photos = ResumableDataset(dataset(tmp_path))
         return accelerator.prepare(DataLoader(photos, sampler=photos.sampler, collate_fn=collate))
 
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
-    _, schedule = accelerator.prepare(optimizer, get_scheduler("constant", optimizer))
-
     torch.manual_seed(0)
     loader = resumable()
-    whole = train(accelerator, loader, lambda step: checkpoints.save(accelerator, loader, tmp_path, step, None))
+    run = begin("run", loader=loader)
+    whole = train(accelerator, loader, lambda step: run.save(step, Monitor()))
     whole += train(accelerator, loader)
     final_state = torch.get_rng_state()
 
-    checkpoint = tmp_path / f"checkpoint-{updates}"
+    checkpoint = run.output.path / f"checkpoint-{updates}"
     if official:  # which knows nothing of our data set
         Path(checkpoint, checkpoints.SAMPLER_STATE).unlink()
     torch.manual_seed(1234)
     loader = resumable()
-    assert checkpoints.load(accelerator, loader, schedule, checkpoint, updates_per_epoch=3) == updates
+    begin("run", loader=loader).load(checkpoint, 3, Monitor())
     rest = [] if updates == 3 else train(accelerator, loader)
     assert len(rest) == BATCHES - batches
     rest += train(accelerator, loader)
