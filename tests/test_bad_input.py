@@ -674,7 +674,6 @@ def test_a_checkpoint_runs_no_code(
 ) -> None:
     """None of its files, with the list of their sizes and without; nor one that accelerate would look for."""
     checkpoint = train(out, *more, "--checkpointing_steps", "1", "--max_train_steps", "1") / "checkpoint-1"
-    # The bare layers of PyTorch's own format are what its reader opens first.
     torch.save(Malicious(tmp_path / "malicious"), tmp_path / "archive")
     attacks = [pickle.dumps(Malicious(tmp_path / "malicious")), (tmp_path / "archive").read_bytes()]
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "config.yaml"]

@@ -21,8 +21,9 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 STEPS = ("--max_train_steps", "3", "--checkpointing_steps", "1")
 
 
-@pytest.mark.parametrize("file", [UNET, "optimizer.bin", "sampler_state.pt"])
-@pytest.mark.parametrize("damage", ["cut off", "of the same length"])
+@pytest.mark.parametrize(
+    ("file", "damage"), [(UNET, "cut off"), ("sampler_state.pt", "cut off"), ("optimizer.bin", "of the same length")]
+)
 def test_a_broken_latest_checkpoint_is_named_and_the_one_before_used(train, tmp_path, caplog, file, damage):
     """As by a disk that was full or is old, or a machine that was switched off."""
     whole = train(tmp_path / "whole", *STEPS)
