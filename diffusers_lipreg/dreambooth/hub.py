@@ -223,5 +223,5 @@ def publish(
     for number, image in enumerate(images):
         output.write_result(f"image_{number}.png", image.save)
     output.write_result("README.md", model_card(args, repo_id, images, **card).save)
-    before_upload(f"The result is whole in {output.path}; push it with: {push_command(repo_id, output)}")
+    before_upload(push_advice(output, repo_id))
     upload(args, output, repo_id)
