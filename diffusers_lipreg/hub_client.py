@@ -35,4 +35,6 @@ def _bound_retry(response: Any) -> None:
     for header in ("Retry-After", "RateLimit"):  # the second says after how many seconds, as in "api";r=0;t=55
         if header in response.headers:
             seconds = re.compile(r"^\d+|(?<=t=)\d+")
-            response.headers[header] = seconds.sub(lambda n: str(min(int(n[0]), RETRY_AFTER)), response.headers[header])
+            response.headers[header] = seconds.sub(
+                lambda n: str(min(int(n[0]), RETRY_AFTER)), response.headers[header]
+            )

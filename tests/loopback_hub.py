@@ -188,12 +188,16 @@ class LoopbackHub:
                         if isinstance(status, list):
                             status = status.pop(0) if status else None
                         if status == PORTAL:
-                            return Reply(200, {"Content-Type": "text/html"}, b"<html>Welcome! Accept our terms.</html>")
+                            return Reply(
+                                200, {"Content-Type": "text/html"}, b"<html>Welcome! Accept our terms.</html>"
+                            )
                         if status == OTHER:
                             return json_reply({"message": "Nothing here is the Hub's"})
                         if status:
                             message = BAD_TOKEN if status == 401 else "Refused on purpose by the test"
-                            raise HubError(status, message, headers={"Retry-After": self.retry_after} if status == 429 else None)
+                            raise HubError(
+                                status, message, headers={"Retry-After": self.retry_after} if status == 429 else None
+                            )
                         groups = {name: value and unquote(value) for name, value in match.groupdict().items()}
                         return endpoint(self, request, **groups)
                 raise HubError(404, f"The loopback Hub has no {request.method} {request.path}")

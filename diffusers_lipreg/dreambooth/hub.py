@@ -82,11 +82,12 @@ def reason(error: Exception) -> str:
     return f"not an answer of the Hub, {type(error).__name__}: {one_line(error)}"
 
 
-def push_command(repo_id: str, output: OutputFolder, stale: Iterable[str] = ()) -> str:
-    """Return the command that uploads the result in the folder, and nothing else, and removes `stale` files."""
+def push_advice(output: OutputFolder, repo_id: str, stale: Iterable[str] = ()) -> str:
+    """Say where the result is, and which command uploads it as `upload` does, with the repository's `stale` files removed."""
     patterns = [word for name in uploaded(output) for word in ("--include", glob.escape(name))]
     patterns += [word for name in stale for word in ("--delete", glob.escape(name))]
-    return shlex.join(["hf", "upload", repo_id, str(output.path), ".", *patterns])
+    command = shlex.join(["hf", "upload", repo_id, str(output.path), ".", *patterns])
+    return f"The result is whole in {output.path}; push it with: {command}"
 
 
 def uploaded(output: OutputFolder) -> list[str]:
@@ -118,10 +119,8 @@ def upload(args: Namespace, output: OutputFolder, repo_id: str) -> None:
             )
         )
     except Exception as error:
-        raise RunError(
-            f"the upload to {repo_id} failed ({reason(error)}). The result is whole in {output.path}; push it with: "
-            f"{push_command(repo_id, output, stale)}"
-        ) from error
+        advice = push_advice(output, repo_id, stale)
+        raise RunError(f"the upload to {repo_id} failed ({reason(error)}). {advice}") from error
 
 
 @contextmanager
@@ -132,8 +131,8 @@ def result_is_safe(output: OutputFolder, repo_id: str | None) -> Iterator[None]:
     except RunError:
         raise
     except Exception as error:
-        push = "" if repo_id is None else f" Push it with: {push_command(repo_id, output)}"
-        raise RunError(f"{one_line(error)}. The result is whole in {output.path}.{push}") from error
+        advice = f"The result is whole in {output.path}." if repo_id is None else push_advice(output, repo_id)
+        raise RunError(f"{one_line(error)}. {advice}") from error
 
 
 def model_card(
@@ -224,5 +223,5 @@ def publish(
     for number, image in enumerate(images):
         output.write_result(f"image_{number}.png", image.save)
     output.write_result("README.md", model_card(args, repo_id, images, **card).save)
-    before_upload(f"The result is whole in {output.path}; push it with: {push_command(repo_id, output)}")
+    before_upload(push_advice(output, repo_id))
     upload(args, output, repo_id)

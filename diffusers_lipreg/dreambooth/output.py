@@ -129,7 +129,9 @@ class OutputFolder:
                 f"{checkpoints[0]} to {checkpoints[-1]}, of which only --checkpoints_total_limit removes any, and only ours"
             )
         if others:
-            words.append(f"{len(others)} other files or folders ({min(others)} is one), which are not touched or uploaded")
+            words.append(
+                f"{len(others)} other files or folders ({min(others)} is one), which are not touched or uploaded"
+            )
         return f"{self.path} holds {'; '.join(words)}." if words else ""
 
     @contextmanager
@@ -193,7 +195,9 @@ class OutputFolder:
         try:
             self._move(ready, names, waiting)
         except OSError as error:
-            raise RunError(f"The new result is whole in {ready}, but cannot be moved into place: {one_line(error)}.") from error
+            raise RunError(
+                f"The new result is whole in {ready}, but cannot be moved into place: {one_line(error)}."
+            ) from error
         shutil.rmtree(ready)
 
     def _move(self, ready: Path, names: list[str], waiting: list[str]) -> None:

@@ -15,7 +15,7 @@ from loopback_hub import CUT, OTHER, PORTAL, STALL, LoopbackHub
 from PIL import Image
 
 from diffusers_lipreg import hub_client
-from diffusers_lipreg.dreambooth.hub import create_repository, model_card, push_command, upload
+from diffusers_lipreg.dreambooth.hub import create_repository, model_card, push_advice, upload
 from diffusers_lipreg.dreambooth.output import MANIFEST, OutputFolder
 from diffusers_lipreg.dreambooth.setup import tracker_config
 from diffusers_lipreg.errors import RunError
@@ -244,7 +244,7 @@ def test_what_does_not_pass_ends_with_the_command_that_pushes(
     with pytest.raises(RunError) as failed:
         upload(result, output, repo_id)
     assert str(failed.value).startswith("the upload to alice/sks-dog failed (")
-    assert str(failed.value).endswith(push_command(repo_id, output))
+    assert str(failed.value).endswith(push_advice(output, repo_id))
     assert len([wait for wait in waits if wait in (*PATIENCE, 7.0)]) >= attempts - 1
     if "commit" in fail:
         assert len([request for request in hub.requests if "/commit/" in request.path]) == attempts

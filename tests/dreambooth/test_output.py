@@ -15,14 +15,12 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker
 from conftest import PARITY, ROOT, assert_equal_weights, flags
 from huggingface_hub import CommitOperationAdd, HfApi
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
 
 import train_dreambooth_lipreg
-import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.dreambooth import hub as hub_module
 from diffusers_lipreg.dreambooth.output import CONFIG, INDEX, MANIFEST, OutputFolder, remedy
 from diffusers_lipreg.errors import RunError
@@ -52,7 +50,9 @@ def write(folder: Path, contents: dict[str, bytes]) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """All files but those of `.lipreg` and the logs."""
     names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return {name.as_posix(): (folder / name).read_bytes() for name in names if name.parts[0] not in (".lipreg", "logs")}
+    return {
+        name.as_posix(): (folder / name).read_bytes() for name in names if name.parts[0] not in (".lipreg", "logs")
+    }
 
 
 # What is uploaded and deleted
@@ -68,7 +68,9 @@ def test_nothing_of_the_user_is_uploaded_deleted_or_overwritten(train, hub: Loop
     theirs = {"pytorch_lora_weights_portrait.safetensors", "image_2024_family.png", "image_1_album/holiday.png"}
     api = HfApi(endpoint=hub.url, token="hf_alice")
     api.create_repo("alice/x")
-    api.create_commit("alice/x", [CommitOperationAdd(name, b"of the user") for name in sorted(theirs)], commit_message="x")
+    api.create_commit(
+        "alice/x", [CommitOperationAdd(name, b"of the user") for name in sorted(theirs)], commit_message="x"
+    )
     prior = ("--with_prior_preservation", "--class_prompt", "a dog", "--class_data_dir", str(out / "class"))
     inside = (*PUSH, "--instance_data_dir", str(out / "photos"), *prior, "--num_class_images", "1")
     images = ("--validation_prompt", "a dog", "--validation_steps", "2", "--num_validation_images")
@@ -88,14 +90,26 @@ def test_nothing_of_the_user_is_uploaded_deleted_or_overwritten(train, hub: Loop
 def test_the_printed_command_pushes_the_same(train, hub: LoopbackHub, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "out"
     write(out, STRANGERS)
-    train(out, *ADAPTER_RUN, *PUSH, "--validation_prompt", "a dog", "--validation_steps", "2", "--num_validation_images", "1")
+    train(
+        out,
+        *ADAPTER_RUN,
+        *PUSH,
+        "--validation_prompt",
+        "a dog",
+        "--validation_steps",
+        "2",
+        "--num_validation_images",
+        "1",
+    )
     hub.fail = {"commit": 403}
     with pytest.raises(RunError) as failed:
         train(out, *ADAPTER_RUN, *PUSH)
     hub.fail = {}
     words = shlex.split(str(failed.value).partition(" push it with: ")[2])
     environment = hub.environment(tmp_path / "home", token="hf_alice")
-    subprocess.run([Path(sys.executable).with_name(words[0]), *words[1:]], env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [Path(sys.executable).with_name(words[0]), *words[1:]], env=environment, check=True, capture_output=True
+    )
     assert hub.files("alice/x").keys() == {ADAPTERS, "README.md", MANIFEST}
     assert contents(out).keys() == STRANGERS.keys() | {ADAPTERS, "README.md"}
 
@@ -109,7 +123,10 @@ def test_a_used_folder_is_announced_and_keeps_what_is_not_ours(train, tmp_path: 
     write(out, {"README.md": b"of the user", "image_0.png": b"of the user"})  # which only a push would need
     with caplog.at_level("INFO"):
         train(out, *ADAPTER_RUN)
-    assert f"{out} holds a result of an earlier run, which is replaced when the new one is whole; checkpoint-1 to" in caplog.text
+    assert (
+        f"{out} holds a result of an earlier run, which is replaced when the new one is whole; checkpoint-1 to"
+        in caplog.text
+    )
     assert "2 other files or folders (README.md is one), which are not touched or uploaded." in caplog.text
     assert find_adapters(str(out)) == out / ADAPTERS
     assert not (out / "unet").exists()
@@ -208,14 +225,16 @@ def killed(moment: int, work: Callable[..., object], *arguments: object) -> bool
     return False
 
 
-@pytest.mark.parametrize("new", [NEW, NEW_ADAPTERS], ids=["pipeline", "adapters"])
-@pytest.mark.parametrize("old", [OLD, OLD_ADAPTERS], ids=["pipeline", "adapters"])
-def test_a_result_is_the_old_or_the_new_one_whenever_it_is_killed(tmp_path, monkeypatch, old: dict, new: dict) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "stride"),
+    [(OLD, NEW, 1), (OLD_ADAPTERS, NEW_ADAPTERS, 3), (OLD, NEW_ADAPTERS, 3), (OLD_ADAPTERS, NEW, 3)],
+)
+def test_a_result_is_the_old_or_the_new_one_whenever_it_is_killed(tmp_path, monkeypatch, old, new, stride) -> None:
     """Killed before each thing that it asks of the file system, and the run after that again."""
     sys.addaudithook(count_down)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # the slowest part, of which a kill shows nothing
     user = {"unet/notes.txt": b"of the user"}
-    for moment in range(1000):
+    for moment in range(0, 1000, stride):
         out = tmp_path / str(moment)
         save_result(out, old)
         write(out, user)
@@ -327,7 +346,9 @@ def test_a_full_disk_at_the_card_loses_no_result(train, hub: LoopbackHub, tmp_pa
             publish(*arguments, **card)
 
     monkeypatch.setattr(hub_module, "publish", on_a_full_disk)
-    with pytest.raises(RunError, match=f"File too large.* The result is whole in {out}. Push it with: hf upload") as failed:
+    with pytest.raises(
+        RunError, match=f"File too large.* The result is whole in {out}; push it with: hf upload"
+    ) as failed:
         train(out, *ADAPTER_RUN, *PUSH)
     assert "README.md" not in str(failed.value)
     assert contents(out).keys() == {ADAPTERS}
@@ -335,18 +356,14 @@ def test_a_full_disk_at_the_card_loses_no_result(train, hub: LoopbackHub, tmp_pa
     assert_equal_weights(out / ADAPTERS, train(tmp_path / "plain", *ADAPTER_RUN) / ADAPTERS)
 
 
-def test_a_full_disk_at_the_log_loses_no_result(train_sdxl, hub: LoopbackHub, tmp_path: Path, monkeypatch) -> None:
-    """At the last images, which the SDXL script logs when the result is saved."""
-    script, out = train_dreambooth_lora_lipreg_sdxl, tmp_path / "out"
+@pytest.mark.parametrize("push", [PUSH, ()], ids=["push", "no push"])
+def test_a_full_disk_at_the_log_loses_no_result(train, hub: LoopbackHub, tmp_path: Path, monkeypatch, push) -> None:
+    def finish(_: Accelerator) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def log_on_a_full_disk(accelerator: Accelerator, *_: object, **__: object) -> None:
-        (tracker,) = accelerator.trackers
-        assert isinstance(tracker, TensorBoardTracker)
-        with full_disk():
-            tracker.log({"loss": 1.0}, step=9)
-
-    monkeypatch.setattr(script.validation, "log_images", log_on_a_full_disk)
-    monkeypatch.setattr(script.validation, "sample_images", lambda *_, **__: [])
-    with pytest.raises(RunError, match=f"File too large.* The result is whole in {out}. Push it with: hf upload"):
-        train_sdxl(out, *PUSH, "--validation_prompt", "a dog", "--validation_epochs", "9")
+    monkeypatch.setattr(Accelerator, "end_training", finish)
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match=f"No space left on device. The result is whole in {out}") as failed:
+        train(out, *ADAPTER_RUN, *push)
+    assert ("push it with: hf upload alice/x" in str(failed.value)) is bool(push)
     assert load_file(out / ADAPTERS)
