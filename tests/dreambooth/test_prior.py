@@ -12,7 +12,6 @@ from conftest import assert_equal_weights, flags
 from PIL import Image
 
 from diffusers_lipreg.dreambooth import prior
-from diffusers_lipreg.dreambooth.preflight import open_base
 from diffusers_lipreg.errors import RunError
 from train_dreambooth_lipreg import parse_args
 
@@ -42,8 +41,8 @@ def arguments(folder: Path, number: int, *more: str) -> Namespace:
 
 
 def ensure(args: Namespace, accelerator: Accelerator) -> list[Path]:
-    """`ensure_class_images` with the base of the flags."""
-    return prior.ensure_class_images(args, accelerator, open_base(args, accelerator, sdxl=False))
+    """`ensure_class_images` with a base that draws noise."""
+    return prior.ensure_class_images(args, accelerator, Noise())
 
 
 def save_images(folder: Path, *names: str) -> list[Path]:
@@ -117,42 +116,60 @@ def drawn(folder: Path) -> dict[str, bytes]:
     return {path.name.split("-")[0]: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_each_image_has_its_own_random_numbers(tmp_path: Path, accelerator: Accelerator) -> None:
-    """One process or two, at once or continued: the same set, no image twice, and training's random state untouched."""
-    one = ("--sample_batch_size", "1", "--prior_generation_precision", "fp32")
-    state = torch.get_rng_state()
-    whole = ensure(arguments(tmp_path / "whole", 4, *one), accelerator)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [path.name.split("-")[0] for path in whole] == ["0", "1", "2", "3"]
-    assert len(set(drawn(tmp_path / "whole").values())) == 4
+class Noise:
+    """A pipeline that shows the random numbers that it is given."""
+
+    def pipeline(self, dtype: torch.dtype, safety_checker: None) -> "Noise":
+        return self
+
+    def to(self, device: torch.device) -> "Noise":
+        return self
+
+    def set_progress_bar_config(self, **_: object) -> None:
+        pass
+
+    def __call__(self, prompts: list[str], generator: list[torch.Generator]) -> Namespace:
+        pixels = [torch.randint(256, (8, 8, 3), dtype=torch.uint8, generator=each).numpy() for each in generator]
+        return Namespace(images=list(map(Image.fromarray, pixels)))
+
+
+def test_each_image_has_its_own_random_numbers(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    """One process or two, at once or continued: the same set, and no image twice."""
+    one = ("--sample_batch_size", "2")
+    whole = ensure(arguments(tmp_path / "whole", 7, *one), accelerator)
+    assert [path.name.split("-")[0] for path in whole] == ["0", "1", "2", "3", "4", "5", "6"]
+    assert len(set(drawn(tmp_path / "whole").values())) == 7
     for path in whole:
         assert re.fullmatch(r"\d+-[0-9a-f]{40}\.jpg", path.name)
-        assert Image.open(path).size == (64, 64)
 
-    ensure(arguments(tmp_path / "continued", 2, *one), accelerator)
-    (first, _) = sorted((tmp_path / "continued").iterdir())
-    first.write_bytes(first.read_bytes()[:100])  # which a run that was killed in writing it would have left
-    ensure(arguments(tmp_path / "continued", 4, *one), accelerator)
-    assert drawn(tmp_path / "continued") == drawn(tmp_path / "whole")
-
-    args = arguments(tmp_path / "two", 4, *one)
-    base = open_base(args, accelerator, sdxl=False)
     for process in (Process(1, 2), Process(0, 2)):
-        prior.sample_class_images(args, process, tmp_path / "two", [0, 1, 2, 3], base)
+        prior.sample_class_images(arguments(tmp_path / "two", 7, *one), process, tmp_path / "two", list(range(7)), Noise())
     assert drawn(tmp_path / "two") == drawn(tmp_path / "whole")
 
-    other, unseeded = arguments(tmp_path / "other", 1, *one, "--seed", "1"), arguments(tmp_path / "unseeded", 2, *one)
+    one_of_two = tmp_path / "continued"  # the other was killed, and so was this one in writing a file
+    prior.sample_class_images(arguments(one_of_two, 7, *one), Process(0, 2), one_of_two, list(range(7)), Noise())
+    last = max(one_of_two.iterdir())
+    last.write_bytes(last.read_bytes()[:100])
+    ensure(arguments(one_of_two, 7, *one), accelerator)
+    assert drawn(one_of_two) == drawn(tmp_path / "whole")
+
+    unseeded = arguments(tmp_path / "unseeded", 7)
     unseeded.seed = None
-    for args in (other, unseeded):
+    for args in (unseeded, arguments(tmp_path / "another seed", 7, "--seed", "1")):
         ensure(args, accelerator)
-    seen = [drawn(tmp_path / name)[number] for name, number in (("whole", "0"), ("other", "0"), ("unseeded", "0"), ("unseeded", "1"))]
-    assert len(set(seen)) == 4
+    assert (
+        len({image for name in ("whole", "unseeded", "another seed") for image in drawn(tmp_path / name).values()})
+        == 21
+    )
 
 
 def test_training_after_sampling_is_training_with_images_that_are_there(train, tmp_path: Path) -> None:
     more = ("--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a dog")
     more += ("--num_class_images", "2", "--rank", "2")
     sampled = train(tmp_path / "sampled", *more)
+    assert len(set(drawn(tmp_path / "class").values())) == 2
     assert_equal_weights(sampled / LORA, train(tmp_path / "found", *more) / LORA)
 
 
@@ -188,7 +205,7 @@ def test_the_folder_is_made_and_batches_fill_it_exactly(
 ) -> None:
     asked = []
 
-    class Pipeline:
+    class Pipeline(Noise):
         """Paints instead of sampling: the n-th image is n times 10 grey."""
 
         def pipeline(self, dtype: torch.dtype, safety_checker: None) -> "Pipeline":
@@ -199,11 +216,7 @@ def test_the_folder_is_made_and_batches_fill_it_exactly(
             asked.append(device)
             return self
 
-        def set_progress_bar_config(self, **_: object) -> None:
-            pass
-
         def __call__(self, prompts: list[str], generator: list[torch.Generator]) -> Namespace:
-            assert len(generator) == len(prompts)
             asked.append(prompts)
             first = 10 * sum(len(prompts) for prompts in asked[2:-1])
             return Namespace(images=[Image.new("RGB", (8, 8), (first + 10 * i,) * 3) for i in range(len(prompts))])
