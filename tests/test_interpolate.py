@@ -10,10 +10,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from diffusers_lipreg.dreambooth import lora
-from diffusers_lipreg.interpolate import ADAPTERS, main
+from diffusers_lipreg.interpolate import main
 from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser
 
 BASE = PARITY / "pipeline"
+ADAPTERS = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -85,10 +86,10 @@ def test_adapters(options, tmp_path):
 def test_bad_input_ends_in_one_line(tuned, tmp_path):
     (tmp_path / "empty").mkdir()
     for more, message in [
-        ((BASE, tmp_path / "empty", tmp_path / "out"), "neither model_index.json nor"),
+        ((BASE, tmp_path / "empty", tmp_path / "out"), "expected a pipeline (model_index.json) or adapters"),
         ((BASE, tuned, tuned), "is there already and not empty"),
         ((tmp_path / "empty", tuned, tmp_path / "out"), "--base"),
-        ((PARITY / "pipeline_sdxl", tuned, tmp_path / "out"), "is it the right --base"),
+        ((PARITY / "pipeline_sdxl", tuned, tmp_path / "out"), "it is a StableDiffusionPipeline, but --base is a StableDiffusionXLPipeline"),
     ]:
         with pytest.raises(SystemExit) as stopped:
             call(*more, "--alpha", "0.5")

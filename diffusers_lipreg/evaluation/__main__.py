@@ -16,31 +16,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..dreambooth.data import find_instance_images
 from ..dreambooth.preflight import check_folder
 from ..dreambooth.setup import DTYPES
-from ..errors import OneLineParser, RunError, one_line, read_lines
+from ..errors import OneLineParser, read_lines, run_cli
+from ..loading import check_same_architecture, find_device, load_personalized, load_pipeline, quiet_libraries
 from ..probe import PROMPTS
 from . import prompts
 from .drift import DriftMeter
-from .generation import Sampling, check_same_architecture, draw, load_personalized, load_pipeline, use_scheduler
+from .generation import Sampling, draw, use_scheduler
 from .prompts import Subject
 from .report import summarize, table, write_report
 from .results import BASE, Images, described, personalized_folder, score_subject
 from .scores import ClipEncoder, DinoEncoder
 
+NAME = "python -m diffusers_lipreg.evaluation"
 CLIP = ["openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"]
 DINO = ["facebook/dino-vits16"]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="python -m diffusers_lipreg.evaluation", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog=NAME, description=__doc__.split("\n")[0])
     flag = parser.add_argument_group("models").add_argument
     flag("--base", required=True, help="The pretrained pipeline: a folder or a Hub id.")
     flag("--revision", help="Its Git revision on the Hub.")
@@ -97,16 +96,6 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
     ]
 
 
-def find_device(name: str | None) -> torch.device:
-    default = PartialState().device  # accelerate's loggers need the state, too
-    try:
-        device = default if name is None else torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {name}: {one_line(error)}") from error
-    return device
-
-
 def main(args: argparse.Namespace) -> None:
     """Measures drift first, which loads every model and so finds early what does not fit; then draws, then scores."""
     device = find_device(args.device)
@@ -120,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     how = Sampling(args.num_inference_steps, args.guidance_scale, args.resolution, args.batch_size, args.seed)
 
     def base(dtype: torch.dtype) -> Any:
-        return use_scheduler(load_pipeline("--base", args.base, dtype, args.revision, args.variant), args.scheduler)
+        return use_scheduler(load_pipeline("--base", args.base, dtype, args.revision, args.variant, safety_checker=None), args.scheduler)
 
     def tuned(subject: Subject, dtype: torch.dtype) -> Any:
         pipeline = load_personalized(subject.personalized, args.base, dtype, args.revision, args.variant)
@@ -156,13 +145,9 @@ def main(args: argparse.Namespace) -> None:
 def run(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     try:
-        main(args)
-    except RunError as error:
-        sys.exit(f"python -m diffusers_lipreg.evaluation: error: {error}")
+        run_cli(main, args, NAME)
     except KeyboardInterrupt:
         command = shlex.join(["python", "-m", "diffusers_lipreg.evaluation", *(sys.argv[1:] if argv is None else argv)])
         print(f"\nInterrupted. What is drawn is kept; to go on: {command}", file=sys.stderr)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..adapters import AdapterSnapshot
 from ..budget import ScaledChange
 from ..errors import RunError
+from ..loading import check_text_to_image, networks
 from ..probe import OutputProbe, pipeline_denoiser
-from .generation import Sampling, models
+from .generation import Sampling
 
 FRACTIONS = (0.25, 0.5, 1.0)  # the last one leaves the weights as they were
 
@@ -48,7 +49,7 @@ def parameter_drift(base: Any, tuned: Any) -> dict[str, dict[str, Change]]:
     Raises:
         RunError: Adapters without an exact formula.
     """
-    changes = {part: _changes(model, models(tuned)[part]) for part, model in models(base).items()}
+    changes = {part: _changes(model, networks(tuned)[part]) for part, model in networks(base).items()}
     return {part: changed for part, changed in changes.items() if changed}
 
 
@@ -229,8 +230,7 @@ class DriftMeter:
     """
 
     def __init__(self, base: Any, prompts: Sequence[str], how: Sampling, device: torch.device) -> None:
-        if "unet" not in base.components:
-            raise RunError(f"--base: it is a {type(base).__name__}, without a UNet; expected Stable Diffusion or SDXL.")
+        check_text_to_image(base)
         side = base.unet.config.sample_size
         shape = (base.unet.config.in_channels, side, side)
         self.base, self.device, self.elements = base, device, math.prod(shape)
@@ -274,7 +274,7 @@ class DriftMeter:
         """
         pairs = []
         for part, changed in changes.items():
-            before, after = (dict(models(pipeline)[part].named_parameters()) for pipeline in (self.base, tuned))
+            before, after = (dict(networks(pipeline)[part].named_parameters()) for pipeline in (self.base, tuned))
             pairs += [(after[name], before[name].detach()) for name in changed]
         change, distance = ScaledChange(pairs), total([c for part in changes.values() for c in part.values()]).norm
         points = []

@@ -15,17 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..dreambooth.validation import set_scheduler
 from ..errors import RunError, one_line
+from ..loading import networks
 
-ADAPTERS = "pytorch_lora_weights.safetensors"
-# What loading a file that is not there, broken or made for another model raises.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 SETTINGS = "settings.json"
 
 
@@ -45,103 +40,10 @@ class Sampling(NamedTuple):
         return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale, **size}
 
 
-def load_pipeline(
-    flag: str, model: str, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
-) -> Any:
-    """A pipeline from a folder or the Hub, without a safety checker, which would blacken images.
-
-    `flag` is the argument that named it.
-
-    Raises:
-        RunError: It is no pipeline, or cannot be read.
-    """
-    source = {"revision": revision, "variant": variant}
-    try:
-        index = DiffusionPipeline.load_config(model, revision=revision)
-        if "_class_name" not in index:
-            raise RunError(f"{flag} {model}: its model_index.json names no pipeline.")
-        checker = {"safety_checker": None} if "safety_checker" in index else {}
-        return DiffusionPipeline.from_pretrained(model, dtype=dtype, **source, **checker)
-    except LOADING_ERRORS as error:
-        raise RunError(f"{flag} {model}: it cannot be loaded as a pipeline ({one_line(error)})") from error
-
-
-def is_pipeline(model: str) -> bool:
-    """Whether a folder or repository holds a whole pipeline; adapters have no model_index.json."""
-    if Path(model).exists():
-        return Path(model, "model_index.json").is_file()
-    try:
-        return "_class_name" in DiffusionPipeline.load_config(model)
-    except LOADING_ERRORS:
-        return False
-
-
-def load_personalized(
-    personalized: str, base: str, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
-) -> Any:
-    """The personalised pipeline: a whole one, or LoRA adapters (a folder, a file or a repository) on the base.
-
-    Raises:
-        RunError: Neither, or made for another architecture than the base.
-    """
-    if is_pipeline(personalized):
-        return load_pipeline("--personalized", personalized, dtype)
-    path = Path(personalized)
-    if path.is_absolute() and not path.exists():
-        raise RunError(f"--personalized {personalized}: there is no such folder.")
-    if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise RunError(f"--personalized {personalized}: expected a pipeline (model_index.json) or adapters ({ADAPTERS}).")
-    pipeline = load_pipeline("--base", base, dtype, revision, variant)
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise RunError(f"--personalized {personalized}: a {type(pipeline).__name__} takes no adapters.")
-    folder, name = (path.parent, path.name) if path.is_file() else (personalized, None)
-    try:
-        pipeline.load_lora_weights(str(folder), weight_name=name)
-    except LOADING_ERRORS as error:
-        raise RunError(
-            f"--personalized {personalized}: neither a pipeline nor adapters that fit {base} ({one_line(error)})"
-        ) from error
-    if not pipeline.get_list_adapters():
-        raise RunError(f"--personalized {personalized}: it holds no adapters for a {type(pipeline).__name__}.")
-    return pipeline
-
-
-def models(pipeline: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline by the names of its parts."""
-    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-
-
-def check_same_architecture(base: Any, tuned: Any, personalized: str) -> None:
-    """Refuses a personalised pipeline whose networks are not, tensor for tensor, shaped as the base's.
-
-    Raises:
-        RunError: Says which part or tensor is another.
-    """
-
-    def shapes(pipeline: Any) -> dict[str, tuple[int, ...]]:
-        return {
-            f"{part}.{name.replace('.base_layer', '')}": tuple(tensor.shape)
-            for part, model in models(pipeline).items()
-            for name, tensor in model.named_parameters()
-            if ".lora_" not in name
-        }
-
-    kinds = type(base).__name__, type(tuned).__name__
-    if kinds[0] != kinds[1]:
-        raise RunError(f"--personalized {personalized}: it is a {kinds[1]}, but --base is a {kinds[0]}.")
-    expected, given = shapes(base), shapes(tuned)
-    for name in sorted(expected.keys() | given.keys()):
-        if expected.get(name) != given.get(name):
-            raise RunError(
-                f"--personalized {personalized}: it is of another architecture than --base: {name} has shape "
-                f"{given.get(name)}, in the base {expected.get(name)} (None: there is no such tensor)."
-            )
-
-
 def fingerprint(pipeline: Any) -> str:
     """A checksum of all weights of a pipeline, to know again what drew an image."""
     checksum = 0
-    for part in models(pipeline).values():
+    for part in networks(pipeline).values():
         for name, tensor in part.state_dict().items():
             data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             checksum = zlib.crc32(data, zlib.crc32(name.encode(), checksum))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from conftest import PARITY, execute
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
 from diffusers_lipreg.evaluation import __main__ as command
 from diffusers_lipreg.evaluation import prompts, report, results
-from diffusers_lipreg.evaluation.generation import DiffusionPipeline
 
 pytest_plugins = ("tiny",)
 PHOTOS = PARITY / "instance"

@@ -9,7 +9,8 @@ from diffusers import DDPMScheduler
 from tiny import load_pipeline
 
 from diffusers_lipreg.evaluation import drift
-from diffusers_lipreg.evaluation.generation import Sampling, load_personalized
+from diffusers_lipreg.evaluation.generation import Sampling
+from diffusers_lipreg.loading import load_personalized
 from diffusers_lipreg.probe import PROMPTS
 
 pytest_plugins = ("tiny",)

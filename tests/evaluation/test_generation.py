@@ -10,8 +10,8 @@ from conftest import PARITY
 from PIL import Image
 from tiny import load_pipeline
 
+from diffusers_lipreg import loading
 from diffusers_lipreg.errors import RunError
-from diffusers_lipreg.evaluation import generation
 from diffusers_lipreg.evaluation.generation import Sampling, draw, drawings
 
 pytest_plugins = ("tiny",)
@@ -87,15 +87,15 @@ def test_file_names_tell_prompts_apart(tmp_path):
 
 def refusal(personalized: object, base: str = "pipeline") -> str:
     with pytest.raises(RunError) as raised:
-        pipeline = generation.load_personalized(str(personalized), str(PARITY / base), torch.float32)
-        generation.check_same_architecture(load_pipeline(base), pipeline, str(personalized))
+        pipeline = loading.load_personalized(str(personalized), str(PARITY / base), torch.float32)
+        loading.check_same_architecture(load_pipeline(base), pipeline, str(personalized))
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
 
 def test_another_architecture_is_refused(sdxl_lora, tmp_path):
     assert "it is a StableDiffusionXLPipeline, but --base is a StableDiffusionPipeline" in refusal(PARITY / "pipeline_sdxl")
-    assert "nor adapters that fit" in refusal(sdxl_lora)
+    assert "cannot be loaded onto --base" in refusal(sdxl_lora)
     wider = load_pipeline()
     config = {**wider.unet.config, "block_out_channels": (16, 48)}
     wider.unet = type(wider.unet).from_config(config)
@@ -105,8 +105,8 @@ def test_another_architecture_is_refused(sdxl_lora, tmp_path):
 
 def test_what_holds_no_model_is_refused(tmp_path):
     assert "expected a pipeline (model_index.json) or adapters" in refusal(tmp_path)
-    assert "there is no such folder" in refusal(tmp_path / "none")
+    assert "no such file or folder" in refusal(tmp_path / "none")
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"broken")
-    assert "neither a pipeline nor adapters" in refusal(tmp_path)
+    assert "cannot be read as safetensors" in refusal(tmp_path)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}))
     assert "it cannot be loaded as a pipeline" in refusal(tmp_path)
