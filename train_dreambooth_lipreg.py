@@ -43,6 +43,7 @@ from diffusers_lipreg.dreambooth import (
     prior,
     setup,
     text,
+    trackers,
     validation,
 )
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
@@ -355,7 +356,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
     if accelerator.is_main_process:
         output.claim()
-    accelerator.init_trackers("dreambooth", config=setup.tracker_config(args))
+    trackers.start_trackers(args, accelerator, "dreambooth")
     images: list[Image.Image] = []
     check_finite = partial(setup.check_finite, args, accelerator, lr_scheduler)
     progress = tqdm(

@@ -47,6 +47,7 @@ from diffusers_lipreg.dreambooth import (
     prior,
     setup,
     text,
+    trackers,
     validation,
 )
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
@@ -323,9 +324,8 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
     if accelerator.is_main_process:
         output.claim()
-    accelerator.init_trackers(
-        "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=setup.tracker_config(args)
-    )
+    project = "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl"
+    trackers.start_trackers(args, accelerator, project)
     images: list[Image.Image] = []
     check_finite = partial(setup.check_finite, args, accelerator, lr_scheduler)
     progress = tqdm(
@@ -372,7 +372,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
             images = validation.sample_images(
                 args, accelerator, pipeline, {"prompt": args.validation_prompt}, steps=50
             )
-            validation.log_images(accelerator, images, args.validation_prompt, epoch)
+            validation.log_images(accelerator, images, args.validation_prompt, step)
 
     progress.close()
     graceful_exit.defer("finishing the result")

@@ -129,7 +129,7 @@ def interpolate_adapters(args: argparse.Namespace, file: Path, folder: Path) -> 
     def at(alpha: float) -> Any:
         write(alpha)
         base.unload_lora_weights()
-        loading.load_adapters(base, result)
+        loading.load_adapters(base, result, args.personalized)
         return base
 
     alpha = choose_alpha(args, base, at)

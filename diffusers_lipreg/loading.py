@@ -5,6 +5,8 @@ Whatever a loader raises becomes a `RunError` here. Weights are read from safete
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +47,7 @@ def one_line_errors(what: str) -> Iterator[None]:
 def quiet_libraries() -> None:
     """Silence the progress bars and warnings of diffusers and transformers, which tell a user nothing to act on."""
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()
 
 
@@ -70,6 +72,11 @@ def load_pipeline(
     Raises:
         RunError: It is no pipeline, or cannot be read.
     """
+    if os.path.isfile(model):
+        convert = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        raise RunError(f"{flag} {model}: expected a folder, not a file. diffusers converts one: {convert}")
+    if not os.path.isdir(model) and (os.path.isabs(model) or model.count("/") > 1):
+        raise RunError(f"{flag} {model}: there is no such folder.")
     with one_line_errors(f"{flag} {model}: it cannot be loaded as a pipeline"):
         index = DiffusionPipeline.load_config(model, revision=revision)
         if "_class_name" not in index:
@@ -93,7 +100,7 @@ def find_adapters(personalized: str) -> Path | None:
     what, path = f"--personalized {personalized}", Path(personalized)
     if path.is_file():
         return check_adapters(path)
-    if not path.is_dir():
+    if not os.path.isdir(personalized):  # unlike Path, it does not take "" for the current folder
         return _find_on_hub(what, personalized)
     if (path / "model_index.json").is_file():
         return None
@@ -138,22 +145,22 @@ def check_adapters(file: Path) -> Path:
     return file
 
 
-def load_adapters(pipeline: Any, file: Path) -> None:
-    """Load adapters onto the base with diffusers, which reads PEFT's, its own and kohya's files.
+def load_adapters(pipeline: Any, file: Path, name: str) -> None:
+    """Load adapters onto the base with diffusers, which reads PEFT's, its own and kohya's files; errors say `name`.
 
     Raises:
         RunError: They do not fit the pipeline, or only a part of them does.
     """
     if not hasattr(pipeline, "load_lora_weights"):
-        raise RunError(f"--personalized {file}: a {type(pipeline).__name__} takes no adapters.")
+        raise RunError(f"--personalized {name}: a {type(pipeline).__name__} takes no adapters.")
     versions = f"diffusers {diffusers.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}"
-    with one_line_errors(f"--personalized {file}: these adapters cannot be loaded onto --base with {versions}"):
+    with one_line_errors(f"--personalized {name}: these adapters cannot be loaded onto --base with {versions}"):
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True)
     with safe_open(file, "pt") as tensors:
         expected = len({FACTOR.split(name)[0] for name in tensors.keys()})
     layers = [name for part in networks(pipeline).values() for name, _ in part.named_modules() if name.endswith(".lora_B")]
     if len(layers) < expected:  # diffusers warns of what it leaves out, and goes on
-        raise RunError(f"--personalized {file}: {len(layers)} of its {expected} layers fit --base: is it the right base?")
+        raise RunError(f"--personalized {name}: {len(layers)} of its {expected} layers fit --base: is it the right base?")
 
 
 def load_personalized(
@@ -167,7 +174,7 @@ def load_personalized(
     if file is None:
         return load_pipeline("--personalized", personalized, dtype, safety_checker=None)
     pipeline = load_pipeline("--base", base, dtype, revision, variant, safety_checker=None)
-    load_adapters(pipeline, file)
+    load_adapters(pipeline, file, personalized)
     return pipeline
 
 

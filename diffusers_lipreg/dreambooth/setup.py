@@ -66,11 +66,6 @@ def prepare(accelerator: Accelerator, holder: Any, names: Sequence[str], *others
     return prepared[len(names) :]
 
 
-def tracker_config(args: Namespace) -> dict:
-    """The flags that go into the logs: not the token, and not lists, which trackers do not take."""
-    return {name: value for name, value in vars(args).items() if name not in ("hub_token", "validation_images")}
-
-
 def check_finite(
     args: Namespace, accelerator: Accelerator, lr_scheduler: LRScheduler, step: int, **quantities: torch.Tensor
 ) -> None:

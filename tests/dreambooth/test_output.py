@@ -335,18 +335,18 @@ def test_a_full_disk_at_the_card_loses_no_result(train, hub: LoopbackHub, tmp_pa
     assert_equal_weights(out / ADAPTERS, train(tmp_path / "plain", *ADAPTER_RUN) / ADAPTERS)
 
 
-def test_a_full_disk_at_the_log_loses_no_result(train_sdxl, hub: LoopbackHub, tmp_path: Path, monkeypatch) -> None:
+def test_a_full_disk_at_the_log_stops_no_upload(train_sdxl, hub: LoopbackHub, tmp_path: Path, monkeypatch, caplog) -> None:
     """At the last images, which the SDXL script logs when the result is saved."""
     script, out = train_dreambooth_lora_lipreg_sdxl, tmp_path / "out"
 
     def log_on_a_full_disk(accelerator: Accelerator, *_: object, **__: object) -> None:
         (tracker,) = accelerator.trackers
-        assert isinstance(tracker, TensorBoardTracker)
+        assert isinstance(tracker.tracker, TensorBoardTracker)
         with full_disk():
             tracker.log({"loss": 1.0}, step=9)
 
     monkeypatch.setattr(script.validation, "log_images", log_on_a_full_disk)
     monkeypatch.setattr(script.validation, "sample_images", lambda *_, **__: [])
-    with pytest.raises(RunError, match=f"File too large.* The result is whole in {out}. Push it with: hf upload"):
-        train_sdxl(out, *PUSH, "--validation_prompt", "a dog", "--validation_epochs", "9")
-    assert load_file(out / ADAPTERS)
+    train_sdxl(out, *PUSH, "--validation_prompt", "a dog", "--validation_epochs", "9")
+    assert "tensorboard fails, and may miss what follows: [Errno 27] File too large" in caplog.text
+    assert ADAPTERS in hub.files("alice/x")
