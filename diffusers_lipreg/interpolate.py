@@ -45,6 +45,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--probe_prompts", help="File with a prompt in each line to measure it on.")
     parser.add_argument("--device", help="Default: the GPU, if there is one.")
     args = parser.parse_args(arguments)
+    parser.check_texts(args)
     if args.alpha is not None and not 0 <= args.alpha <= 2:
         parser.error(f"--alpha must be from 0 to 2, got {args.alpha}")
     if args.budget is not None and not 0 < args.budget < float("inf"):
@@ -139,7 +140,9 @@ def interpolate_adapters(args: argparse.Namespace, file: Path, folder: Path) -> 
 
 def load_base(args: argparse.Namespace) -> Any:
     """Load the base in float32, ready to be measured."""
-    pipeline = loading.load_pipeline("--base", args.base, torch.float32, args.revision, args.variant, safety_checker=None)
+    pipeline = loading.load_pipeline(
+        "--base", args.base, torch.float32, args.revision, args.variant, safety_checker=None
+    )
     return pipeline.to(args.device)
 
 

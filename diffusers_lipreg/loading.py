@@ -158,9 +158,13 @@ def load_adapters(pipeline: Any, file: Path, name: str) -> None:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True)
     with safe_open(file, "pt") as tensors:
         expected = len({FACTOR.split(name)[0] for name in tensors.keys()})
-    layers = [name for part in networks(pipeline).values() for name, _ in part.named_modules() if name.endswith(".lora_B")]
+    layers = [
+        name for part in networks(pipeline).values() for name, _ in part.named_modules() if name.endswith(".lora_B")
+    ]
     if len(layers) < expected:  # diffusers warns of what it leaves out, and goes on
-        raise RunError(f"--personalized {name}: {len(layers)} of its {expected} layers fit --base: is it the right base?")
+        raise RunError(
+            f"--personalized {name}: {len(layers)} of its {expected} layers fit --base: is it the right base?"
+        )
 
 
 def load_personalized(

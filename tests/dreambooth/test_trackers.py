@@ -62,10 +62,14 @@ def wandb_history(folder: Path) -> Iterator[dict[str, str]]:
 
 def test_wandb_gets_every_scalar_and_image_at_the_update_it_is_of(train_sdxl, wandb_offline, tmp_path):
     """Images after the first epoch, which has 4 updates, and at the end: a step that goes back would be dropped."""
-    train_sdxl(tmp_path / "out", "--max_train_steps", "5", "--report_to", "wandb", "--validation_epochs", "2", *VALIDATE)
+    train_sdxl(
+        tmp_path / "out", "--max_train_steps", "5", "--report_to", "wandb", "--validation_epochs", "2", *VALIDATE
+    )
     rows = {int(row["_step"]): row for row in wandb_history(tmp_path)}
     assert sorted(rows) == [1, 2, 3, 4, 5] and all("loss" in row for row in rows.values())
-    images = {(step, key): text for step, row in rows.items() for key, text in row.items() if key.endswith("/captions")}
+    images = {
+        (step, key): text for step, row in rows.items() for key, text in row.items() if key.endswith("/captions")
+    }
     assert images == {(4, "validation/captions"): '["a dog"]', (5, "test/captions"): '["a dog"]'}
     assert len(list(tmp_path.glob("wandb/latest-run/files/media/images/*.png"))) == 2
 
