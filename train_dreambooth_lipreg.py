@@ -44,6 +44,7 @@ from diffusers_lipreg.dreambooth import (
     run_config,
     setup,
     text,
+    trackers,
     validation,
 )
 from diffusers_lipreg.dreambooth.checkpoints import Checkpoints
@@ -360,7 +361,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
     if accelerator.is_main_process:
         output.claim()
-    accelerator.init_trackers("dreambooth", config=setup.tracker_config(args))
+    trackers.start_trackers(args, accelerator, "dreambooth")
     images: list[Image.Image] = []
     progress = tqdm(
         desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process

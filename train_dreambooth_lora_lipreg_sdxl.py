@@ -48,6 +48,7 @@ from diffusers_lipreg.dreambooth import (
     run_config,
     setup,
     text,
+    trackers,
     validation,
 )
 from diffusers_lipreg.dreambooth.checkpoints import Checkpoints
@@ -327,9 +328,8 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
     if accelerator.is_main_process:
         output.claim()
-    accelerator.init_trackers(
-        "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl", config=setup.tracker_config(args)
-    )
+    project = "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl"
+    trackers.start_trackers(args, accelerator, project)
     images: list[Image.Image] = []
     progress = tqdm(
         desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
@@ -375,7 +375,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
             images = validation.sample_images(
                 args, accelerator, pipeline, {"prompt": args.validation_prompt}, steps=50
             )
-            validation.log_images(accelerator, images, args.validation_prompt, epoch)
+            validation.log_images(accelerator, images, args.validation_prompt, step)
 
     progress.close()
     graceful_exit.defer("finishing the result")

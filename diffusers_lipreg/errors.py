@@ -33,6 +33,14 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {printable(message)} (--help lists all flags)\n")
 
+    def check_texts(self, args: argparse.Namespace) -> None:
+        """Refuse texts that are empty, prompts excepted, or no UTF-8, which files and models do not take."""
+        for name, text in vars(args).items():
+            if text == "" and not name.endswith("prompt"):
+                self.error(f"--{name} is empty")
+            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+                self.error(f"--{name} is not valid UTF-8: {text}")
+
 
 def run_cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, name: str | None = None) -> None:
     """Call `main(args)`. A `RunError` or `OSError` ends the process with one line on standard error and exit code 1.

@@ -1,182 +1,185 @@
-"""Less of a personalised model: theta_0 + alpha (theta - theta_0), for a given alpha or for a drift budget.
+"""Less of a personalized model: theta_0 + alpha (theta - theta_0), for a given alpha or for a drift budget.
 
     python -m diffusers_lipreg.interpolate --base MODEL --personalized sks-dog --output_dir sks-dog-0.7 --alpha 0.7
     python -m diffusers_lipreg.interpolate --base MODEL --personalized sks-dog --output_dir sks-dog-less --budget 0.02
 
-`--personalized` is a pipeline or a folder, file or repository with adapters (LoRA, LoHa or LoKr scale exactly; of DoRA the
-magnitudes are interpolated and the factors scaled). With `--budget`, alpha is found by bisection on the probe.
+`--personalized` is a pipeline, or adapters of any tool: LoRA, LoHa and LoKr scale exactly; of DoRA the magnitudes are
+interpolated and the factors scaled. A file of adapters keeps its names and metadata, so that its own tool reads it.
+With `--budget`, alpha is found by bisection on the probe.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
+from . import loading
 from .budget import ScaledChange, find_alpha
-from .errors import OneLineParser, RunError, one_line, read_lines
+from .errors import OneLineParser, RunError, one_line, read_lines, run_cli
 from .probe import PROMPTS, OutputProbe, pipeline_denoiser
 
-ADAPTERS = "pytorch_lora_weights.safetensors"
-MODELS = ("unet", "text_encoder", "text_encoder_2")
+NAME = "python -m diffusers_lipreg.interpolate"
+MAGNITUDE = ".lora_magnitude_vector"
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(prog="python -m diffusers_lipreg.interpolate", description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(prog=NAME, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--base", required=True, help="The pretrained pipeline: a folder or a Hub id.")
-    parser.add_argument("--personalized", required=True, help="The personalised pipeline, or a folder with adapters.")
+    parser.add_argument("--revision", help="Its Git revision on the Hub.")
+    parser.add_argument("--variant", help="Variant of its weight files, for example fp16.")
+    parser.add_argument("--personalized", required=True, help="The personalized pipeline, or adapters for the base.")
     parser.add_argument("--output_dir", required=True, help="Where the result goes: a new or an empty folder.")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--alpha", type=float, help="0 is the base, 1 the personalised model.")
-    how.add_argument("--budget", type=float, help="The largest relative output drift that is allowed.")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--alpha", type=float, help="0 is the base, 1 the personalized model.")
+    target.add_argument("--budget", type=float, help="The largest relative output drift that is allowed.")
     parser.add_argument("--probe_prompts", help="File with a prompt in each line to measure it on.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="Default: the GPU, if there is one.")
     args = parser.parse_args(arguments)
+    parser.check_texts(args)
     if args.alpha is not None and not 0 <= args.alpha <= 2:
         parser.error(f"--alpha must be from 0 to 2, got {args.alpha}")
     if args.budget is not None and not 0 < args.budget < float("inf"):
         parser.error(f"--budget must be a finite number above 0, got {args.budget}")
+    if args.budget is None and args.probe_prompts is not None:
+        parser.error("--probe_prompts does nothing without --budget")
     return args
 
 
-def change_of_models(base: Any, tuned: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parameters of the personalised pipeline's models with those of the base, by name."""
-    for model_name in MODELS:
-        ours, theirs = (getattr(pipeline, model_name, None) for pipeline in (tuned, base))
-        if not isinstance(ours, nn.Module) or not isinstance(theirs, nn.Module):
-            continue
-        start = dict(theirs.named_parameters())
-        for name, parameter in ours.named_parameters():
-            if name not in start or start[name].shape != parameter.shape:
-                raise RunError(f"{model_name}.{name} is not in the base, or of another shape: is it the right --base?")
-            yield parameter, start[name].detach().to(parameter.dtype)
-
-
-def change_of_adapters(weights: dict[str, Tensor], base: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Adapter tensors with what they start from, under the names diffusers and PEFT save them by.
-
-    The change is a product, so one factor of each is enough: the up projection. DoRA's magnitudes start as the norms
-    of the base weight's rows.
-    """
-    up = [name for name in weights if name.endswith((".up.weight", ".lora_B.weight"))]
-    if not up:
-        raise RunError(f"There is no LoRA in the adapters; they begin with {next(iter(weights), 'nothing')}.")
-    for name in up:
-        yield weights[name], torch.zeros_like(weights[name])
-    for name in weights:
-        if "lora_magnitude_vector" in name:
-            yield weights[name], row_norms(base, name).to(weights[name]).view_as(weights[name])
-
-
-def row_norms(base: Any, name: str) -> Tensor:
-    """The norm of each row of the base weight that a magnitude vector is for."""
-    model, _, layer = name.partition(".lora_magnitude_vector")[0].partition(".")
-    parameters = dict(getattr(base, model).named_parameters())
-    for known in (f"{layer}.weight", f"{layer.removeprefix('text_model.')}.weight"):
-        if known in parameters:
-            return parameters[known].detach().float().flatten(1).norm(dim=1)
-    raise RunError(f"{name}: the base has no such layer; is it the right --base?")
-
-
-def find_adapters(personalized: str) -> Path | None:
-    """The file of adapters that the argument means; `None` if it is a pipeline."""
-    path = Path(personalized)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if (path / "model_index.json").is_file():
-            return None
-        if (path / ADAPTERS).is_file():
-            return path / ADAPTERS
-        raise RunError(f"--personalized {path}: the folder holds neither model_index.json nor {ADAPTERS}.")
+@contextmanager
+def new_folder(name: str) -> Iterator[Path]:
+    """Yield a hidden folder to write into. It becomes `name` when the block is through, and is removed if that fails."""
+    path = Path(name).resolve()
     try:
-        return Path(hf_hub_download(personalized, ADAPTERS))
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"--personalized {personalized}: no such folder, and not on the Hub ({error}).") from error
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"--output_dir {name} is there already and not empty: name another.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".interpolate-", dir=path.parent) as hidden:
+            result = Path(hidden, "result")
+            result.mkdir()
+            yield result
+            if path.exists():
+                path.rmdir()
+            result.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"--output_dir {name}: it cannot be written ({one_line(error)})") from error
 
 
-def load(model: str, flag: str, device: str) -> Any:
-    """A pipeline in float32, ready to be measured."""
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(device)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{flag} {model}: {one_line(error)}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def take_probe(args: argparse.Namespace, base: Any) -> OutputProbe:
-    """Of the base, at the size it was made for."""
+def choose_alpha(args: argparse.Namespace, base: Any, personalized: Callable[[float], Any]) -> float:
+    """Return `--alpha`, or the alpha at which the output drift of `personalized(alpha)`, a pipeline, is `--budget`."""
+    if args.budget is None:
+        return args.alpha
+    loading.check_text_to_image(base)
     config = base.unet.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     prompts = PROMPTS if args.probe_prompts is None else read_lines(args.probe_prompts, "--probe_prompts")
-    return OutputProbe(pipeline_denoiser(base), base.scheduler, shape, prompts=prompts, device=args.device)
+    probe = OutputProbe(pipeline_denoiser(base), base.scheduler, shape, prompts=prompts, device=args.device)
+
+    def drift(alpha: float) -> float:
+        found = probe.measure(pipeline_denoiser(personalized(alpha))).output_drift_relative
+        if not math.isfinite(found):
+            raise RunError(f"--personalized {args.personalized}: its predictions are not numbers at alpha {alpha:g}.")
+        return found
+
+    return find_alpha(drift, args.budget)
 
 
-def interpolate_models(args: argparse.Namespace) -> float:
-    """Writes the pipeline between base and personalised; returns its alpha."""
-    base, tuned = load(args.base, "--base", args.device), load(args.personalized, "--personalized", args.device)
-    change = ScaledChange(change_of_models(base, tuned))
-    alpha = args.alpha
-    if args.budget is not None:
-        probe, denoiser = take_probe(args, base), pipeline_denoiser(tuned)
+def interpolate_pipeline(args: argparse.Namespace, folder: Path) -> float:
+    """Write the pipeline between base and personalized into `folder`; return its alpha."""
+    base = load_base(args)
+    personalized = loading.load_pipeline("--personalized", args.personalized, torch.float32).to(args.device)
+    loading.check_same_architecture(base, personalized, args.personalized)
+    starts = {part: dict(model.named_parameters()) for part, model in loading.networks(base).items()}
+    change = ScaledChange(
+        (parameter, starts[part][name].detach())
+        for part, model in loading.networks(personalized).items()
+        for name, parameter in model.named_parameters()
+    )
 
-        def drift(alpha: float) -> float:
-            change.apply(alpha)
-            return probe.measure(denoiser).output_drift_relative
+    def at(alpha: float) -> Any:
+        change.apply(alpha)
+        return personalized
 
-        alpha = find_alpha(drift, args.budget)
-    change.apply(alpha)
-    tuned.save_pretrained(args.output_dir)
+    alpha = choose_alpha(args, base, at)
+    at(alpha).save_pretrained(folder)
     return alpha
 
 
-def interpolate_adapters(args: argparse.Namespace, file: Path) -> float:
-    """Writes the adapters, less of them; returns their alpha."""
-    weights = load_file(file)
-    needs_base = args.budget is not None or any("lora_magnitude_vector" in name for name in weights)
-    base = load(args.base, "--base", args.device) if needs_base else None
-    change = ScaledChange(change_of_adapters(weights, base))
-    alpha = args.alpha
-    if base is not None and args.budget is not None:
-        probe = take_probe(args, base)
+def interpolate_adapters(args: argparse.Namespace, file: Path, folder: Path) -> float:
+    """Write the adapters between none and those of `file` into `folder`; return their alpha."""
+    with safe_open(file, "pt") as stored:
+        weights, metadata = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()
+    needs_base = args.budget is not None or any(MAGNITUDE in name for name in weights)
+    base = load_base(args) if needs_base else None
+    change = ScaledChange(pairs_of_adapters(weights, base))
+    result = folder / file.name
 
-        def drift(alpha: float) -> float:
-            change.apply(alpha)
-            base.load_lora_weights({name: tensor.clone() for name, tensor in weights.items()})
-            found = probe.measure(pipeline_denoiser(base)).output_drift_relative
-            base.unload_lora_weights()
-            return found
+    def write(alpha: float) -> None:
+        change.apply(alpha)
+        save_file(weights, result, metadata=metadata)
 
-        alpha = find_alpha(drift, args.budget)
-    change.apply(alpha)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    save_file(weights, Path(args.output_dir, ADAPTERS), metadata={"format": "pt"})
+    def at(alpha: float) -> Any:
+        write(alpha)
+        base.unload_lora_weights()
+        loading.load_adapters(base, result, args.personalized)
+        return base
+
+    alpha = choose_alpha(args, base, at)
+    write(alpha)
     return alpha
+
+
+def load_base(args: argparse.Namespace) -> Any:
+    """Load the base in float32, ready to be measured."""
+    pipeline = loading.load_pipeline(
+        "--base", args.base, torch.float32, args.revision, args.variant, safety_checker=None
+    )
+    return pipeline.to(args.device)
+
+
+def pairs_of_adapters(weights: dict[str, Tensor], base: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the adapter tensors to interpolate with what they start from.
+
+    The change is a product, so one factor of each layer is enough. DoRA's magnitudes start as the norms of the base
+    weight's rows.
+    """
+    for name, tensor in weights.items():
+        if loading.UP.search(name):
+            yield tensor, torch.zeros_like(tensor)
+        elif MAGNITUDE in name:
+            yield tensor, row_norms(base, name, tensor)
+
+
+def row_norms(base: Any, name: str, magnitudes: Tensor) -> Tensor:
+    """Return the norm of each row of the base weight that the magnitudes `name` are for, in their shape."""
+    part, _, layer = name.partition(MAGNITUDE)[0].partition(".")
+    parameters = dict(loading.networks(base)[part].named_parameters()) if part in loading.networks(base) else {}
+    for known in (f"{layer}.weight", f"{layer.removeprefix('text_model.')}.weight"):
+        if known in parameters and len(parameters[known]) == magnitudes.numel():
+            return parameters[known].detach().float().flatten(1).norm(dim=1).to(magnitudes).view_as(magnitudes)
+    raise RunError(f"{name}: the base has no such layer; is it the right --base?")
+
+
+def interpolate(args: argparse.Namespace) -> None:
+    loading.quiet_libraries()
+    args.device = loading.find_device(args.device)
+    with new_folder(args.output_dir) as folder:
+        file = loading.find_adapters(args.personalized)
+        alpha = interpolate_pipeline(args, folder) if file is None else interpolate_adapters(args, file, folder)
+    print(f"alpha {alpha:.4f}: {args.output_dir}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse_args(arguments)
-    output = Path(args.output_dir)
-    try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise RunError(f"--output_dir {output} is there already and not empty: name another.")
-        file = find_adapters(args.personalized)
-        alpha = interpolate_models(args) if file is None else interpolate_adapters(args, file)
-    except (RunError, OSError) as error:
-        sys.exit(f"python -m diffusers_lipreg.interpolate: error: {one_line(error)}")
-    print(f"alpha {alpha:.4f}: {output}")
+    run_cli(interpolate, parse_args(arguments), NAME)
 
 
 if __name__ == "__main__":

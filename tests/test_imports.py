@@ -30,6 +30,9 @@ CORE = {  # beside the standard library; another core module states here what it
         *("torch", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.peft_layers"),
         *("diffusers_lipreg.sharding", "diffusers_lipreg.snapshot"),
     },
+    "loading.py": {
+        *("torch", "accelerate", "diffusers", "huggingface_hub", "peft", "safetensors", "transformers", "diffusers_lipreg.errors"),
+    },
     "monitor.py": {"torch", "diffusers_lipreg.budget", "diffusers_lipreg.losses", "diffusers_lipreg.probe"},
     "__init__.py": {
         *(f"diffusers_lipreg.{module}" for module in ("adapters", "budget", "callbacks", "losses", "probe", "snapshot")),

@@ -7,13 +7,16 @@ import torch
 from conftest import PARITY, load
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from diffusers_lipreg import interpolate
 from diffusers_lipreg.dreambooth import lora
-from diffusers_lipreg.interpolate import ADAPTERS, main
+from diffusers_lipreg.interpolate import main
 from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser
 
 BASE = PARITY / "pipeline"
+ADAPTERS = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -77,25 +80,107 @@ def test_adapters(options, tmp_path):
     assert 0.97 * budget < drift(call(BASE, full, tmp_path / "less", "--budget", str(budget))) <= 1.001 * budget
     assert drift(call(BASE, full, tmp_path / "none", "--alpha", "0")) < 1e-6 * budget
     if not options:
-        half, whole = load_file(call(BASE, full, tmp_path / "half", "--alpha", "0.5") / ADAPTERS), load_file(full / ADAPTERS)
+        half, whole = (
+            load_file(call(BASE, full, tmp_path / "half", "--alpha", "0.5") / ADAPTERS),
+            load_file(full / ADAPTERS),
+        )
         for name, tensor in whole.items():
             torch.testing.assert_close(half[name], 0.5 * tensor if "up.weight" in name or "lora_B" in name else tensor)
 
 
-def test_bad_input_ends_in_one_line(tuned, tmp_path):
+def test_kohyas_files_keep_names_alphas_and_metadata(tmp_path):
+    full = load_file(adapters(tmp_path / "full") / ADAPTERS)
+    weights = lora.to_kohya({"unet": {name.removeprefix("unet."): tensor for name, tensor in full.items()}})
+    (tmp_path / "kohya").mkdir()
+    save_file(weights, tmp_path / "kohya" / "sks.safetensors", metadata={"ss_network_dim": "2"})
+    result = call(BASE, tmp_path / "kohya", tmp_path / "less", "--alpha", "0.5") / "sks.safetensors"
+    for name, tensor in load_file(result).items():
+        torch.testing.assert_close(tensor, weights[name] * (0.5 if name.endswith(".lora_up.weight") else 1))
+    with safe_open(result, "pt") as file:
+        assert file.metadata() == {"ss_network_dim": "2"}
+
+
+def refusal(*arguments: object, alpha: str = "0.5") -> str:
+    with pytest.raises(SystemExit) as stopped:
+        call(*arguments, "--alpha", alpha)
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code  # printed, with exit code 1
+    return stopped.value.code.removeprefix("python -m diffusers_lipreg.interpolate: error: ")
+
+
+def test_bad_input_ends_in_one_line_and_leaves_nothing(tuned, tmp_path):
     (tmp_path / "empty").mkdir()
-    for more, message in [
-        ((BASE, tmp_path / "empty", tmp_path / "out"), "neither model_index.json nor"),
-        ((BASE, tuned, tuned), "is there already and not empty"),
-        ((tmp_path / "empty", tuned, tmp_path / "out"), "--base"),
-        ((PARITY / "pipeline_sdxl", tuned, tmp_path / "out"), "is it the right --base"),
+    file = adapters(tmp_path / "lora") / ADAPTERS
+    weights = load_file(file)
+    cut, pickled, odd = (tmp_path / f"{name}.safetensors" for name in ("cut", "pickled", "odd"))
+    cut.write_bytes(file.read_bytes()[:-100])
+    torch.save(weights, pickled)
+    save_file(weights | {"unet.conv_in.weight": torch.ones(1)}, odd)
+    there, out = set(tmp_path.iterdir()), tmp_path / "out"
+    for arguments, message in [
+        ((BASE, cut, out), f"--personalized {cut}: it cannot be read as safetensors"),
+        ((BASE, pickled, out), f"--personalized {pickled}: it cannot be read as safetensors"),
+        ((BASE, odd, out), "expected adapters (LoRA, LoHa or LoKr) alone, found unet.conv_in.weight."),
+        ((BASE, tmp_path / "empty", out), "expected a pipeline (model_index.json) or adapters"),
+        ((BASE, tmp_path, out), "it holds cut.safetensors, odd.safetensors, pickled.safetensors: name one"),
+        ((BASE, tmp_path / "none", out), "no such file or folder, and not to be had from the Hub"),
+        ((tmp_path / "empty", tuned, out), f"--base {tmp_path / 'empty'}: it cannot be loaded as a pipeline"),
+        ((PARITY / "pipeline_sdxl", tuned, out), "it is a StableDiffusionPipeline, but --base is a StableDiffusionXL"),
+        ((BASE, file, out, "--device", "attic"), "--device attic: it cannot be used"),
+        ((BASE, file, out, "--device", "meta"), "--device meta: it cannot be used"),
+        ((BASE, file, tmp_path / "lora"), "is there already and not empty"),
+        ((BASE, file, cut / "out"), "it cannot be written"),
     ]:
-        with pytest.raises(SystemExit) as stopped:
-            call(*more, "--alpha", "0.5")
-        assert message in stopped.value.code and "\n" not in stopped.value.code
+        assert message in refusal(*arguments)
+        assert set(tmp_path.iterdir()) == there
+    if not torch.cuda.is_available():
+        assert "--device cuda: it cannot be used" in refusal(BASE, file, out, "--device", "cuda")
 
 
-@pytest.mark.parametrize("more", [(), ("--alpha", "3"), ("--alpha", "nan"), ("--budget", "0"), ("--alpha", "1", "--budget", "1")])
+def test_a_result_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    full = adapters(tmp_path / "full")
+
+    def full_disk(weights, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(interpolate, "save_file", full_disk)
+        assert "it cannot be written ([Errno 28] No space left on device)" in refusal(BASE, full, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert [path.name for path in call(BASE, full, tmp_path / "out", "--alpha", "1").iterdir()] == [ADAPTERS]
+
+
+def test_adapters_of_another_base_are_refused_with_a_budget(tmp_path):
+    full = adapters(tmp_path / "full")
+    weights = {
+        name.replace("down_blocks.0", "down_blocks.7"): tensor for name, tensor in load_file(full / ADAPTERS).items()
+    }
+    save_file(weights, tmp_path / "other.safetensors")
+    with pytest.raises(SystemExit) as stopped:
+        call(BASE, tmp_path / "other.safetensors", tmp_path / "out", "--budget", "0.01")
+    assert "of its 16 layers fit --base" in stopped.value.code
+
+
+def test_the_bases_variant_and_revision_are_taken(tuned, tmp_path):
+    StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None).save_pretrained(
+        tmp_path / "base", variant="fp16"
+    )
+    flags = ("--alpha", "0.5", "--variant", "fp16", "--revision", "main")
+    half = call(tmp_path / "base", tuned, tmp_path / "out", *flags)
+    assert (half / UNET).is_file()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--alpha", "3"),
+        ("--alpha", "nan"),
+        ("--budget", "0"),
+        ("--alpha", "1", "--budget", "1"),
+        ("--alpha", "1", "--variant", ""),
+    ],
+)
 def test_mistakes_on_the_command_line(more, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         call(BASE, BASE, tmp_path / "out", *more)

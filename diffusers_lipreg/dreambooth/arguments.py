@@ -215,13 +215,7 @@ def check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """Refuses texts that no file or log can hold, and those that an unset variable of the shell leaves."""
     if args.hub_token and not re.fullmatch(r"[!-~]+", args.hub_token):
         parser.error("--hub_token holds a character that no token has")  # the client's message would quote it
-    for name, text in vars(args).items():
-        if not isinstance(text, str):
-            continue
-        if text == "" and not name.endswith("prompt"):
-            parser.error(f"--{name} is empty")
-        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            parser.error(f"--{name} is not valid UTF-8: {text}")
+    parser.check_texts(args)
     if not args.instance_prompt.strip():
         warnings.warn("--instance_prompt is empty: no prompt will call for the subject", stacklevel=2)
 

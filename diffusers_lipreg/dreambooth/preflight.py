@@ -102,7 +102,7 @@ def check_surroundings(args: Namespace) -> None:
         "bitsandbytes": ("--use_8bit_adam", args.use_8bit_adam),
         "xformers": ("--enable_xformers_memory_efficient_attention", args.enable_xformers_memory_efficient_attention),
         "prodigyopt": ("--optimizer prodigy", vars(args).get("optimizer", "").lower() == "prodigy"),
-        "wandb": ("--report_to wandb", args.report_to == "wandb"),
+        args.report_to: (f"--report_to {args.report_to}", args.report_to not in ("all", "tensorboard")),
     }
     for package, (flag, wanted) in needed.items():
         if wanted and find_spec(package) is None:

@@ -49,9 +49,7 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
     for chatty in ("accelerate", "httpx", "httpx2"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for library in (datasets, transformers, diffusers):
-        library.utils.logging.set_verbosity(
-            logging.WARNING if accelerator.is_local_main_process else logging.ERROR
-        )
+        library.utils.logging.set_verbosity(logging.WARNING if accelerator.is_local_main_process else logging.ERROR)
     if args.seed is not None:
         set_seed(args.seed)
     return accelerator
@@ -79,11 +77,6 @@ def prepare(accelerator: Accelerator, holder: Any, names: Sequence[str], *others
     for name, model in zip(names, prepared, strict=False):
         setattr(holder, name, model)
     return prepared[len(names) :]
-
-
-def tracker_config(args: Namespace) -> dict:
-    """The flags that go into the logs: not the token, and not lists, which trackers do not take."""
-    return {name: value for name, value in vars(args).items() if name not in ("hub_token", "validation_images")}
 
 
 def fuses_adamw(accelerator: Accelerator) -> bool:

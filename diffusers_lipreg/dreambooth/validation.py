@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+
+from ..errors import one_line
 
 logger = get_logger(__name__)
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str | None = None) -> None:
-    """Gives the pipeline the scheduler class `name`, or its own anew, with a variance that our UNets do not predict.
+    """Give the pipeline a new scheduler, of the class `name` or of its own, with a fixed variance.
 
-    The loss trains the mean only, so what a model with learned variance says of it is no longer to be used.
+    Training updates the mean only, so a variance that the model has learned is stale.
     """
     fixed = {}
     if pipeline.scheduler.config.get("variance_type") in ("learned", "learned_range"):
@@ -28,38 +32,62 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None = None) -> None:
     pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **fixed)
 
 
+@contextmanager
+def evaluating(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Put the pipeline's models in eval mode, and have its VAE decode in its own type, for a `with` block.
+
+    An adapter's dropout is not for samples. Under autocast the VAE of SDXL, which is in float32, would compute in
+    float16 and overflow: the images would be black.
+    """
+    in_training = [part for part in pipeline.components.values() if isinstance(part, nn.Module) and part.training]
+    vae = pipeline.components.get("vae")
+
+    def decode(latents: Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return type(vae).decode(vae, latents.to(vae.dtype), *args, **options)
+
+    try:
+        for part in in_training:
+            part.eval()
+        if vae is not None:
+            vae.decode = decode
+        yield
+    finally:
+        for part in in_training:
+            part.train()
+        if vae is not None:
+            del vae.decode
+
+
 def sample_images(
     args: Namespace, accelerator: Accelerator, pipeline: DiffusionPipeline, prompt: dict, steps: int
 ) -> list[Image.Image]:
-    """`--num_validation_images` images, or one for each of `--validation_images`; seeded by `--seed` if there is one.
+    """Sample `--num_validation_images` images, or one for each of `--validation_images`; seeded by `--seed` if given.
+
+    An error, such as too little memory for a second pipeline, is a warning and gives no image: training is worth more.
 
     Args:
         prompt: The pipeline's arguments for the prompt: `prompt`, or `prompt_embeds` and `negative_prompt_embeds`.
     """
     logger.info(f"Sampling {args.num_validation_images} images of {args.validation_prompt!r}.")
-    pipeline = pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     generator = None if args.seed is None else torch.Generator(device=accelerator.device).manual_seed(args.seed)
     inputs = [{"num_inference_steps": steps}] * args.num_validation_images
     if paths := vars(args).get("validation_images"):  # the SD script's, for pipelines that take an image
         inputs = [{"image": Image.open(path)} for path in paths]
-    in_training = [part for part in pipeline.components.values() if isinstance(part, nn.Module) and part.training]
-    for part in in_training:  # an adapter's dropout is not for samples
-        part.eval()
-    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # compiled for training, not for this
-        images = [pipeline(**prompt, **extra, generator=generator).images[0] for extra in inputs]
-    for part in in_training:
-        part.train()
-    return images
+    try:
+        pipeline = pipeline.to(accelerator.device)
+        # Training may have compiled the models; compiling them again for these sizes would not pay.
+        with accelerator.autocast(), torch.compiler.set_stance("force_eager"), evaluating(pipeline):
+            return [pipeline(**prompt, **extra, generator=generator).images[0] for extra in inputs]
+    except Exception as error:
+        logger.warning(f"Validation failed, training goes on: {one_line(error)}")
+        return []
 
 
 def log_images(
     accelerator: Accelerator, images: list[Image.Image], prompt: str, step: int, name: str = "validation"
 ) -> None:
-    """Hands images to the trackers that take them, under `name`."""
+    """Hand images to the trackers under `name`. `step` counts updates, as for scalars: wandb drops steps that go back."""
     for tracker in accelerator.trackers if images else ():
-        if tracker.name == "tensorboard":
-            pixels = np.stack([np.asarray(image) for image in images])
-            tracker.writer.add_images(name, pixels, step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({name: images}, step=step, caption=[prompt] * len(images))
+        tracker.log_images(name, images, prompt, step)

@@ -1,6 +1,6 @@
-"""Pipelines, and the images they draw: each from a seed of its own.
+"""Generate images, each from a seed of its own.
 
-So batches and interruptions change nothing, but for the rounding of sums, which depends on the size of a batch.
+Batches and interruptions change nothing, except that sums are rounded differently in batches of another size.
 """
 
 from __future__ import annotations
@@ -15,22 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..dreambooth.validation import set_scheduler
-from ..errors import RunError, one_line
+from ..errors import RunError
+from ..loading import networks, one_line_errors
 
-ADAPTERS = "pytorch_lora_weights.safetensors"
-# What loading a file that is not there, broken or made for another model raises.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 SETTINGS = "settings.json"
 
 
 class Sampling(NamedTuple):
-    """How images are drawn: the same for every pipeline."""
+    """How images are generated: the same for every pipeline."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
@@ -40,200 +35,125 @@ class Sampling(NamedTuple):
 
     @property
     def call(self) -> dict[str, Any]:
-        """The pipeline's arguments beside prompt and noise."""
+        """The pipeline's arguments except for prompts and generators."""
         size = {} if self.resolution is None else {"height": self.resolution, "width": self.resolution}
         return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale, **size}
 
 
-def load_pipeline(
-    flag: str, model: str, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
-) -> Any:
-    """A pipeline from a folder or the Hub, without a safety checker, which would blacken images.
-
-    `flag` is the argument that named it.
-
-    Raises:
-        RunError: It is no pipeline, or cannot be read.
-    """
-    source = {"revision": revision, "variant": variant}
-    try:
-        index = DiffusionPipeline.load_config(model, revision=revision)
-        if "_class_name" not in index:
-            raise RunError(f"{flag} {model}: its model_index.json names no pipeline.")
-        checker = {"safety_checker": None} if "safety_checker" in index else {}
-        return DiffusionPipeline.from_pretrained(model, dtype=dtype, **source, **checker)
-    except LOADING_ERRORS as error:
-        raise RunError(f"{flag} {model}: it cannot be loaded as a pipeline ({one_line(error)})") from error
-
-
-def is_pipeline(model: str) -> bool:
-    """Whether a folder or repository holds a whole pipeline; adapters have no model_index.json."""
-    if Path(model).exists():
-        return Path(model, "model_index.json").is_file()
-    try:
-        return "_class_name" in DiffusionPipeline.load_config(model)
-    except LOADING_ERRORS:
-        return False
-
-
-def load_personalized(
-    personalized: str, base: str, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
-) -> Any:
-    """The personalised pipeline: a whole one, or LoRA adapters (a folder, a file or a repository) on the base.
-
-    Raises:
-        RunError: Neither, or made for another architecture than the base.
-    """
-    if is_pipeline(personalized):
-        return load_pipeline("--personalized", personalized, dtype)
-    path = Path(personalized)
-    if path.is_absolute() and not path.exists():
-        raise RunError(f"--personalized {personalized}: there is no such folder.")
-    if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise RunError(f"--personalized {personalized}: expected a pipeline (model_index.json) or adapters ({ADAPTERS}).")
-    pipeline = load_pipeline("--base", base, dtype, revision, variant)
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise RunError(f"--personalized {personalized}: a {type(pipeline).__name__} takes no adapters.")
-    folder, name = (path.parent, path.name) if path.is_file() else (personalized, None)
-    try:
-        pipeline.load_lora_weights(str(folder), weight_name=name)
-    except LOADING_ERRORS as error:
-        raise RunError(
-            f"--personalized {personalized}: neither a pipeline nor adapters that fit {base} ({one_line(error)})"
-        ) from error
-    if not pipeline.get_list_adapters():
-        raise RunError(f"--personalized {personalized}: it holds no adapters for a {type(pipeline).__name__}.")
-    return pipeline
-
-
-def models(pipeline: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline by the names of its parts."""
-    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-
-
-def check_same_architecture(base: Any, tuned: Any, personalized: str) -> None:
-    """Refuses a personalised pipeline whose networks are not, tensor for tensor, shaped as the base's.
-
-    Raises:
-        RunError: Says which part or tensor is another.
-    """
-
-    def shapes(pipeline: Any) -> dict[str, tuple[int, ...]]:
-        return {
-            f"{part}.{name.replace('.base_layer', '')}": tuple(tensor.shape)
-            for part, model in models(pipeline).items()
-            for name, tensor in model.named_parameters()
-            if ".lora_" not in name
-        }
-
-    kinds = type(base).__name__, type(tuned).__name__
-    if kinds[0] != kinds[1]:
-        raise RunError(f"--personalized {personalized}: it is a {kinds[1]}, but --base is a {kinds[0]}.")
-    expected, given = shapes(base), shapes(tuned)
-    for name in sorted(expected.keys() | given.keys()):
-        if expected.get(name) != given.get(name):
-            raise RunError(
-                f"--personalized {personalized}: it is of another architecture than --base: {name} has shape "
-                f"{given.get(name)}, in the base {expected.get(name)} (None: there is no such tensor)."
-            )
-
-
-def fingerprint(pipeline: Any) -> str:
-    """A checksum of all weights of a pipeline, to know again what drew an image."""
-    checksum = 0
-    for part in models(pipeline).values():
-        for name, tensor in part.state_dict().items():
-            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            checksum = zlib.crc32(data, zlib.crc32(name.encode(), checksum))
-    return f"{checksum:08x}"
-
-
-class Drawing(NamedTuple):
-    """One image to have: the `number`-th of its prompt."""
+class ImageSpec(NamedTuple):
+    """One image to have: the `number`-th of its prompt, and its file, which may not exist yet."""
 
     prompt: str
     number: int
     path: Path
 
     def seed(self, seed: int) -> int:
-        """The seed of its noise: the same with every pipeline, another for every prompt, number and `--seed`."""
+        """Return the seed of its noise: equal for all pipelines, different for every prompt, number and `--seed`."""
         return int.from_bytes(sha256(f"{seed} {self.number} {self.prompt}".encode()).digest()[:6], "big")
 
 
-def drawings(folder: Path, prompts: Sequence[str], images: int) -> list[list[Drawing]]:
-    """The images of each prompt in a folder, there or not: file names say prompt and number."""
+def image_specs(folder: Path, prompts: Sequence[str], images: int) -> list[list[ImageSpec]]:
+    """Return the images of each prompt in a folder. File names tell prompt and number."""
 
-    def path(prompt: str, number: int) -> Path:
-        words = "".join(letter if letter.isalnum() else "-" for letter in prompt)[:60]
-        return folder / f"{words}-{sha256(prompt.encode()).hexdigest()[:8]}-{number}.png"
+    def spec(prompt: str, number: int) -> ImageSpec:
+        return ImageSpec(prompt, number, folder / f"{file_name(prompt)}-{number}.png")
 
-    return [[Drawing(prompt, number, path(prompt, number)) for number in range(images)] for prompt in prompts]
-
-
-def settings_of(pipeline: Any, how: Sampling) -> dict[str, Any]:
-    """All that an image depends on beside its prompt and number."""
-    scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
-    return {
-        **how.call,
-        "seed": how.seed,
-        "scheduler": type(pipeline.scheduler).__name__,
-        "scheduler_config": json.dumps(scheduler, sort_keys=True, default=str),
-        "dtype": str(pipeline.dtype),
-        "weights": fingerprint(pipeline),
-    }
+    return [[spec(prompt, number) for number in range(images)] for prompt in prompts]
 
 
-def draw(pipeline: Any, folder: Path, wanted: Sequence[Drawing], how: Sampling, device: torch.device, label: str) -> None:
-    """Draws those images of a folder that are not there yet.
+def file_name(text: str) -> str:
+    """Return a file name for any text, 69 characters at most: its letters and digits, and a checksum."""
+    words = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text)
+    return f"{words[:60]}-{sha256(text.encode()).hexdigest()[:8]}"
 
-    An image gets its name when it is whole. The folder keeps what its images were drawn with; noise comes from
-    generators on the CPU, so that it is the same on every device.
+
+def generate(
+    pipeline: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], **options: Any
+) -> list[Any]:
+    """Return one image for each prompt. Noise comes from the CPU, where it is the same for every device.
 
     Raises:
-        RunError: The folder's images were drawn with other weights or settings.
+        RunError: The pipeline cannot be called like this, or there is too little memory.
     """
-    _keep_settings(folder, settings_of(pipeline, how))
-    wanted = list(dict.fromkeys(wanted))  # subjects of one class share images of the base
-    missing = [drawing for drawing in wanted if not drawing.path.is_file()]
     pipeline.set_progress_bar_config(disable=True)
+    with one_line_errors(f"a {type(pipeline).__name__} of --base cannot make {len(prompts)} images with these flags"):
+        return pipeline(list(prompts), generator=list(generators), **options).images
+
+
+def generate_images(
+    pipeline: Any, folder: Path, specs: Sequence[ImageSpec], sampling: Sampling, device: torch.device, label: str
+) -> None:
+    """Generate those images of a folder that are missing.
+
+    An image gets its name when it is complete. The folder keeps the settings that its images were generated with.
+
+    Raises:
+        RunError: The folder's images were generated with other weights or settings.
+    """
+    _check_settings(folder, settings_of(pipeline, sampling))
+    specs = list(dict.fromkeys(specs))  # subjects of one class share images of the base
+    missing = [spec for spec in specs if not spec.path.is_file()]
     if missing:
         pipeline.to(device)
-    with tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc=label, unit="image") as bar:
-        for start in range(0, len(missing), how.batch_size):
-            batch = missing[start : start + how.batch_size]
-            generators = [torch.Generator().manual_seed(drawing.seed(how.seed)) for drawing in batch]
-            prompts = [drawing.prompt for drawing in batch]
-            images = pipeline(prompts, generator=generators, **how.call).images
-            for drawing, image in zip(batch, images, strict=True):
-                write_whole(drawing.path, partial(image.save, format="PNG"))
+    with tqdm(total=len(specs), initial=len(specs) - len(missing), desc=label, unit="image") as bar:
+        for start in range(0, len(missing), sampling.batch_size):
+            batch = missing[start : start + sampling.batch_size]
+            generators = [torch.Generator().manual_seed(spec.seed(sampling.seed)) for spec in batch]
+            images = generate(pipeline, [spec.prompt for spec in batch], generators, **sampling.call)
+            for spec, image in zip(batch, images, strict=True):
+                write_whole(spec.path, partial(image.save, format="PNG"))
             bar.update(len(batch))
 
 
-def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+def settings_of(pipeline: Any, sampling: Sampling) -> dict[str, Any]:
+    """Return everything that an image depends on besides its prompt and number."""
+    scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    return {
+        **sampling.call,
+        "seed": sampling.seed,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_config": json.dumps(scheduler, sort_keys=True, default=str),
+        "dtype": str(pipeline.dtype),
+        "weights": _checksum(pipeline),
+    }
+
+
+def _checksum(pipeline: Any) -> str:
+    checksum = 0
+    for part in networks(pipeline).values():
+        for name, tensor in part.state_dict().items():
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            checksum = zlib.crc32(data, zlib.crc32(name.encode(), checksum))
+    return f"{checksum:08x}"
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a folder's images, or compare them with those that are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / SETTINGS
-    kept = json.loads(file.read_text()) if file.is_file() else settings
+    file, kept = folder / SETTINGS, settings
+    if any(folder.glob("*.png")):
+        with one_line_errors(f"{file}: it cannot be read. Remove {folder} to generate its images again"):
+            kept = dict(json.loads(file.read_text(encoding="utf-8")))
     for name in sorted(kept.keys() | settings.keys()):
         if kept.get(name) != settings.get(name):
             raise RunError(
-                f"{folder}: the images in it were drawn with another {name} ({kept.get(name)}, now {settings.get(name)}). "
-                "Choose another --output_dir, or remove that folder to draw them anew."
+                f"{folder}: its images were generated with another {name} ({kept.get(name)}, now {settings.get(name)}). "
+                "Choose another --output_dir, or remove that folder to generate them again."
             )
-    write_whole(file, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    text = json.dumps(settings, indent=2) + "\n"
+    write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under a hidden name and then gives it its own, so that it is whole or not there."""
+    """Write a file under a hidden name and then rename it, so that it is complete or missing."""
     hidden = path.with_name(f".{path.name}")
     write(hidden)
     os.replace(hidden, path)
 
 
 def use_scheduler(pipeline: Any, name: str | None) -> Any:
-    """The pipeline, with the scheduler class `name` of diffusers in place of its own if there is a name."""
+    """Return the pipeline, with diffusers' scheduler class `name` instead of its own if a name is given."""
     if name is not None:
-        try:
+        with one_line_errors(f"--scheduler {name}: it does not fit --base"):
             set_scheduler(pipeline, name)
-        except (AttributeError, ValueError, TypeError) as error:
-            raise RunError(f"--scheduler {name}: {one_line(error)}") from error
     return pipeline

@@ -1,6 +1,6 @@
 """The prompts and class nouns of the DreamBooth benchmark (Ruiz et al., CVPR 2023, arXiv 2208.12242).
 
-In a template, {} stands for the subject: with its unique token to draw it, by the class noun alone to score the text.
+In a template, {} stands for the subject: with its unique token in prompts, by its class noun alone in scored texts.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ CLASS_NOUNS = {name: noun for noun, names in _SUBJECTS_BY_CLASS.items() for name
 
 
 class Subject(NamedTuple):
-    """One subject: what it is called, where its photos are, and the templates that it is drawn with."""
+    """One subject: its names, its photos, and the templates of its prompts."""
 
-    name: str  # of its folders and its row in the report
-    text: str  # what prompts call it, for example "sks dog"
+    name: str  # of its folders, and in the report
+    text: str  # its name in prompts, for example "sks dog"
     class_noun: str  # "dog"
     photos: Path
     personalized: str
@@ -89,13 +89,13 @@ class Subject(NamedTuple):
 
     @property
     def prompts(self) -> list[str]:
-        """What is drawn."""
-        return [template.format(self.text) for template in self.templates]
+        """The prompts to generate images of."""
+        return [template.replace("{}", self.text) for template in self.templates]
 
     @property
     def texts(self) -> list[str]:
-        """What images are compared with: the unique token, which means nothing to CLIP, is not in it."""
-        return [template.format(self.class_noun) for template in self.templates]
+        """The texts to compare images with: without the unique token, which means nothing to CLIP."""
+        return [template.replace("{}", self.class_noun) for template in self.templates]
 
     @property
     def class_prompt(self) -> str:
@@ -103,45 +103,47 @@ class Subject(NamedTuple):
 
 
 def templates_for(class_noun: str) -> tuple[str, ...]:
-    """The benchmark's 25 templates for a class: those of live subjects for cats and dogs, else those of objects."""
+    """Return the benchmark's 25 templates for a class: those of live subjects for cats and dogs, else of objects."""
     return TEMPLATES["live" if class_noun in LIVE_NOUNS else "object"]
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
-    """Templates from a file, one a line, each with one {} for the subject."""
+    """Read templates from a file, one a line, each with one {} for the subject."""
     templates = read_lines(path, "--templates_file")
     for template in templates:
-        if template.count("{}") != 1 or template.replace("{}", "").count("{"):
-            raise RunError(f"--templates_file {path}: expected one {{}} for the subject in each line, got {template!r}.")
+        if template.count("{}") != 1:
+            raise RunError(
+                f"--templates_file {path}: expected one {{}} for the subject in each line, got {template!r}."
+            )
     return templates
 
 
 def one_subject(
     text: str, class_noun: str, photos: str, personalized: str, templates: Sequence[str] | None
 ) -> Subject:
-    """A subject of one's own."""
-    if not class_noun.strip():
-        raise RunError("--class_noun: it is empty; expected what the subject is one of, for example dog.")
+    """Return a subject that is not of the benchmark."""
     if class_noun not in text:
         raise RunError(
             f"--subject {text!r}: it does not contain the class noun {class_noun!r}; expected a unique token and the noun, "
             f"as the prompts in training had, for example 'sks {class_noun}'."
         )
-    name = "".join(letter if letter.isalnum() else "_" for letter in text)
+    name = "".join(letter if letter.isalnum() else "_" for letter in text)[:60]  # of a folder: 255 bytes at most
     return Subject(name, text, class_noun, Path(photos), personalized, tuple(templates or templates_for(class_noun)))
 
 
 def benchmark_subjects(
     dataset: str, unique_token: str, personalized: str, templates: Sequence[str] | None
 ) -> list[Subject]:
-    """Every folder of the benchmark's data set as a subject; {} in `personalized` stands for the folder's name."""
+    """Return every folder of the benchmark's data set as a subject; {} in `personalized` stands for its name."""
     if not Path(dataset).is_dir():
         raise RunError(f"--dataset {dataset}: there is no such folder.")
     folders = sorted(path for path in Path(dataset).iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise RunError(f"--dataset {dataset}: expected a folder of photos for each subject, found none.")
     if "{}" not in personalized:
-        raise RunError(f"--personalized {personalized}: expected {{}} in it, for the name of each subject of --dataset.")
+        raise RunError(
+            f"--personalized {personalized}: expected {{}} in it, for the name of each subject of --dataset."
+        )
     if unknown := [folder.name for folder in folders if folder.name not in CLASS_NOUNS]:
         raise RunError(
             f"--dataset {dataset}: the benchmark has no class noun for {', '.join(unknown)}. Evaluate such a subject on "

@@ -1,4 +1,4 @@
-"""The images of one subject, and what the encoders say of them."""
+"""Score the images of one subject."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .generation import Drawing, drawings
+from .generation import ImageSpec, image_specs
 from .prompts import Subject
 from .scores import (
     ClipEncoder,
@@ -32,68 +32,54 @@ def personalized_folder(subject: Subject) -> str:
 
 
 class ImageSet(NamedTuple):
-    """What one pipeline draws for a subject, by prompt and number."""
+    """The images of one pipeline for a subject, by prompt and number."""
 
-    subject: list[list[Drawing]]  # the subject's prompts
-    of_class: list[list[Drawing]]  # the class alone
-    unrelated: list[list[Drawing]]  # prompts that have nothing to do with the subject
+    subject: list[list[ImageSpec]]  # the subject's prompts
+    of_class: list[list[ImageSpec]]  # the class alone
+    unrelated: list[list[ImageSpec]]  # prompts that have nothing to do with the subject
 
     @property
-    def all(self) -> list[Drawing]:
+    def all(self) -> list[ImageSpec]:
         return [image for rows in self for row in rows for image in row]
 
 
 class Images:
-    """What base and personalised pipeline draw for a subject, from the same prompts and seeds."""
+    """The images of the base and of the personalized pipeline for a subject, from the same prompts and seeds."""
 
     def __init__(self, output_dir: Path, subject: Subject, unrelated: Sequence[str], images_per_prompt: int) -> None:
         def image_set(folder: str) -> ImageSet:
             return ImageSet(
-                drawings(output_dir / folder, subject.prompts, images_per_prompt),
-                drawings(output_dir / folder, [subject.class_prompt], CLASS_IMAGES),
-                drawings(output_dir / folder, unrelated, images_per_prompt),
+                image_specs(output_dir / folder, subject.prompts, images_per_prompt),
+                image_specs(output_dir / folder, [subject.class_prompt], CLASS_IMAGES),
+                image_specs(output_dir / folder, unrelated, images_per_prompt),
             )
 
-        self.base = image_set(BASE)
-        self.personalized = image_set(personalized_folder(subject))
+        self.base, self.personalized = image_set(BASE), image_set(personalized_folder(subject))
 
 
-def described(subject: Subject) -> dict[str, Any]:
-    """What the report says of a subject beside its numbers."""
-    return {
-        "subject": subject.text,
-        "class_noun": subject.class_noun,
-        "photos": str(subject.photos),
-        "personalized": subject.personalized,
-        "templates": list(subject.templates),
-    }
-
-
-def _grid(encoder: DinoEncoder | ClipEncoder, rows: list[list[Drawing]]) -> Tensor:
-    """Embeddings (prompts, images, d)."""
+def _grid(encoder: DinoEncoder | ClipEncoder, rows: list[list[ImageSpec]]) -> Tensor:
+    """Return embeddings (prompts, images, d)."""
     return embed(encoder, [image.path for row in rows for image in row]).unflatten(0, (len(rows), -1))
 
 
 def _mean_and_error(rows: Tensor) -> dict[str, float | None]:
-    """Mean of (prompts, images), and its standard error over prompts."""
+    """Return the mean of (prompts, images), and its standard error over prompts."""
     means = rows.double().mean(dim=1)
-    return {
-        "mean": means.mean().item(),
-        "standard_error": means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None,
-    }
+    error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
+    return {"mean": means.mean().item(), "standard_error": error}
 
 
 def score_subject(
     subject: Subject, photos: Sequence[Path], images: Images, encoders: Sequence[DinoEncoder | ClipEncoder]
 ) -> dict[str, Any]:
-    """Scores by row and column; a column is a metric and the name of its encoder.
+    """Return scores by row and column; a column is a metric and the name of its encoder.
 
-    `class_resemblance` is how like the subject's photos images of the class alone are: where the personalised pipeline's
-    exceeds the base's, the subject leaks into its class. `unrelated_change` is what became of images of unrelated prompts:
-    1 - cosine, and the mean squared difference of pixel values in [0, 1], for images from the same noise.
+    `class_resemblance` compares images of the class alone with the subject's photos: where the personalized pipeline's
+    exceeds the base's, the subject leaks into its class. `unrelated_change` compares images of unrelated prompts from
+    the same noise: 1 - cosine, and the mean squared difference of pixel values in [0, 1].
     """
     sides = {"personalized": images.personalized, "base": images.base}
-    scores: dict[str, dict[str, float | None]] = {**{side: {} for side in sides}, "real": {}}
+    scores: dict[str, dict[str, float | None]] = {"personalized": {}, "base": {}, "real": {}}
     diversities: dict[str, dict[str, float | None]] = {side: {} for side in sides}
     resemblance: dict[str, dict[str, float]] = {side: {} for side in sides}
     unrelated: dict[str, dict[str, float | None]] = {}
@@ -101,14 +87,14 @@ def score_subject(
         column = f"{encoder.metric} {encoder.name}"
         real = embed(encoder, photos)
         scores["real"][column] = mean_cosine_within(real)
-        for side, drawn in sides.items():
-            of_subject = _grid(encoder, drawn.subject)
+        for side, generated in sides.items():
+            of_subject = _grid(encoder, generated.subject)
             scores[side][column] = mean_cosine(of_subject.flatten(0, 1), real)
             diversities[side][column] = diversity(of_subject)
-            resemblance[side][column] = mean_cosine(_grid(encoder, drawn.of_class)[0], real)
+            resemblance[side][column] = mean_cosine(_grid(encoder, generated.of_class)[0], real)
             if isinstance(encoder, ClipEncoder):
                 scores[side][f"CLIP-T {encoder.name}"] = text_score(of_subject, encoder.texts(subject.texts))
-        before, after = (_grid(encoder, drawn.unrelated).double() for drawn in (images.base, images.personalized))
+        before, after = (_grid(encoder, side.unrelated).double() for side in (images.base, images.personalized))
         unrelated[column] = _mean_and_error(1 - (before * after).sum(dim=-1))
     rows = zip(images.base.unrelated, images.personalized.unrelated, strict=True)
     changes = [pixel_change([(a.path, b.path) for a, b in zip(*row, strict=True)]) for row in rows]

@@ -1,15 +1,15 @@
 """Scores of images: DINO, CLIP-I, CLIP-T, diversity, same-seed change, each from cosines of embeddings.
 
-Public code disagrees on the details of these scores; here they are fixed. Embeddings are normalised, cosines are raw
+Public code disagrees on the details of these scores; here they are fixed. Embeddings are normalized, cosines are raw
 (not times 2.5 or 100), the subject's unique token is not in the text, and a subject's score is the mean over the whole
 matrix of pairs. DINO embeddings are the [CLS] output of a ViT after its last norm, of pixels resized to 256/224 of
-the model's size (bicubic), cropped to it in the centre and normalised by ImageNet's statistics, as in Caron et al.,
-ICCV 2021. CLIP's are its projected features, of what its own image processor makes of the pixels.
+the model's size (bicubic), cropped to it in the center and normalized by ImageNet's statistics, as in Caron et al.,
+ICCV 2021. CLIP embeddings are its projected features; its own image processor prepares the pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 from ..dreambooth.data import open_image
-from ..errors import RunError, one_line
+from ..errors import RunError
+from ..loading import one_line_errors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,20 +31,23 @@ BATCH = 32  # images or texts encoded at a time
 
 
 def short_name(model: str) -> str:
-    """A model's name in tables: the Hub id, or a local folder's last name, for a report may be shown to others."""
+    """Return a model's name in tables: the Hub id, or a folder's last name, since a report may be shown to others."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def _load(flag: str, model: str, load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        where = "it cannot be read" if Path(model).exists() else "there is no such folder, and it is not to be had from the Hub"
-        raise RunError(f"{flag} {model}: {where} ({one_line(error)})") from error
+def read_image(path: Path) -> Image.Image:
+    """Return the RGB image of a file that was there when the run began."""
+    with one_line_errors(f"{path}: it cannot be read. Remove it"):
+        return open_image(path)
+
+
+def _load(flag: str, model: str) -> Any:
+    with one_line_errors(f"{flag} {model}: no model of transformers can be read from such a folder, or the Hub"):
+        return AutoModel.from_pretrained(model, dtype=torch.float32).eval()
 
 
 def _features(output: Any) -> Tensor:
-    """What `get_image_features` means: newer transformers put it into an output object."""
+    """Return the tensor of `get_image_features`: newer transformers put it into an output object."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
@@ -59,14 +63,16 @@ class DinoEncoder:
     def __init__(self, model: str, device: torch.device) -> None:
         self.name = short_name(model)
         self.device = device
-        self.model = _load("--dino", model, lambda: AutoModel.from_pretrained(model, dtype=torch.float32)).eval()
+        self.model = _load("--dino", model)
         config = self.model.config
         if not isinstance(getattr(config, "image_size", None), int) or not hasattr(config, "patch_size"):
-            raise RunError(f"--dino {model}: expected a ViT such as facebook/dino-vits16, got a {type(self.model).__name__}.")
+            raise RunError(
+                f"--dino {model}: expected a ViT such as facebook/dino-vits16, got a {type(self.model).__name__}."
+            )
         self.size = config.image_size
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """The input (3, size, size) for an RGB image."""
+        """Return the input (3, size, size) for an RGB image."""
         short = round(self.size * RESIZE_PER_CROP)
         scale = short / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
@@ -77,7 +83,7 @@ class DinoEncoder:
 
     @torch.no_grad()
     def images(self, images: Iterable[Image.Image]) -> Tensor:
-        """Normalised embeddings (n, d) on the CPU."""
+        """Return normalized embeddings (n, d) on the CPU."""
         self.model.to(self.device)
         batch = torch.stack([self.pixels(image) for image in images]).to(self.device)
         return F.normalize(self.model(pixel_values=batch).last_hidden_state[:, 0], dim=-1).cpu()
@@ -95,23 +101,24 @@ class ClipEncoder:
     def __init__(self, model: str, device: torch.device) -> None:
         self.name = short_name(model)
         self.device = device
-        self.model = _load("--clip", model, lambda: AutoModel.from_pretrained(model, dtype=torch.float32)).eval()
+        self.model = _load("--clip", model)
         if not hasattr(self.model, "get_text_features"):
             raise RunError(
                 f"--clip {model}: expected a CLIP such as openai/clip-vit-base-patch32, got a {type(self.model).__name__}."
             )
-        self.processor = _load("--clip", model, lambda: AutoProcessor.from_pretrained(model))
+        with one_line_errors(f"--clip {model}: its tokenizer or image processor cannot be read"):
+            self.processor = AutoProcessor.from_pretrained(model)
 
     @torch.no_grad()
     def images(self, images: Iterable[Image.Image]) -> Tensor:
-        """Normalised embeddings (n, d) on the CPU."""
+        """Return normalized embeddings (n, d) on the CPU."""
         self.model.to(self.device)
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
         return F.normalize(_features(self.model.get_image_features(pixel_values=pixels)), dim=-1).cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Normalised embeddings (n, d) on the CPU; what is longer than the model takes is cut."""
+        """Return normalized embeddings (n, d) on the CPU; texts longer than the model takes are cut."""
         self.model.to(self.device)
         tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(self.device)
         tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
@@ -119,18 +126,18 @@ class ClipEncoder:
 
 
 def embed(encoder: DinoEncoder | ClipEncoder, paths: Sequence[Path]) -> Tensor:
-    """Embeddings (n, d) of image files."""
+    """Return embeddings (n, d) of image files."""
     parts = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
-    return torch.cat([encoder.images([open_image(path) for path in part]) for part in parts])
+    return torch.cat([encoder.images([read_image(path) for path in part]) for part in parts])
 
 
 def mean_cosine(one: Tensor, other: Tensor) -> float:
-    """The mean over all pairs of the cosine of normalised rows: the dot product of the two means."""
+    """Return the mean cosine over all pairs of normalized rows: the dot product of the two means."""
     return (one.double().mean(0) @ other.double().mean(0)).item()
 
 
 def mean_cosine_within(rows: Tensor) -> float | None:
-    """The mean cosine over the pairs of different rows (..., n, d), averaged over what stands before; None of one row."""
+    """Return the mean cosine over pairs of different rows (..., n, d), averaged over the dots; None for one row."""
     n = rows.shape[-2]
     if n < 2:
         return None
@@ -140,31 +147,31 @@ def mean_cosine_within(rows: Tensor) -> float | None:
 
 
 def diversity(rows: Tensor) -> float | None:
-    """1 - the mean cosine between images of one prompt, rows (prompts, images, d): not LPIPS, but of the same use."""
+    """Return 1 - the mean cosine between images of one prompt, (prompts, images, d): not LPIPS, but of the same use."""
     within = mean_cosine_within(rows)
     return None if within is None else 1 - within
 
 
 def text_score(images: Tensor, texts: Tensor) -> float:
-    """The mean cosine of images (prompts, images, d) with their prompt's text (prompts, d)."""
+    """Return the mean cosine of images (prompts, images, d) with their prompt's text (prompts, d)."""
     return (images.double() * texts.double()[:, None]).sum(dim=-1).mean().item()
 
 
 def pixel_change(pairs: Sequence[tuple[Path, Path]]) -> list[float]:
-    """For each pair of image files of one size the mean squared difference of values in [0, 1].
+    """Return, for each pair of image files of one size, the mean squared difference of values in [0, 1].
 
-    Of images from the same noise. For a deterministic sampler, which makes images of noise by a map, the mean times
-    the number of values bounds the squared 2-Wasserstein distance between what the two models draw.
+    A deterministic sampler maps noise to images: for pairs from the same noise, the mean times the number of values
+    bounds the squared 2-Wasserstein distance between the images of the two models.
     """
 
     def values(path: Path) -> np.ndarray:
-        return np.asarray(open_image(path), dtype=np.float64) / 255
+        return np.asarray(read_image(path), dtype=np.float64) / 255
 
     return [float(np.square(values(one) - values(other)).mean()) for one, other in pairs]
 
 
 def bootstrap_interval(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean over subjects, from resampled subjects."""
+    """Return the 95 % percentile interval of the mean over subjects, from resampled subjects."""
     sample = np.asarray(values, dtype=np.float64)
     picks = np.random.default_rng(seed).integers(len(sample), size=(draws, len(sample)))
     low, high = np.percentile(sample[picks].mean(axis=1), [2.5, 97.5])

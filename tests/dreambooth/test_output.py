@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from conftest import PARITY, ROOT, assert_equal_weights, flags
 from huggingface_hub import CommitOperationAdd, HfApi
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
 
 import train_dreambooth_lipreg
+import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.dreambooth import hub as hub_module
 from diffusers_lipreg.dreambooth.output import CONFIG, INDEX, MANIFEST, OutputFolder, remedy
 from diffusers_lipreg.errors import RunError
@@ -367,3 +369,20 @@ def test_a_full_disk_at_the_log_loses_no_result(train, hub: LoopbackHub, tmp_pat
         train(out, *ADAPTER_RUN, *push)
     assert ("push it with: hf upload alice/x" in str(failed.value)) is bool(push)
     assert load_file(out / ADAPTERS)
+
+
+def test_a_full_disk_at_the_log_stops_no_upload(train_sdxl, hub: LoopbackHub, tmp_path: Path, monkeypatch, caplog) -> None:
+    """At the last images, which the SDXL script logs when the result is saved."""
+    script, out = train_dreambooth_lora_lipreg_sdxl, tmp_path / "out"
+
+    def log_on_a_full_disk(accelerator: Accelerator, *_: object, **__: object) -> None:
+        (tracker,) = accelerator.trackers
+        assert isinstance(tracker.tracker, TensorBoardTracker)
+        with full_disk():
+            tracker.log({"loss": 1.0}, step=9)
+
+    monkeypatch.setattr(script.validation, "log_images", log_on_a_full_disk)
+    monkeypatch.setattr(script.validation, "sample_images", lambda *_, **__: [])
+    train_sdxl(out, *PUSH, "--validation_prompt", "a dog", "--validation_epochs", "9")
+    assert "tensorboard fails, and may miss what follows: [Errno 27] File too large" in caplog.text
+    assert ADAPTERS in hub.files("alice/x")

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from conftest import PARITY, execute
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from huggingface_hub import HfApi
+from tiny import load_pipeline
 
 from diffusers_lipreg.evaluation import __main__ as command
 from diffusers_lipreg.evaluation import prompts, report, results
-from diffusers_lipreg.evaluation.generation import DiffusionPipeline
 
 pytest_plugins = ("tiny",)
 PHOTOS = PARITY / "instance"
@@ -98,7 +99,9 @@ def test_one_subject_from_command_to_page(evaluate, tmp_path, capsys):
     assert subject["drift"]["path_kl"]["nats"] == 0  # the only step is the last one, which adds no noise
     assert subject["unrelated_change"]["pixels"]["mean"] > 0
 
-    base, tuned = (json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "images").rglob("settings.json")))
+    base, tuned = (
+        json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "images").rglob("settings.json"))
+    )
     assert base.pop("weights") != tuned.pop("weights")
     assert base == tuned and base["scheduler"] == "DDPMScheduler"
 
@@ -130,7 +133,9 @@ def test_everything_from_the_hub(arguments, hub, lora, clip, dino, tmp_path):
         api.upload_folder(repo_id=repository, folder_path=folder)
         named += [f"--{name}", repository]
     named += ["--output_dir", str(tmp_path / "elsewhere")]
-    ran = execute("-m", "diffusers_lipreg.evaluation", *arguments, *ONE, *named, env=hub.environment(tmp_path / "home"))
+    ran = execute(
+        "-m", "diffusers_lipreg.evaluation", *arguments, *ONE, *named, env=hub.environment(tmp_path / "home")
+    )
     assert ran.returncode == 0, ran.stderr
     command.run([*arguments, *ONE, "--personalized", str(lora)])
     from_hub, from_folders = (
@@ -150,15 +155,32 @@ def test_a_run_that_was_interrupted_goes_on(evaluate, arguments, tmp_path, monke
         path.unlink()
     monkeypatch.setattr(results, "CLASS_IMAGES", 2)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
-        patched.setattr(DiffusionPipeline, "set_progress_bar_config", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(
+            DiffusionPipeline, "set_progress_bar_config", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         command.run([*arguments, *ONE])
-    assert stopped.value.code == 130 and "to go on: python -m diffusers_lipreg.evaluation --base" in capsys.readouterr().err
+    assert (
+        stopped.value.code == 130
+        and "to go on: python -m diffusers_lipreg.evaluation --base" in capsys.readouterr().err
+    )
     again = evaluate(*ONE)
     assert {path for path in times if path.stat().st_mtime_ns != times[path]} == set(lost)
     before, after = whole["subjects"]["sks_dog"], again["subjects"]["sks_dog"]
     assert after["drift"] == before["drift"]
     for side, scores in before["scores"].items():  # of images that batched sums may have rounded otherwise
         assert after["scores"][side] == pytest.approx(scores, abs=1e-4)
+
+
+def test_a_long_subject_and_damaged_settings(evaluate, refuse, monkeypatch, tmp_path):
+    """No file name is too long; settings that cannot be read are named, with what to do."""
+    evaluate(*ONE, "--subject", "x" * 300 + " dog", "--images_per_prompt", "1")
+    (folder,) = (tmp_path / "out" / "images" / "personalized").iterdir()
+    monkeypatch.setattr(results, "CLASS_IMAGES", 2)
+    settings = tmp_path / "out" / "images" / "base" / "settings.json"
+    settings.write_text(settings.read_text()[:30])
+    line = refuse(*ONE, "--subject", "x" * 300 + " dog", "--images_per_prompt", "1")
+    assert f"{settings}: it cannot be read. Remove {settings.parent}" in line
+    assert len(list(folder.glob("*.png"))) == 2 + 2 + 2  # kept
 
 
 def test_the_benchmark(evaluate, tmp_path, full, lora, capsys):
@@ -176,7 +198,7 @@ def test_the_benchmark(evaluate, tmp_path, full, lora, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"SD1.5 DreamBooth \+ penalty +0.6394 +0.2976 +0.7948", printed)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "SDXL DreamBooth-LoRA + penalty" in page and page.count("<circle") == 2
+    assert "SDXL DreamBooth-LoRA + penalty" in page and page.count("<tr><td>dog</td>") == 1
 
 
 def test_the_benchmarks_prompts_and_subjects():
@@ -184,14 +206,19 @@ def test_the_benchmarks_prompts_and_subjects():
     assert len(prompts.CLASS_NOUNS) == 30
     assert sum(noun in prompts.LIVE_NOUNS for noun in prompts.CLASS_NOUNS.values()) == 9
     subject = prompts.one_subject("sks stuffed animal", "stuffed animal", "photos", "p", None)
-    assert subject.prompts[0] == "a sks stuffed animal in the jungle" and subject.texts[0] == "a stuffed animal in the jungle"
+    assert (
+        subject.prompts[0] == "a sks stuffed animal in the jungle"
+        and subject.texts[0] == "a stuffed animal in the jungle"
+    )
     assert subject.templates == prompts.TEMPLATES["object"]
     assert prompts.one_subject("sks dog", "dog", "photos", "p", None).prompts[11] == "a sks dog wearing a santa hat"
 
 
 def test_the_papers_table_is_the_papers():
     gains = [(penalty[0] - plain[0], penalty[1] - plain[1]) for plain, penalty in report.PAPER.values()]
-    assert max(dino for dino, _ in gains) == pytest.approx(0.0366) and max(text for _, text in gains) == pytest.approx(0.0183)
+    assert max(dino for dino, _ in gains) == pytest.approx(0.0366) and max(text for _, text in gains) == pytest.approx(
+        0.0183
+    )
 
 
 def test_what_the_user_gets_wrong_ends_in_one_line(refuse, tmp_path, clip):
@@ -202,14 +229,25 @@ def test_what_the_user_gets_wrong_ends_in_one_line(refuse, tmp_path, clip):
     assert "--subject 'sks': it does not contain the class noun 'dog'" in refuse(*ONE, "--subject", "sks")
     assert "there is no image in it" in refuse(*ONE, "--instance_data_dir", str(tmp_path / "empty"))
     assert "there is no such folder" in refuse(*ONE, "--instance_data_dir", str(tmp_path / "none"))
-    assert "--dino /none: there is no such folder" in refuse(*ONE, "--dino", "/none")
+    assert "--dino /none: no model of transformers can be read" in refuse(*ONE, "--dino", "/none")
     assert "expected a ViT" in refuse(*ONE, "--dino", str(clip))
-    assert "it is a StableDiffusionXLPipeline, but --base" in refuse(*ONE, "--personalized", str(PARITY / "pipeline_sdxl"))
+    assert "it is a StableDiffusionXLPipeline, but --base" in refuse(
+        *ONE, "--personalized", str(PARITY / "pipeline_sdxl")
+    )
     assert "error: --base /" in refuse(*ONE, "--base", str(tmp_path / "empty"))
     assert "has no class noun for my_cat" in refuse(*data, "--personalized", "models/{}")
     assert "expected {} in it" in refuse(*data)
     assert "--subject is for one subject" in refuse(*data, "--subject", "sks dog")
     assert "--scheduler Nothing" in refuse(*ONE, "--scheduler", "Nothing")
     assert "--device nothing" in refuse(*ONE, "--device", "nothing")
+    assert "--subject is empty" in refuse(*ONE, "--subject", "")
+    assert "--resolution 12: expected a multiple of 8" in refuse(*ONE, "--resolution", "12")
+    assert "--guidance_scale nan: expected a finite" in refuse(*ONE, "--guidance_scale", "nan")
+    assert "--seed -1: expected 0 to" in refuse(*ONE, "--seed=-1")
+    text_to_image = load_pipeline()
+    parts = {**text_to_image.components, "safety_checker": None, "requires_safety_checker": False}
+    StableDiffusionImg2ImgPipeline(**parts).save_pretrained(tmp_path / "img2img")
+    assert "expected a text-to-image" in refuse(*ONE, "--base", str(tmp_path / "img2img"))
+    assert "cannot make" in refuse(*ONE, "--num_inference_steps", "2000", "--scheduler", "DDPMScheduler")
     (tmp_path / "templates").write_text("a dog in the snow\n")
     assert "expected one {} for the subject in each line, got 'a dog in the snow'" in refuse(*ONE)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import PARITY
 from diffusers import DDPMScheduler
+from safetensors.torch import load_file
 from tiny import load_pipeline
 
 from diffusers_lipreg.evaluation import drift
-from diffusers_lipreg.evaluation.generation import Sampling, load_personalized
+from diffusers_lipreg.evaluation.generation import Sampling
+from diffusers_lipreg.loading import load_personalized
 from diffusers_lipreg.probe import PROMPTS
 
 pytest_plugins = ("tiny",)
@@ -21,20 +23,26 @@ def load(personalized) -> object:
     return load_personalized(str(personalized), BASE, torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
-def test_parameter_drift_is_that_of_the_merged_weights(kind, request):
-    base, tuned = load_pipeline(), load(request.getfixturevalue(kind))
-    before = {name: tensor.clone() for name, tensor in tuned.unet.state_dict().items()}
-    changes = drift.parameter_drift(base, tuned)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.unet.state_dict().items())  # put back
-    drift.merge_adapters(tuned)
-    assert changes.keys() == ({"unet", "text_encoder"} if kind == "full" else {"unet"})
-    start, end = (dict(pipeline.unet.named_parameters()) for pipeline in (base, tuned))
-    moved = {name: (end[name] - start[name]).double() for name in start if not torch.equal(end[name], start[name])}
-    assert changes["unet"].keys() == moved.keys()
-    for name, change in changes["unet"].items():
-        assert change.squared_drift == pytest.approx(moved[name].square().sum().item(), rel=1e-4)
-        assert change.squared_norm == pytest.approx(start[name].double().square().sum().item(), rel=1e-9)
+def test_weight_changes_are_those_of_every_tensor(full):
+    base, personalized = load_pipeline(), load(full)
+    changes = drift.weight_changes(base.unet, personalized.unet)
+    for (name, start), end in zip(base.unet.named_parameters(), personalized.unet.parameters(), strict=True):
+        moved, before = (end - start).double().square().sum().item(), start.double().square().sum().item()
+        assert changes[name] == pytest.approx((moved, before), rel=1e-6)
+    assert drift.weight_changes(base.vae, personalized.vae) == {}
+
+
+def test_weight_changes_of_adapters_are_their_products(lora):
+    """Of LoRA with alpha = rank: ||B A||^2, from the file."""
+    personalized, weights = load(lora), load_file(lora / "pytorch_lora_weights.safetensors")
+    drift.merge_adapters(personalized)
+    changes = drift.weight_changes(load_pipeline().unet, personalized.unet)
+    for name, change in changes.items():
+        down, up = (
+            weights[f"unet.{name.removesuffix('.weight')}.lora.{side}.weight"].double() for side in ("down", "up")
+        )
+        assert change.squared_drift == pytest.approx((up @ down).square().sum().item(), rel=1e-4)
+    assert len(changes) == len(weights) / 2
 
 
 @pytest.mark.parametrize("kind", ["full", "dora"])
@@ -60,7 +68,11 @@ def test_slopes_are_changes_of_predictions_over_changes_of_weights(kind, request
 def test_a_steps_weight_is_that_of_the_samplers_own_gaussians(variance_type, prediction_type):
     """KL of two Gaussians of one variance: ||difference of means||^2 / (2 variance), both taken from `step`."""
     scheduler = DDPMScheduler(
-        clip_sample=False, variance_type=variance_type, prediction_type=prediction_type, steps_offset=1, timestep_spacing="leading"
+        clip_sample=False,
+        variance_type=variance_type,
+        prediction_type=prediction_type,
+        steps_offset=1,
+        timestep_spacing="leading",
     )
     scheduler.set_timesteps(7)
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +83,9 @@ def test_a_steps_weight_is_that_of_the_samplers_own_gaussians(variance_type, pre
 
     for timestep in scheduler.timesteps.tolist()[:-1]:
         means_apart = step(one, timestep, 0) - step(other, timestep, 0)  # equal noise cancels
-        first, second = (torch.randn(one.shape, generator=torch.Generator().manual_seed(s), dtype=one.dtype) for s in (0, 1))
+        first, second = (
+            torch.randn(one.shape, generator=torch.Generator().manual_seed(s), dtype=one.dtype) for s in (0, 1)
+        )
         noise = step(one, timestep, 0) - step(one, timestep, 1)
         variance = (noise.square().sum() / (first - second).square().sum()).item()
         expected = means_apart.square().sum().item() / (2 * variance)
@@ -94,9 +108,9 @@ def test_path_kl_equals_two_models_along_one_chain(full, monkeypatch):
     for pipeline in (base, tuned):
         pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     assert drift.PathKL.fits(base)
-    how = Sampling(num_inference_steps=4, guidance_scale=1.0, batch_size=2, seed=5)
+    sampling = Sampling(num_inference_steps=4, guidance_scale=1.0, batch_size=2, seed=5)
     prompts = list(PROMPTS[:3])  # two batches
-    meter = drift.PathKL(base, prompts, how)
+    meter = drift.PathKL(base, prompts, sampling)
     assert meter.measure(base).abs().max() == 0
     got = meter.measure(tuned)
 

@@ -1,0 +1,71 @@
+"""The trackers of a run. One that cannot start ends the run before training; one that fails later ends nothing."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.tracking import GeneralTracker
+from PIL import Image
+
+from ..errors import RunError, one_line
+
+logger = get_logger(__name__)
+
+
+class Tracker:
+    """One of accelerate's trackers, whose errors are a warning, once: full disks and networks are no reason to stop."""
+
+    def __init__(self, tracker: GeneralTracker) -> None:
+        self.tracker, self.name, self.warned = tracker, tracker.name, False
+
+    def log(self, values: Mapping[str, Any], step: int | None = None, **options: Any) -> None:
+        self._attempt(lambda: self.tracker.log(values, step=step, **options))
+
+    def log_images(self, name: str, images: Sequence[Image.Image], prompt: str, step: int) -> None:
+        """Log images under `name`, where the tracker is one to which the official scripts send them, too."""
+        if self.name == "tensorboard":
+            self._attempt(lambda: self.tracker.log_images({name: np.stack(images)}, step=step, dataformats="NHWC"))
+        elif self.name == "wandb":
+            self._attempt(lambda: self.tracker.log({name: _wandb_images(images, prompt)}, step=step))
+
+    def finish(self) -> None:
+        self._attempt(self.tracker.finish)
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            if not self.warned:
+                logger.warning(f"{self.name} fails, and may miss what follows: {one_line(error)}")
+            self.warned = True
+
+
+def _wandb_images(images: Sequence[Image.Image], prompt: str) -> list[Any]:
+    import wandb
+
+    return [wandb.Image(image, caption=prompt) for image in images]
+
+
+def start_trackers(args: Namespace, accelerator: Accelerator, project: str) -> None:
+    """Start the trackers of `--report_to` on the main process.
+
+    Raises:
+        RunError: One of them cannot start, such as wandb without a key.
+    """
+    try:
+        accelerator.init_trackers(project, config=tracker_config(args))
+    except Exception as error:
+        raise RunError(f"--report_to {args.report_to}: a tracker cannot start ({one_line(error)})") from error
+    accelerator.trackers = [Tracker(tracker) for tracker in accelerator.trackers]
+
+
+def tracker_config(args: Namespace) -> dict[str, str | int | float | bool | None]:
+    """Return the flags for the logs: without the token, and lists as text, for trackers take nothing else."""
+    plain = (str, int, float, bool, type(None))
+    flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    return {name: value if isinstance(value, plain) else str(value) for name, value in flags.items()}
