@@ -242,6 +242,8 @@ class _Deaf:
 
 def _say(message: str) -> None:
     """Write a message below the progress bar; not by `print`, which a signal may find in the middle of another."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # all processes of a machine hear the same
+        return
     try:
         os.write(2, f"\n{message}\n".encode())
     except OSError:
