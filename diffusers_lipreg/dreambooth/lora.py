@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -56,7 +57,7 @@ def add_adapters(args: Namespace, models: Mapping[str, nn.Module], alpha: float)
         model.requires_grad_(False)
         config = LoraConfig(
             r=args.rank,
-            lora_alpha=alpha,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int, and divides what it is given
             lora_dropout=args.lora_dropout,
             init_lora_weights="gaussian",
             target_modules=TARGETS[name],
@@ -74,9 +75,9 @@ def _warn_unless_loadable() -> None:
 
     It calls transformers, which does not work with every release of PEFT; a tiny text encoder shows it.
     """
-    size = {"hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPTextConfig(hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1)
     with torch.random.fork_rng(devices=[]):  # the run's random numbers stay as the official scripts draw them
-        trained, loaded = CLIPTextModel(CLIPTextConfig(**size)), CLIPTextModel(CLIPTextConfig(**size))
+        trained, loaded = CLIPTextModel(config), CLIPTextModel(config)
         inject_adapter_in_model(LoraConfig(r=1, target_modules=TARGETS["text_encoder"]), trained)
         weights = adapter_weights({"text_encoder": trained})["text_encoder"]
         weights = {f"text_encoder.{name}": tensor for name, tensor in weights.items()}
@@ -130,9 +131,9 @@ def load_adapters(folder: str | Path, models: Mapping[str, nn.Module]) -> None:
             own = convert_state_dict_to_peft(own)
             if not hasattr(model, "text_model"):
                 own = {name.removeprefix("text_model."): tensor for name, tensor in own.items()}
-        wrong = set_peft_model_state_dict(model, own).unexpected_keys
-        if wrong:
-            raise ValueError(f"{folder}: {model_name} has no adapter {wrong[0]}.")
+        loaded: Any = set_peft_model_state_dict(model, own)  # PEFT's annotation names no fields
+        if loaded.unexpected_keys:
+            raise ValueError(f"{folder}: {model_name} has no adapter {loaded.unexpected_keys[0]}.")
 
 
 def checkpoint_functions(
