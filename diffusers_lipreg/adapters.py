@@ -26,7 +26,7 @@ from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.oft.layer import Linear as OFTLinear
 from torch import Tensor, nn
 
-from .drift import Drift, _gradient, _total
+from .drift import Drift, total
 from .peft_layers import MAGNITUDE, Adapter, _base_matrix, _tensors, trained_adapters
 
 Stacks = dict[tuple[int, str], Tensor]  # by the place of an adapter in its layer, and the tensor's name
@@ -172,7 +172,7 @@ class AdapterSnapshot:
         Raises:
             ValueError: Adapters or shapes that are not those of the snapshot; an unknown reduction.
         """
-        return _total([self._value(layers, _stacked(_alike(layers)), reduction) for layers in self._groups(module)])
+        return total([self._value(layers, _stacked(_alike(layers)), reduction) for layers in self._groups(module)])
 
     @torch.no_grad()
     def drift_by_layer(self, module: nn.Module) -> dict[str, float]:
@@ -217,7 +217,7 @@ class AdapterSnapshot:
                 squares.append(value.detach() if reduction == "product" else self._value(layers, leaves, "product"))
             values.append(value.detach())
         # Gram matrices can round a distance of zero to one just below.
-        return Drift(_total(values).clamp(min=0), _total(squares).clamp(min=0))
+        return Drift(total(values).clamp(min=0), total(squares).clamp(min=0))
 
     def _value(self, layers: list[list[Adapter]], stacks: Stacks, reduction: str) -> Tensor:
         """The drift of layers that `_groups` put together, whose tensors are in `stacks`."""
@@ -294,7 +294,9 @@ def _holding(adapters: list[Adapter], tensors: Stacks) -> list[Adapter]:
 
 def _add_gradient(parameters: list[Tensor], gradient: Tensor, factor: float) -> None:
     """Adds factor * gradient, stacked, to each parameter's `.grad`; one that has none gets one."""
-    totals = [_gradient(parameter) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    totals = [parameter.grad for parameter in parameters]
     if len(set(parameters)) == len(parameters):
         torch._foreach_add_(totals, gradient.unbind(), alpha=factor)
     else:  # layers that share a parameter: one after another

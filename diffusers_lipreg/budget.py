@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .adapters import AdapterSnapshot
 from .losses import LipschitzDriftLoss
 from .peft_layers import trained_adapters
-from .sharding import local, summed
+from .sharding import all_reduce_sum, to_local
 from .snapshot import TeacherSnapshot
 
 # All are pure numbers: nothing here depends on the model.
@@ -54,7 +54,7 @@ class ScaledChange:
     """theta_0 + alpha (theta - theta_0), put into parameters for any alpha; theta is what they hold when it is built."""
 
     def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        parts = ((local(parameter.detach()), local(start)) for parameter, start in pairs)
+        parts = ((to_local(parameter.detach()), to_local(start)) for parameter, start in pairs)
         self._parameters = [(parameter, start, parameter.clone()) for parameter, start in parts]
 
     @torch.no_grad()
@@ -227,7 +227,7 @@ def measurement_steps(steps: int) -> set[int]:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return summed(local(tensor).float().norm().square(), tensor).sqrt()
+    return all_reduce_sum(to_local(tensor).float().norm().square(), tensor).sqrt()
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift, slices
-from .sharding import local, summed
+from .sharding import all_reduce_sum, to_local
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -35,12 +35,12 @@ def _squared_norm(tensor: Tensor, change: Callable[[Tensor], Tensor] = Tensor.fl
     total = torch.zeros((), device=tensor.device)
     for (part,) in slices(tensor):
         total += change(part).square().sum()
-    return summed(total, tensor).item()
+    return all_reduce_sum(total, tensor).item()
 
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:
     """The smallest of the tensor's own type, float16 and bfloat16 that holds its values without loss."""
-    alone = tensor.dtype == torch.float32 and local(tensor) is tensor  # processes might not agree on that of shards
+    alone = tensor.dtype == torch.float32 and to_local(tensor) is tensor  # processes might not agree on that of shards
     halves = (torch.float16, torch.bfloat16) if alone else ()
     for half in halves:
         if all(torch.equal(part.to(half).to(part.dtype), part) for (part,) in slices(tensor)):
@@ -63,7 +63,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 @torch.no_grad()
 def _equal(name: str, parameter: Tensor, stored: Tensor | None) -> Tensor:
     """The stored tensor, if it holds what the parameter does."""
-    if local(parameter) is not parameter:
+    if to_local(parameter) is not parameter:
         raise ValueError(f"{name} is sharded: stored weights, which are whole, cannot be its teacher.")
     if stored is None or not (stored.shape == parameter.shape and _same(parameter, stored)):
         raise ValueError(f"{name}: the stored weights are not those of the module: is it another model, or a converted one?")
@@ -126,7 +126,7 @@ class TeacherSnapshot:
     def _kept(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         kept = tensor.to(device=self.device, dtype=self.dtype or exact_dtype(tensor), copy=True)
-        return kept.pin_memory() if tensor.is_cuda and kept.device.type == "cpu" and local(kept) is kept else kept
+        return kept.pin_memory() if tensor.is_cuda and kept.device.type == "cpu" and to_local(kept) is kept else kept
 
     @cached_property
     def squared_norm(self) -> float:
