@@ -210,7 +210,7 @@ def validate(
 def teacher_options(args: argparse.Namespace, base: Base, models: dict[str, nn.Module], name: str) -> dict[str, Any]:
     """Where the pretrained weights of one of the bare models are kept, and in what type."""
     if args.lipreg_teacher_device == "disk":
-        return {"stored": base.stored(name, models[name])}
+        return {"state_dict": base.stored(name, models[name])}
     dtype = setup.DTYPES[args.lipreg_teacher_dtype]
     if dtype is not None:
         check_rounding(models[name], dtype, args.learning_rate)

@@ -1,19 +1,32 @@
-"""Personalise diffusion models without distributional drift: one loss, one snapshot, one callback."""
+"""Personalize diffusion models without distributional drift: one loss, two snapshots, one callback."""
 
-from .adapters import AdapterSnapshot
-from .budget import DriftBudget
-from .callbacks import TeacherSnapshotCallback
-from .losses import LipschitzDriftLoss
-from .probe import Denoiser, OutputProbe
-from .snapshot import TeacherSnapshot
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters import AdapterSnapshot as AdapterSnapshot
+    from .budget import DriftBudget as DriftBudget
+    from .callbacks import TeacherSnapshotCallback as TeacherSnapshotCallback
+    from .losses import LipschitzDriftLoss as LipschitzDriftLoss
+    from .probe import Denoiser as Denoiser
+    from .probe import OutputProbe as OutputProbe
+    from .snapshot import TeacherSnapshot as TeacherSnapshot
 
 __version__ = "0.1.0"
-__all__ = [
-    "AdapterSnapshot",
-    "Denoiser",
-    "DriftBudget",
-    "LipschitzDriftLoss",
-    "OutputProbe",
-    "TeacherSnapshot",
-    "TeacherSnapshotCallback",
-]
+_MODULES = {
+    "AdapterSnapshot": "adapters",
+    "Denoiser": "probe",
+    "DriftBudget": "budget",
+    "LipschitzDriftLoss": "losses",
+    "OutputProbe": "probe",
+    "TeacherSnapshot": "snapshot",
+    "TeacherSnapshotCallback": "callbacks",
+}
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is asked for (PEP 562): importing the package alone costs nothing."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

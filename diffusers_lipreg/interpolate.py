@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import loading
-from .budget import ScaledChange, find_alpha
+from .budget import WeightInterpolation, bisect_alpha
 from .errors import OneLineParser, RunError, one_line, read_lines, run_cli
 from .probe import PROMPTS, OutputProbe, pipeline_denoiser
 
@@ -90,7 +90,7 @@ def choose_alpha(args: argparse.Namespace, base: Any, personalized: Callable[[fl
             raise RunError(f"--personalized {args.personalized}: its predictions are not numbers at alpha {alpha:g}.")
         return found
 
-    return find_alpha(drift, args.budget)
+    return bisect_alpha(drift, args.budget)
 
 
 def interpolate_pipeline(args: argparse.Namespace, folder: Path) -> float:
@@ -99,14 +99,14 @@ def interpolate_pipeline(args: argparse.Namespace, folder: Path) -> float:
     personalized = loading.load_pipeline("--personalized", args.personalized, torch.float32).to(args.device)
     loading.check_same_architecture(base, personalized, args.personalized)
     starts = {part: dict(model.named_parameters()) for part, model in loading.networks(base).items()}
-    change = ScaledChange(
+    change = WeightInterpolation(
         (parameter, starts[part][name].detach())
         for part, model in loading.networks(personalized).items()
         for name, parameter in model.named_parameters()
     )
 
     def at(alpha: float) -> Any:
-        change.apply(alpha)
+        change.set_alpha(alpha)
         return personalized
 
     alpha = choose_alpha(args, base, at)
@@ -120,11 +120,11 @@ def interpolate_adapters(args: argparse.Namespace, file: Path, folder: Path) -> 
         weights, metadata = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()
     needs_base = args.budget is not None or any(MAGNITUDE in name for name in weights)
     base = load_base(args) if needs_base else None
-    change = ScaledChange(pairs_of_adapters(weights, base))
+    change = WeightInterpolation(pairs_of_adapters(weights, base))
     result = folder / file.name
 
     def write(alpha: float) -> None:
-        change.apply(alpha)
+        change.set_alpha(alpha)
         save_file(weights, result, metadata=metadata)
 
     def at(alpha: float) -> Any:

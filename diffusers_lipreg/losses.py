@@ -1,12 +1,27 @@
-"""The penalty of the paper: weight times the squared drift of the parameters from the pretrained ones."""
+"""The penalty of the paper: weight times the squared drift from the pretrained model."""
 
 import math
+import sys
+from collections.abc import Mapping
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from .adapters import AdapterSnapshot
 from .drift import Drift
-from .snapshot import TeacherSnapshot
+
+
+class Snapshot(Protocol):
+    """What the penalty needs to know of a snapshot."""
+
+    @property
+    def reductions(self) -> Mapping[str, str]: ...  # by name, what each is for
+
+    @property
+    def squared_norm(self) -> float: ...  # what a squared distance is relative to
+
+    def drift(self, module: nn.Module, reduction: str) -> Tensor: ...
+
+    def add_gradient_(self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0) -> Drift: ...
 
 
 class LipschitzDriftLoss(nn.Module):
@@ -17,44 +32,61 @@ class LipschitzDriftLoss(nn.Module):
 
         L = || eps - eps_theta(z_t, t, c) ||^2 + weight * drift(theta, theta_0)          (Algorithm 1, line 9)
 
-    Two routes to the same update: as a loss, `(loss + drift_loss(unet)).backward()`; or in place, after backward and
+    Two routes lead to the same update: as a loss, `(loss + drift_loss(unet)).backward()`; or in place, after backward and
     before clipping, once per optimizer step, `drift_loss.add_gradient_(unet)`, which builds no graph.
 
     Args:
-        snapshot: The teacher theta_0; of a model that is trained by adapters, where they start.
+        snapshot: The pretrained model: a `TeacherSnapshot`, or an `AdapterSnapshot` of a model with adapters.
         weight: The paper's lambda: a finite number, 0 or more. It means nothing without its reduction: the published
             500 is for `tensor_mean`; with `sum` it would be about a million times stronger on SD1.5.
-        reduction: Of a `TeacherSnapshot`, `sum` (Algorithm 1) or `tensor_mean` (the authors' released code); of an
-            `AdapterSnapshot`, `product` (`sum` of the merged weights) or `factors` (the released code).
+        reduction: One of `snapshot.reductions`: `sum` or `tensor_mean` of a teacher, `product` or `factors` of adapters.
 
     Raises:
         ValueError: A weight that is negative or not finite, or a reduction that the snapshot does not have.
     """
 
-    def __init__(self, snapshot: TeacherSnapshot | AdapterSnapshot, weight: float, reduction: str) -> None:
+    def __init__(self, snapshot: Snapshot, weight: float, reduction: str) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be a finite number, 0 or more, got {weight}.")
         if reduction not in snapshot.reductions:
-            raise ValueError(f"reduction must be one of {', '.join(snapshot.reductions)}, got {reduction!r}.")
+            choices = ", ".join(f"{name} ({purpose})" for name, purpose in snapshot.reductions.items())
+            raise ValueError(f"reduction must be one of {choices}, got {reduction!r}.")
         self.snapshot = snapshot
         self.weight = weight
         self.reduction = reduction
-        self.last: Drift | None = None  # as last met by a gradient or measured
+        self.last_drift: Drift | None = None  # at the most recent `add_gradient_` or `measure`
+
+    @property
+    def logs(self) -> dict[str, float]:
+        """The most recent drift for a tracker; empty before the first.
+
+        `drift` is as the reduction defines it, `loss_drift` is weight * drift, and `drift_relative` is the ratio of norms
+        ||theta - theta_0|| / ||theta_0||, of adapters that of the merged weights.
+        """
+        if self.last_drift is None:
+            return {}
+        value, squared_distance = (float(scalar) for scalar in self.last_drift)
+        relative = (squared_distance / max(self.snapshot.squared_norm, sys.float_info.min)) ** 0.5
+        return {"loss_drift": self.weight * value, "drift": value, "drift_relative": relative}
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight:g}, reduction={self.reduction!r}, snapshot={self.snapshot!r}"
 
     def forward(self, module: nn.Module) -> Tensor:
-        """The penalty of `module` against the teacher: a scalar, float32 or wider, that carries a gradient."""
+        """Compute the penalty of `module`: a scalar to differentiate, float32 or wider."""
         return self.weight * self.snapshot.drift(module, self.reduction)
 
     def add_gradient_(self, module: nn.Module, *, scale: float = 1.0) -> Drift:
-        """Adds the penalty's gradient to those of `module`, complete by now (accumulated, averaged over ranks).
+        """Add the penalty's gradient to those of `module` and return the drift, which carries no weight.
 
-        `scale`: what they still carry, `scaler.get_scale()` under fp16 before unscaling. Returns the drift it met.
+        Call it after the last backward of an update and before clipping. `scale` is the loss scale that the gradients
+        still carry: `scaler.get_scale()` under fp16 before unscaling.
         """
-        self.last = self.snapshot.add_gradient_(module, self.reduction, self.weight, scale)
-        return self.last
+        self.last_drift = self.snapshot.add_gradient_(module, self.reduction, self.weight, scale)
+        return self.last_drift
 
     def measure(self, module: nn.Module) -> Drift:
-        """The drift of `module` from the teacher, without weight and without gradient."""
-        self.last = self.snapshot.add_gradient_(module, self.reduction, weight=0.0)
-        return self.last
+        """Return the drift of `module`, without weight and without gradient."""
+        self.last_drift = self.snapshot.add_gradient_(module, self.reduction, weight=0.0)
+        return self.last_drift

@@ -94,13 +94,13 @@ class DriftMonitor:
         if self.probe is None:
             return
         reading = self._reading or self.probe.measure(self.denoiser)
-        if self.budget is not None and reading.output_drift_relative > self.budget.budget:
+        if self.budget is not None and reading.output_drift_relative > self.budget.limit:
             probe, before = self.probe, reading.output_drift_relative
-            self.budget.settle(lambda: probe.measure(self.denoiser).output_drift_relative)
+            self.budget.scale_to_budget(lambda: probe.measure(self.denoiser).output_drift_relative)
             reading = probe.measure(self.denoiser)
             logger.info(
                 f"Output drift was {before:.4g}: the change of the weights is scaled by {self.budget.alpha:.3f}, for "
-                f"the budget of {self.budget.budget:g}."
+                f"the budget of {self.budget.limit:g}."
             )
         if not math.isfinite(reading.output_drift_relative):
             raise RunError(
@@ -137,7 +137,7 @@ class DriftMonitor:
         """What a model card says of it, under the names of flags and log keys."""
         facts = {name: f"{value:.3g}" for name, value in self._shown.items()}
         if self.budget is not None:
-            facts["drift_budget"] = f"{self.budget.budget:g}"
+            facts["drift_budget"] = f"{self.budget.limit:g}"
         if self._best:
             facts["best step"] = f"{self._best['step']:g}"
         return facts

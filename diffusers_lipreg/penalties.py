@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import AdapterSnapshot
 from .callbacks import TeacherSnapshotCallback
 from .monitor import DriftMonitor
-from .snapshot import named_parameters, rounding_error
+from .snapshot import TeacherSnapshot, named_parameters, rounding_error
 
 ROUNDING = 0.1  # of the learning rate, that rounding a teacher may be off by
 
@@ -22,15 +23,16 @@ def take_teachers(
     """A callback for each model whose weight is above 0, with its teacher: call it before a checkpoint is loaded.
 
     `None` is a weight that a budget will set. All but "unet" put their name before their log keys. `options`
-    gives those of `TeacherSnapshotCallback` for the model of a name.
+    gives those of `TeacherSnapshot` for the model of a name.
     """
     callbacks = {}
     for name, model in models.items():
         weight = weights[name]
         if weight is None or weight > 0:
             prefix = "" if name == "unet" else f"{name}_"
-            callbacks[name] = TeacherSnapshotCallback(weight or 0.0, reduction, prefix=prefix, **options(name))
-            callbacks[name].on_train_begin(model=model)
+            of_adapters = reduction in AdapterSnapshot.reductions
+            snapshot = AdapterSnapshot(model) if of_adapters else TeacherSnapshot(model, **options(name))
+            callbacks[name] = TeacherSnapshotCallback(weight or 0.0, reduction, snapshot=snapshot, prefix=prefix)
     return callbacks
 
 

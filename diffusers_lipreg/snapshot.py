@@ -9,88 +9,83 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift, slices
-from .sharding import local, summed
+from .sharding import all_reduce_sum, to_local
 
 
-def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters under the bare module's names, whatever `DistributedDataParallel` or `torch.compile` put around."""
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside `DistributedDataParallel`, `DataParallel` and `torch.compile`."""
     while True:
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             module = module.module
         elif isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
             module = compiled
         else:
-            break
-    # Submodules that were compiled one by one have the wrapper's name inside theirs.
-    return {n.replace("_orig_mod.", ""): p for n, p in module.named_parameters()}
+            return module
 
 
-def _few(names: Iterable[str]) -> str:
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return parameters by name, without the prefixes that `DistributedDataParallel` and `torch.compile` add."""
+    # Submodules that were compiled one by one have the prefix inside their names.
+    return {name.replace("_orig_mod.", ""): p for name, p in unwrap(module).named_parameters()}
+
+
+def abbreviate(names: Iterable[str]) -> str:
+    """List the first three names in alphabetical order, and the number of the others."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _squared_norm(tensor: Tensor, change: Callable[[Tensor], Tensor] = Tensor.float) -> float:
-    """||change(tensor)||^2 of the whole tensor, in float32, with no more memory than a slice takes."""
-    total = torch.zeros((), device=tensor.device)
-    for (part,) in slices(tensor):
-        total += change(part).square().sum()
-    return summed(total, tensor).item()
-
-
 def exact_dtype(tensor: Tensor) -> torch.dtype:
-    """The smallest of the tensor's own type, float16 and bfloat16 that holds its values without loss."""
-    alone = tensor.dtype == torch.float32 and local(tensor) is tensor  # processes might not agree on that of shards
-    halves = (torch.float16, torch.bfloat16) if alone else ()
-    for half in halves:
-        if all(torch.equal(part.to(half).to(part.dtype), part) for (part,) in slices(tensor)):
-            return half
+    """Return the narrowest dtype that represents every value exactly: float16, bfloat16 or the tensor's own."""
+    # The processes of a sharded tensor might not agree, for each sees other values.
+    if tensor.dtype == torch.float32 and to_local(tensor) is tensor:
+        for half in (torch.float16, torch.bfloat16):
+            if all(torch.equal(part.to(half).to(part.dtype), part) for (part,) in slices(tensor)):
+                return half
     return tensor.dtype
 
 
 def rounding_error(tensor: Tensor, dtype: torch.dtype) -> float:
-    """The root mean square, over the tensor's elements, of what rounding them to `dtype` changes."""
+    """Compute the root mean square, over the tensor's elements, of the change that rounding to `dtype` makes."""
     squares = _squared_norm(tensor, lambda part: part.to(dtype).float() - part.float())
     return (squares / max(1, tensor.numel())) ** 0.5
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers; compared in slices, so that nothing large is copied."""
+def _squared_norm(tensor: Tensor, change: Callable[[Tensor], Tensor] = Tensor.float) -> float:
+    """Compute ||change(tensor)||^2 in float32, slice by slice to save memory."""
+    squares = torch.zeros((), device=tensor.device)
+    for (part,) in slices(tensor):
+        squares += change(part).square().sum()
+    return all_reduce_sum(squares, tensor).item()
+
+
+def tensors_equal(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors have one shape and the same values, whatever their dtypes."""
     wide = torch.promote_types(one.dtype, other.dtype)
-    return all(torch.equal(a.to(wide), b.to(a.device, wide)) for a, b in slices(one, other))
-
-
-@torch.no_grad()
-def _equal(name: str, parameter: Tensor, stored: Tensor | None) -> Tensor:
-    """The stored tensor, if it holds what the parameter does."""
-    if local(parameter) is not parameter:
-        raise ValueError(f"{name} is sharded: stored weights, which are whole, cannot be its teacher.")
-    if stored is None or not (stored.shape == parameter.shape and _same(parameter, stored)):
-        raise ValueError(f"{name}: the stored weights are not those of the module: is it another model, or a converted one?")
-    return stored
+    return one.shape == other.shape and all(torch.equal(a.to(wide), b.to(a.device, wide)) for a, b in slices(one, other))
 
 
 class TeacherSnapshot:
-    """A detached copy of a module's parameters, taken when it is built and matched by name ever after.
+    """A detached copy of a module's parameters, taken when it is built and matched by name from then on.
 
-    Take it while the module holds the pretrained weights, before any checkpoint is loaded. It belongs in no checkpoint:
-    theta_0 comes back from `from_pretrained`.
+    Take it while the module holds the pretrained weights, before a checkpoint is loaded. It belongs in no checkpoint:
+    `from_pretrained` gives theta_0 again.
 
     Args:
-        module: The module to copy from; wrapping by DDP or `torch.compile` does not change the names.
-        names: The parameters to copy. Default: all that require a gradient; then the module must keep exactly these
-            trainable, so that no parameter escapes the penalty unnoticed.
-        dtype: Floating-point type to store. Default: the smallest that loses nothing, which for a checkpoint that was
-            stored in float16 is that; a coarser one pulls the model towards a rounded copy of itself, off by
-            `rounding_error`.
-        device: Where to store, for example `"cpu"` to spare GPU memory; such a teacher is pinned and brought to the
-            parameter in slices. Default: beside each parameter, and a module that moves away afterwards is an error.
-        stored: The pretrained weights by name, held as and where they are in place of copies;
-            `safetensors.torch.load_file` maps them from the disk, and then the teacher takes no memory.
+        module: The module to copy from. Wrapping it by DDP or `torch.compile` does not change the names.
+        names: The parameters to copy. Default: all that require a gradient. Then the snapshot is `strict`: the module
+            must keep exactly these trainable, so that no parameter escapes the penalty unnoticed.
+        dtype: Floating-point dtype to store. Default: the narrowest lossless one, which is float16 for a checkpoint
+            that was stored in float16. A lossy dtype regularizes towards rounded weights; see `rounding_error`.
+        device: Where to store, for example `"cpu"` to save GPU memory: such a teacher is pinned, and copied to the
+            parameters chunk by chunk. Default: beside each parameter; then a module that moves away is an error.
+        state_dict: The pretrained weights by name, held as and where they are instead of copies. Weights that
+            `safetensors.torch.load_file` maps from the disk take no memory.
 
     Raises:
-        ValueError: No parameter to copy, a name that the module does not have, a dtype that is not floating point, a
-            stored tensor that is missing or not equal to the parameter, or a dtype or device beside `stored`.
+        ValueError: No parameter to copy, a parameter of an adapter, a name that the module does not have, a dtype that
+            is not floating point, a tensor of `state_dict` that is missing or differs from the parameter, or a dtype or
+            device given beside `state_dict`.
     """
 
     reductions = REDUCTIONS
@@ -102,47 +97,68 @@ class TeacherSnapshot:
         names: Iterable[str] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        stored: Mapping[str, Tensor] | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         parameters = named_parameters(module)
-        self.covers_all_trainable = names is None
+        self.strict = names is None
         chosen = [n for n, p in parameters.items() if p.requires_grad] if names is None else list(names)
         if unknown := set(chosen) - set(parameters):
-            raise ValueError(f"The module has no parameter named {_few(unknown)}; it has {_few(parameters)}.")
+            raise ValueError(f"The module has no parameter named {abbreviate(unknown)}; it has {abbreviate(parameters)}.")
         if not chosen:
             raise ValueError("There is nothing to copy: no parameter requires a gradient and no names were given.")
+        # PEFT's layers say so themselves, and PEFT need not be imported to ask them.
+        tuners = [part for part in module.modules() if hasattr(type(part), "get_base_layer")]
+        adapters = {attribute for tuner in tuners for attribute in tuner.adapter_layer_names}
+        if of_adapters := [name for name in chosen if adapters.intersection(name.split("."))]:
+            raise ValueError(f"{of_adapters[0]} is part of an adapter: use AdapterSnapshot.")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"Expected a floating-point dtype, got {dtype}.")
-        if stored is not None and (dtype is not None or device is not None):
-            raise ValueError("Stored weights are held as they are: give a dtype or device, or `stored`, not both.")
-        self.device = None if device is None else torch.device(device)
+        if state_dict is not None and (dtype is not None or device is not None):
+            raise ValueError("The weights of state_dict are held as they are: give a dtype or device, or state_dict, not both.")
         self.dtype = dtype
-        if stored is None:
-            self._teacher = {name: self._kept(parameters[name]) for name in chosen}
+        if state_dict is None:
+            self.device = None if device is None else torch.device(device)
+            self._teacher = {name: self._store(parameters[name]) for name in chosen}
         else:
             self.device = torch.device("cpu")
-            self._teacher = {name: _equal(name, parameters[name], stored.get(name)) for name in chosen}
+            self._teacher = {name: self._check_stored(name, parameters[name], state_dict) for name in chosen}
 
-    def _kept(self, tensor: Tensor) -> Tensor:
+    def __repr__(self) -> str:
+        return f"TeacherSnapshot({len(self._teacher)} tensors)"
+
+    def _store(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        kept = tensor.to(device=self.device, dtype=self.dtype or exact_dtype(tensor), copy=True)
-        return kept.pin_memory() if tensor.is_cuda and kept.device.type == "cpu" and local(kept) is kept else kept
+        stored = tensor.to(device=self.device, dtype=self.dtype or exact_dtype(tensor), copy=True)
+        return stored.pin_memory() if tensor.is_cuda and stored.device.type == "cpu" and to_local(stored) is stored else stored
+
+    @staticmethod
+    @torch.no_grad()
+    def _check_stored(name: str, parameter: Tensor, state_dict: Mapping[str, Tensor]) -> Tensor:
+        if to_local(parameter) is not parameter:
+            raise ValueError(f"{name} is sharded: the whole tensors of a state_dict cannot be its teacher.")
+        if name not in state_dict or not tensors_equal(parameter, state_dict[name]):
+            raise ValueError(f"{name}: state_dict does not have the module's weights: is it another model, or a converted one?")
+        return state_dict[name]
 
     @cached_property
     def squared_norm(self) -> float:
-        """||theta_0||^2, what a drift is relative to."""
+        """||theta_0||^2, to which `drift_relative` compares."""
         return sum(map(_squared_norm, self._teacher.values()))
 
     def pairs(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter of `module` with its teacher; a name, shape or device that does not fit raises ValueError."""
+        """Yield each parameter of `module` with its teacher.
+
+        Raises:
+            ValueError: A name, shape or device that does not fit.
+        """
         parameters = named_parameters(module)
         if missing := self._teacher.keys() - parameters.keys():
-            raise ValueError(f"The teacher knows {_few(missing)}, the module does not: is it another model?")
+            raise ValueError(f"The teacher knows {abbreviate(missing)}, the module does not: is it another model?")
         trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
-        if self.covers_all_trainable and trainable != self._teacher.keys():
+        if self.strict and trainable != self._teacher.keys():
             raise ValueError(
-                f"Trainable without a teacher: [{_few(trainable - self._teacher.keys())}]; with one, but not trainable: "
-                f"[{_few(self._teacher.keys() - trainable)}]. Freeze before the snapshot, or give it names to hold."
+                f"Trainable without a teacher: [{abbreviate(trainable - self._teacher.keys())}]; with one, but not trainable: "
+                f"[{abbreviate(self._teacher.keys() - trainable)}]. Freeze before the snapshot, or give it names to hold."
             )
         for name, teacher in self._teacher.items():
             parameter = parameters[name]
@@ -156,16 +172,16 @@ class TeacherSnapshot:
             yield parameter, teacher
 
     def drift(self, module: nn.Module, reduction: str) -> Tensor:
-        """The drift of `module` from the teacher, a scalar to differentiate."""
+        """Compute the drift of `module` from the teacher, a scalar to differentiate."""
         return drift(self.pairs(module), reduction)
 
     def add_gradient_(self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0) -> Drift:
-        """Adds scale * weight * d(drift)/d(theta) to the module's gradients; returns the drift."""
+        """Add scale * weight * d(drift)/d(theta) to the module's gradients and return the drift."""
         return add_drift_gradient_(self.pairs(module), reduction, weight, scale)
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[nn.Module]:
-        """Puts the teacher's weights into `module` for a `with` block; leaving it, even by an exception, undoes that."""
+        """Put the teacher's weights into `module` inside a `with` block, and the module's own back after it."""
         swapped = [(parameter, teacher, parameter.detach().clone()) for parameter, teacher in self.pairs(module)]
         try:
             for parameter, teacher, _ in swapped:
@@ -176,27 +192,16 @@ class TeacherSnapshot:
                 parameter.data.copy_(student)
 
     def to(self, device: torch.device | str) -> "TeacherSnapshot":
-        """Moves the stored tensors to `device`, which from then on is the snapshot's own; returns itself."""
+        """Move the stored tensors to `device`, where the snapshot stays if the module moves; return the snapshot."""
         self.device = torch.device(device)
         self._teacher = {name: teacher.to(self.device) for name, teacher in self._teacher.items()}
         return self
 
     def pin_memory(self) -> "TeacherSnapshot":
-        """Pins a teacher stored in host memory, so that it travels to the GPU beside other work; returns itself."""
+        """Pin stored tensors in host memory, so that copying them to a GPU waits for nothing; return the snapshot."""
         self._teacher = {name: teacher.pin_memory() for name, teacher in self._teacher.items()}
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The stored tensors by name: the live ones, not copies, as everywhere in torch."""
+        """Return the stored tensors by name: the live ones, not copies, as everywhere in torch."""
         return dict(self._teacher)
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Overwrites the stored tensors; other names or shapes than theirs raise ValueError and overwrite nothing."""
-        expected = {name: tuple(teacher.shape) for name, teacher in self._teacher.items()}
-        given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-        for name in sorted(expected.keys() | given.keys()):
-            if expected.get(name) != given.get(name):
-                raise ValueError(f"{name}: expected shape {expected.get(name)}, got {given.get(name)} (None: no such name).")
-        for name, teacher in self._teacher.items():
-            self._teacher[name] = self._kept(state_dict[name]).to(teacher.device)
-        self.__dict__.pop("squared_norm", None)

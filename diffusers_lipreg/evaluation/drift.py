@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from ..budget import ScaledChange
+from ..budget import WeightInterpolation
 from ..errors import RunError
 from ..loading import check_text_to_image, networks
 from ..probe import OutputProbe, pipeline_denoiser
@@ -245,11 +245,11 @@ class DriftMeter:
                 dict(networks(pipeline)[part].named_parameters()) for pipeline in (self.base, personalized)
             )
             pairs += [(after[name], before[name].detach()) for name in changed]
-        change = ScaledChange(pairs)
+        change = WeightInterpolation(pairs)
         distance = WeightChange.total([change for changed in changes.values() for change in changed.values()]).norm
         points = []
         for fraction in FRACTIONS:
-            change.apply(fraction)
+            change.set_alpha(fraction)
             moved = math.sqrt(self.probe.measure(pipeline_denoiser(personalized)).output_drift * self.elements)
             there = fraction * distance
             slope = moved / there if there else None

@@ -4,6 +4,7 @@
     python tests/benchmarks/drift_step.py --device cuda
     python tests/benchmarks/drift_step.py --models sd15 --ranks 16 --repeats 1
     python tests/benchmarks/drift_step.py --models sdxl --ranks 0 --dtype bfloat16
+    python tests/benchmarks/drift_step.py --models sd15 --against CHECKOUT    # of another commit, in the same process
 
 One Markdown table: the UNets of SD1.5 and SDXL, trained whole, with each place where the teacher may be kept, and by
 LoRA on their attention. The step adds the gradient of the penalty to gradients that are there and returns the drift; of
@@ -16,6 +17,8 @@ takes 10 GiB and SDXL 29 GiB, a third less with the teacher on the disk; the nai
 """
 
 import argparse
+import importlib.util
+import inspect
 import json
 import os
 import re
@@ -25,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from diffusers_lipreg import AdapterSnapshot, TeacherSnapshot
+import diffusers_lipreg
 
 WEIGHT = 0.1
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -59,6 +63,16 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             yield from (Row(model, rank, teacher) for teacher in (["none needed"] if rank else places))
 
 
+def packages(args: argparse.Namespace) -> dict[str, Any]:
+    """Return this package and, if asked for, that of another commit, by the name of their step."""
+    if args.against is None:
+        return {"step": diffusers_lipreg}
+    spec = importlib.util.spec_from_file_location("before", args.against / "diffusers_lipreg" / "__init__.py")
+    before = sys.modules["before"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(before)
+    return {"step": diffusers_lipreg, "before": before}
+
+
 def whole(row: Row, args: argparse.Namespace) -> Forms:
     """The forms for a UNet a little away from its teacher, with gradients."""
     unet = make_unet(row.model).to(args.dtype).to_empty(device=args.device)
@@ -68,10 +82,13 @@ def whole(row: Row, args: argparse.Namespace) -> Forms:
     if row.teacher == "disk":
         with tempfile.TemporaryDirectory() as folder:  # what is mapped stays when the name is gone
             save_file(dict(unet.named_parameters()), Path(folder, "unet.safetensors"))
-            stored = load_file(Path(folder, "unet.safetensors"))
-            snapshot = TeacherSnapshot(unet, stored=stored)
+            teacher = load_file(Path(folder, "unet.safetensors"))
     else:
-        snapshot = TeacherSnapshot(unet, device="cpu" if row.teacher == "host" else None)
+        teacher = {name: p.detach().clone() for name, p in unet.named_parameters()}
+        if row.teacher == "host":
+            teacher = {name: tensor.cpu().pin_memory() for name, tensor in teacher.items()}
+    snapshots = {name: package.TeacherSnapshot(unet, **{option(package): teacher}) for name, package in packages(args).items()}
+    snapshot = snapshots["step"]
     for parameter in unet.parameters():
         parameter.grad = torch.full_like(parameter, 1e-4)
         parameter.data.add_(parameter.grad)
@@ -86,7 +103,16 @@ def whole(row: Row, args: argparse.Namespace) -> Forms:
         squares = [(p - teacher.to(p.device)).square().sum() for p, teacher in snapshot.pairs(unet)]
         (WEIGHT * torch.stack(squares).sum()).backward()
 
-    return {"copies": copies, "step": lambda: snapshot.add_gradient_(unet, "sum", WEIGHT), "naive": naive}
+    return {"copies": copies, **steps(snapshots, unet, "sum"), "naive": naive}
+
+
+def steps(snapshots: dict[str, Any], unet: nn.Module, reduction: str) -> Forms:
+    return {name: partial(snapshot.add_gradient_, unet, reduction, WEIGHT) for name, snapshot in snapshots.items()}
+
+
+def option(package: Any) -> str:
+    """Return how its TeacherSnapshot calls the tensors that it holds in place of copies."""
+    return "state_dict" if "state_dict" in inspect.signature(package.TeacherSnapshot).parameters else "stored"
 
 
 def adapters(row: Row, args: argparse.Namespace) -> Forms:
@@ -99,7 +125,7 @@ def adapters(row: Row, args: argparse.Namespace) -> Forms:
         for factor, std in ((layer.lora_A["default"], 1 / row.rank), (layer.lora_B["default"], 0.0)):
             nn.init.normal_(factor.to_empty(device=args.device).weight, std=std)
             factor.weight.grad = torch.zeros_like(factor.weight)
-    snapshot = AdapterSnapshot(unet)
+    snapshots = {name: package.AdapterSnapshot(unet) for name, package in packages(args).items()}
     for layer in layers:
         nn.init.normal_(layer.lora_B["default"].weight, std=1e-3)
 
@@ -109,7 +135,7 @@ def adapters(row: Row, args: argparse.Namespace) -> Forms:
             product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             (WEIGHT * (layer.scaling["default"] * product).square().sum()).backward()
 
-    return {"step": lambda: snapshot.add_gradient_(unet, "product", WEIGHT), "naive": naive}
+    return {**steps(snapshots, unet, "product"), "naive": naive}
 
 
 def seconds(call: Callable[[], Any], device: str) -> float:
@@ -153,7 +179,7 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, tuple[float, float]
     if needed + 1.5 * size > 0.95 * free:
         del forms["naive"]
     small = nn.Linear(4, 4, bias=False, device=args.device, dtype=args.dtype)
-    TeacherSnapshot(small).add_gradient_(small, "sum", WEIGHT)  # what torch sets up once is not to count
+    diffusers_lipreg.TeacherSnapshot(small).add_gradient_(small, "sum", WEIGHT)  # what torch sets up once is not to count
     extra = {form: extra_mib(call, args.device) for form, call in forms.items()}  # and warms up
     turns = [{form: seconds(call, args.device) for form, call in forms.items()} for _ in range(args.repeats)]
     return {form: (1000 * statistics.median(turn[form] for turn in turns), extra[form]) for form in forms}
@@ -163,7 +189,8 @@ def cells(found: dict[str, list[float]]) -> str:
     step, extra = found["step"]
     copies, naive = (found.get(form, [float("nan"), float("nan")]) for form in ("copies", "naive"))
     times = f"{step:.0f} | {copies[0]:.0f} | {step / copies[0]:.2f} | {naive[0]:.0f} | {naive[0] / step:.1f}"
-    return f"{times} | {extra:.0f} | {naive[1]:.0f}".replace("nan", "-")
+    before = found.get("before", [float("nan")])[0]
+    return f"{times} | {extra:.0f} | {naive[1]:.0f} | {step / before:.2f}".replace("nan", "-")
 
 
 def main() -> None:
@@ -172,6 +199,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[0, 4, 16, 64], help="of LoRA; 0: the whole model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="of whole models")
+    parser.add_argument("--against", type=Path, help="a checkout of another commit, whose step is timed beside this one")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # for the processes it starts itself
     args = parser.parse_args()
@@ -182,13 +210,13 @@ def main() -> None:
     print(f"{conditions(args.device)}, {versions}; {args.dtype}, "
           f"median of {args.repeats} turns, load of the machine before: {os.getloadavg()[0]:.1f}.\n")  # fmt: skip
     print("| UNet | trained | teacher | step, ms | two copies, ms | of copies | naive, ms | faster than naive | "
-          "extra memory, MiB | naive's |\n" + 10 * "|---" + "|")  # fmt: skip
+          "extra memory, MiB | naive's | of the step of --against |\n" + 11 * "|---" + "|")  # fmt: skip
     for row in rows(args):
         command = [sys.executable, __file__, *sys.argv[1:], "--row", json.dumps(row)]
         done = subprocess.run(command, capture_output=True, text=True)
         trained = f"rank {row.rank}" if row.rank else "whole"
         if done.returncode:
-            result = f"left out: {done.stderr.splitlines()[-1]}" + 6 * " | "
+            result = f"left out: {done.stderr.splitlines()[-1]}" + 7 * " | "
         else:
             result = cells(json.loads(done.stdout.splitlines()[-1]))
         print(f"| {row.model} | {trained} | {row.teacher} | {result} |", flush=True)
