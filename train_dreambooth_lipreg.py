@@ -29,7 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from diffusers_lipreg import AdapterSnapshot, Denoiser
+from diffusers_lipreg import AdapterSnapshot, Denoiser, OutputProbe, TeacherSnapshot
 from diffusers_lipreg.dreambooth import (
     arguments,
     captions,
@@ -52,9 +52,9 @@ from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_
 from diffusers_lipreg.dreambooth.models import TEACHER_FLAGS, Base, limit_length, loading, text_encoder_class
 from diffusers_lipreg.drift import REDUCTIONS
 from diffusers_lipreg.errors import OneLineParser
-from diffusers_lipreg.monitor import watch
-from diffusers_lipreg.penalties import add_gradients, card_facts, check_rounding, take_teachers
+from diffusers_lipreg.losses import Snapshot
 from diffusers_lipreg.probe import PROMPTS
+from diffusers_lipreg.regularizer import DriftRegularizer, check_rounding
 
 logger = get_logger(__name__)
 
@@ -207,14 +207,17 @@ def validate(
     return images
 
 
-def teacher_options(args: argparse.Namespace, base: Base, models: dict[str, nn.Module], name: str) -> dict[str, Any]:
-    """Where the pretrained weights of one of the bare models are kept, and in what type."""
-    if args.lipreg_teacher_device == "disk":
-        return {"state_dict": base.stored(name, models[name])}
-    dtype = setup.DTYPES[args.lipreg_teacher_dtype]
-    if dtype is not None:
-        check_rounding(models[name], dtype, args.learning_rate)
-    return {"dtype": dtype, "device": args.lipreg_teacher_device}
+def take_snapshot(args: argparse.Namespace, base: Base, models: dict[str, nn.Module], name: str) -> Snapshot:
+    """Take the snapshot of one of the bare models; a teacher in the dtype and place that the flags name."""
+    with loading(args, TEACHER_FLAGS):
+        if args.rank is not None:
+            return AdapterSnapshot(models[name])
+        if args.lipreg_teacher_device == "disk":
+            return TeacherSnapshot(models[name], state_dict=base.stored(name, models[name]))
+        dtype = setup.DTYPES[args.lipreg_teacher_dtype]
+        if dtype is not None:
+            check_rounding(models[name], dtype, args.learning_rate)
+        return TeacherSnapshot(models[name], dtype=dtype, device=args.lipreg_teacher_device)
 
 
 def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], folder: str) -> None:
@@ -337,26 +340,25 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     )
     parameters = models.parameters  # others than before, where FSDP has divided them
 
-    with loading(args, TEACHER_FLAGS):
-        penalties = take_teachers(  # of the pretrained model: before a checkpoint is loaded
-            models.trained,
-            {"unet": args.lipreg_weight, "text_encoder": args.lipreg_text_encoder_weight},
-            args.lipreg_reduction,
-            partial(teacher_options, args, base, bare),
-        )
     saved = Checkpoints(args, accelerator, output, config, loader, lr_scheduler)
-    monitor = watch(
+    regularizer = DriftRegularizer.from_args(  # of the pretrained model: before a checkpoint is loaded
         args,
         accelerator,
+        models.trained,
+        partial(take_snapshot, args, base, bare),
         denoiser,
-        models.noise_scheduler,
-        data.latent_shape(models.vae, args.resolution),
-        probe_prompts,
-        {penalty.loss: models.trained[name] for name, penalty in penalties.items()},
+        None if not probe_prompts else partial(
+            OutputProbe,
+            denoiser,
+            models.noise_scheduler,
+            data.latent_shape(models.vae, args.resolution),
+            prompts=probe_prompts,
+            device=accelerator.device,
+        ),
         subject_loss=partial(held_out_loss, args, models, crops, text_states),
         save_best=partial(saved.save_best, bare, partial(save_weights, args)),
     )
-    step, epochs = saved.resume(checkpoint, updates_per_epoch, monitor)
+    step, epochs = saved.resume(checkpoint, updates_per_epoch, regularizer)
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
     if accelerator.is_main_process:
@@ -376,7 +378,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
                 saved.check_finite(step, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    add_gradients(accelerator, monitor, penalties, models.trained)  # the new idea: of weight * drift
+                    regularizer.add_gradient_()  # the new idea: + weight * d(drift)/d(theta)
                     saved.check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
                 optimizer.step()
                 lr_scheduler.step()
@@ -385,18 +387,15 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
             if accelerator.sync_gradients:
                 step += 1
                 progress.update(1)
-                monitor.on_step_end(step)
+                regularizer.after_step(step)
                 stopping = graceful_exit.requested(accelerator)
                 if stopping or step % args.checkpointing_steps == 0:
-                    last = saved.save(step, monitor)
+                    last = saved.save(step, regularizer)
                 if args.validation_prompt is not None and step % args.validation_steps == 0 and not stopping:
                     trained = checkpoints.whole(accelerator, bare)
                     if accelerator.is_main_process:
                         images = validate(args, accelerator, base, models, trained, validation_prompt, step)
-            logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
-            for penalty in penalties.values():
-                penalty.on_log(logs=logs)
-            monitor.on_log(logs)
+            logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]} | regularizer.logs
             progress.set_postfix(**logs)
             accelerator.log(logs, step=step)
             if accelerator.sync_gradients and stopping:
@@ -408,12 +407,9 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     progress.close()
     graceful_exit.defer("finishing the result")
     accelerator.wait_for_everyone()
-    monitor.on_train_end()
-    for name, penalty in penalties.items():
-        penalty.on_train_end(model=models.trained[name])
-        logger.info(f"Final drift: {penalty.logs}")
+    regularizer.finish()
     trained = checkpoints.whole(accelerator, bare)
-    facts = card_facts(penalties.values()) | monitor.facts
+    facts = regularizer.card_metadata
     if accelerator.is_main_process:
         with saved.writing(args.output_dir):
             with output.result(partial(save_weights, args, trained)) as folder:
@@ -431,7 +427,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
                 images,
                 graceful_exit.at_once,
                 license="creativeml-openrail-m",
-                tags=[*tags, *(["lipschitz-drift"] if penalties else [])],
+                tags=[*tags, *(["lipschitz-drift"] if regularizer.penalties else [])],
                 penalty=facts,
                 adapters=args.rank is not None,
                 commit=base.commit,

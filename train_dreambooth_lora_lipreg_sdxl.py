@@ -34,7 +34,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffusers_lipreg import AdapterSnapshot, Denoiser
+from diffusers_lipreg import AdapterSnapshot, Denoiser, OutputProbe
 from diffusers_lipreg.dreambooth import (
     arguments,
     checkpoints,
@@ -56,9 +56,8 @@ from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_
 from diffusers_lipreg.dreambooth.models import Base, loading, text_encoder_class
 from diffusers_lipreg.dreambooth.photos import find_photos
 from diffusers_lipreg.errors import OneLineParser, RunError
-from diffusers_lipreg.monitor import watch
-from diffusers_lipreg.penalties import add_gradients, card_facts, take_teachers
 from diffusers_lipreg.probe import PROMPTS
+from diffusers_lipreg.regularizer import DriftRegularizer
 
 logger = get_logger(__name__)
 
@@ -304,25 +303,25 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     optimizer, loader, lr_scheduler = setup.prepare(
         accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
     )
-    text_weight = args.lipreg_text_encoder_weight
-    penalties = take_teachers(  # of the adapters as they start: before a checkpoint is loaded
-        models.trained,
-        {"unet": args.lipreg_weight, "text_encoder": text_weight, "text_encoder_2": text_weight},
-        args.lipreg_reduction,
-    )
     saved = Checkpoints(args, accelerator, output, config, loader, lr_scheduler)
-    monitor = watch(
+    regularizer = DriftRegularizer.from_args(  # of the adapters as they start: before a checkpoint is loaded
         args,
         accelerator,
+        models.trained,
+        lambda name: AdapterSnapshot(bare[name]),
         denoiser,
-        models.noise_scheduler,
-        data.latent_shape(models.vae, args.resolution),
-        probe_prompts,
-        {penalty.loss: models.trained[name] for name, penalty in penalties.items()},
+        None if not probe_prompts else partial(
+            OutputProbe,
+            denoiser,
+            models.noise_scheduler,
+            data.latent_shape(models.vae, args.resolution),
+            prompts=probe_prompts,
+            device=accelerator.device,
+        ),
         subject_loss=partial(held_out_loss, args, models, crops, text_states, dtype),
         save_best=partial(saved.save_best, bare, save_weights),
     )
-    step, epochs = saved.resume(checkpoint, updates_per_epoch, monitor)
+    step, epochs = saved.resume(checkpoint, updates_per_epoch, regularizer)
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     loss_of = partial(denoising_loss, args, models, text_states=text_states, dtype=dtype, prior_weight=prior_weight)
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
@@ -344,7 +343,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
                 saved.check_finite(step, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    add_gradients(accelerator, monitor, penalties, models.trained)  # the new idea: of weight * drift
+                    regularizer.add_gradient_()  # the new idea: + weight * d(drift)/d(theta)
                     saved.check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
                 optimizer.step()
                 lr_scheduler.step()
@@ -353,14 +352,11 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
             if accelerator.sync_gradients:
                 step += 1
                 progress.update(1)
-                monitor.on_step_end(step)
+                regularizer.after_step(step)
                 stopping = graceful_exit.requested(accelerator)
                 if stopping or step % args.checkpointing_steps == 0:
-                    last = saved.save(step, monitor)
-            logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
-            for penalty in penalties.values():
-                penalty.on_log(logs=logs)
-            monitor.on_log(logs)
+                    last = saved.save(step, regularizer)
+            logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]} | regularizer.logs
             progress.set_postfix(**logs)
             accelerator.log(logs, step=step)
             if accelerator.sync_gradients and stopping:
@@ -380,10 +376,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     progress.close()
     graceful_exit.defer("finishing the result")
     accelerator.wait_for_everyone()
-    monitor.on_train_end()
-    for name, penalty in penalties.items():
-        penalty.on_train_end(model=models.trained[name])
-        logger.info(f"Final drift: {penalty.logs}")
+    regularizer.finish()
     if accelerator.is_main_process:
         with saved.writing(args.output_dir):
             with output.result(partial(save_weights, bare)) as folder:
@@ -409,8 +402,8 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
                 images,
                 graceful_exit.at_once,
                 license="playground-v2dot5-community" if playground else "openrail++",
-                tags=[*tags, f"{family}-diffusers", *(["lipschitz-drift"] if penalties else [])],
-                penalty=card_facts(penalties.values()) | monitor.facts,
+                tags=[*tags, f"{family}-diffusers", *(["lipschitz-drift"] if regularizer.penalties else [])],
+                penalty=regularizer.card_metadata,
                 adapters=True,
                 commit=base.commit,
             )

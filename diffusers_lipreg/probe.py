@@ -110,6 +110,11 @@ class OutputDrift(NamedTuple):
         return (self.differences.mean() / self.squares.mean()).item()
 
     @property
+    def output_drift_percent(self) -> float:
+        """`output_drift_relative` in percent."""
+        return 100 * self.output_drift_relative
+
+    @property
     def standard_error(self) -> float:
         """Of `output_drift_relative` as an estimate for all prompts and noise, at these timesteps; nan of one chain.
 
@@ -129,9 +134,9 @@ class OutputDrift(NamedTuple):
         """All of it, for trackers."""
         return {
             "output_drift": self.output_drift,
-            "output_drift_relative": self.output_drift_relative,
-            "output_drift_relative_se": self.standard_error,
-            **{f"output_drift_relative_t{timestep:g}": value for timestep, value in self.by_timestep.items()},
+            "output_drift_percent": self.output_drift_percent,
+            "output_drift_percent_se": 100 * self.standard_error,
+            **{f"output_drift_percent_t{timestep:g}": 100 * value for timestep, value in self.by_timestep.items()},
         }
 
 

@@ -19,20 +19,22 @@ import json, re, resource, sys
 from pathlib import Path
 from accelerate import Accelerator
 import train_dreambooth_lipreg as script
+from diffusers_lipreg import LipschitzDriftLoss
 
 def anonymous_mb():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
 
-def take_teachers(models, *options, take=script.take_teachers):
+def take_snapshot(args, base, models, name, take=script.take_snapshot):
     before = anonymous_mb()
-    penalties = take(models, *options)
-    penalties["unet"].on_train_end(model=models["unet"])  # one pass of the penalty, and the teacher's norm, count as well
-    found["drift at the start"] = penalties["unet"].logs["drift"]
+    snapshot = take(args, base, models, name)
+    loss = LipschitzDriftLoss(snapshot, 1.0, args.lipreg_reduction)
+    loss.measure(models[name])  # one pass of the penalty, and the teacher's norm, count as well
+    found["drift at the start"] = loss.logs["drift"]
     found["teacher_mb"] = anonymous_mb() - before
-    return penalties
+    return snapshot
 
 found = {}
-script.take_teachers = take_teachers
+script.take_snapshot = take_snapshot
 Accelerator.log = lambda self, values, step, **_: found.update({str(step): values})
 script.main(script.parse_args(sys.argv[1:]))
 found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

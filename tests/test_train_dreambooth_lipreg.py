@@ -270,7 +270,7 @@ def test_measuring_output_drift_changes_no_weight(train, tmp_path, logs):
     assert_equal_weights(plain / UNET, out / UNET)
     at = {step: values.get("output_drift") for step, values in logs}
     assert at[1] is None and at[2] > 0 and at[3] is None and at[4] > 0
-    assert {"output_drift_relative", "output_drift_relative_se", "output_drift_relative_t874", "subject_similarity",
+    assert {"output_drift_percent", "output_drift_percent_se", "output_drift_percent_t874", "subject_similarity",
             "retention", "harmonic_mean"} <= logs[3][1].keys()  # fmt: skip
     assert drift_on_disk(out).output_drift == pytest.approx(at[4], rel=1e-4)
 

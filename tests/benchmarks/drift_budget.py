@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, subject: str, kind: str, *more: str, steps: in
     finally:
         Accelerator.log = log
     seconds = time.process_time() - start
-    path = [values["output_drift_relative"] for values in logs if "output_drift" in values]
+    path = [values["output_drift_percent"] / 100 for values in logs if "output_drift" in values]
     return {"seconds": seconds, "path": path, "weight": logs[-1].get("lipreg_weight"), **on_disk(args, folder, subject, kind)}
 
 

@@ -1,0 +1,257 @@
+"""What a training script holds of this package: models with their penalties, the probe, and the budget or best checkpoint."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .budget import DriftBudget
+from .errors import RunError
+from .losses import LipschitzDriftLoss, Snapshot
+from .probe import Denoiser, OutputDrift, OutputProbe
+from .snapshot import named_parameters, rounding_error
+
+logger = logging.getLogger(__name__)
+
+ROUNDING = 0.1  # largest rounding error of a teacher, as a fraction of the learning rate
+
+
+class Penalty(NamedTuple):
+    """A model that is held, with its penalty."""
+
+    name: str
+    model: nn.Module
+    loss: LipschitzDriftLoss
+
+    @property
+    def prefix(self) -> str:
+        """What all but the UNet put before their names in logs."""
+        return "" if self.name == "unet" else f"{self.name}_"
+
+    @property
+    def logs(self) -> dict[str, float]:
+        return {self.prefix + key: value for key, value in self.loss.logs.items()}
+
+
+class DriftRegularizer:
+    """Hold models near their pretrained selves in a training loop, and measure how far they are.
+
+    Build it before a checkpoint is loaded, and keep its `state_dict()`, which JSON can hold, in checkpoints. With several
+    processes each one calls it:
+
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            regularizer.add_gradient_()
+        ...
+        regularizer.after_step(global_step)         # after each update
+        accelerator.log({"loss": ...} | regularizer.logs, step=global_step)
+        ...
+        regularizer.finish()                        # after the last one
+
+    Args:
+        accelerator: Its loss scale is that of the gradients.
+        penalties: The models that are held.
+        probe: Of the pretrained model, or `None` to measure no output drift.
+        denoiser: The model in training, for the probe.
+        every: Updates between measurements.
+        budget: Finds the weight of the penalties. The drift is measured as often as it asks for.
+        subject_loss: The denoising loss on views of the subject that are not trained on; the same draws each time.
+        save_best: Writes the model as it is; needs `subject_loss`.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        penalties: Sequence[Penalty],
+        probe: OutputProbe | None,
+        denoiser: Denoiser,
+        every: int,
+        *,
+        budget: DriftBudget | None = None,
+        subject_loss: Callable[[], torch.Tensor] | None = None,
+        save_best: Callable[[], Any] | None = None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.penalties = list(penalties)
+        self.probe = probe
+        self.denoiser = denoiser
+        self.every = every
+        self.budget = budget
+        self.save_best = save_best
+        self._subject_loss = subject_loss
+        self._global_step = 0
+        self._unused_drift: float | None = None  # last measurement not yet passed to the budget
+        self._output_drift: OutputDrift | None = None  # of the current weights, if measured
+        self._logs: dict[str, float] = {}
+        self._best: dict[str, float] = {}
+        self._pretrained_loss = self.subject_loss() if save_best is not None else math.nan
+
+    @classmethod
+    def from_args(
+        cls,
+        args: Any,
+        accelerator: Any,
+        models: Mapping[str, nn.Module],
+        take_snapshot: Callable[[str], Snapshot],
+        denoiser: Denoiser,
+        probe: Callable[[], OutputProbe] | None,
+        **best: Callable[[], Any],
+    ) -> "DriftRegularizer":
+        """Build what a script's flags ask for.
+
+        Args:
+            models: Those in training, by name. A model is held if its weight is above 0, or is for a budget to find.
+            take_snapshot: Returns the snapshot of the model of a name.
+            probe: Takes the probe, or `None` to measure no output drift.
+            best: `subject_loss` and `save_best`, used with `--keep_best`.
+        """
+        penalties = []
+        for name, model in models.items():
+            weight = args.lipreg_weight if name == "unet" else args.lipreg_text_encoder_weight
+            if weight is None or weight > 0:
+                loss = LipschitzDriftLoss(take_snapshot(name), weight or 0.0, args.lipreg_reduction)
+                penalties.append(Penalty(name, model, loss))
+        budget = None
+        if args.drift_budget is not None:
+            held = {penalty.loss: penalty.model for penalty in penalties}
+            budget = DriftBudget(args.drift_budget, args.max_train_steps, held)
+        every = args.probe_steps or args.max_train_steps
+        taken = None if probe is None else probe()
+        return cls(accelerator, penalties, taken, denoiser, every, budget=budget, **(best if args.keep_best else {}))
+
+    def subject_loss(self) -> float:
+        """Compute the loss on held-out views, in eval mode, with random numbers of its own."""
+        if self._subject_loss is None:
+            raise ValueError("There are no held-out views: pass subject_loss with save_best.")
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with self.denoiser.evaluating(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            return self._subject_loss().item()
+
+    def add_gradient_(self) -> None:
+        """Add the penalties' gradients to those of the loss: after backward, before clipping, on steps that update."""
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()  # which gradients carry until they are clipped
+        if self.budget is not None:
+            self.budget.update(self._unused_drift, scale=scale)
+        self._unused_drift = None
+        for penalty in self.penalties:
+            penalty.loss.add_gradient_(penalty.model, scale=scale)
+
+    def after_step(self, global_step: int) -> None:
+        """Measure the output drift after update `global_step`, if it is time to."""
+        self._global_step, self._output_drift = global_step, None
+        self._logs = {key: value for key, value in self._logs.items() if key == "output_drift_percent"}
+        due = global_step % self.every == 0 or (self.budget is not None and self.budget.due(global_step))
+        if self.probe is not None and due:
+            self._output_drift = self.probe.measure(self.denoiser)
+            self._unused_drift = self._output_drift.output_drift_relative
+            self._logs = self._output_drift.logs
+            if self.save_best is not None:
+                self._keep_if_best(self.save_best, self._output_drift.output_drift_relative)
+
+    @property
+    def logs(self) -> dict[str, float]:
+        """Drift before the last update, and output drift after it: all of it where it was measured, else the last value."""
+        logs = {key: value for penalty in self.penalties for key, value in penalty.logs.items()}
+        if self.budget is not None:
+            logs["lipreg_weight"] = self.budget.weight
+        return logs | self._logs
+
+    def finish(self) -> None:
+        """End the run within its budget, and measure what it ended with.
+
+        Raises:
+            RunError: The predictions of the model are not numbers.
+        """
+        if self.probe is not None:
+            probe, output_drift = self.probe, self._output_drift or self.probe.measure(self.denoiser)
+            if self.budget is not None and output_drift.output_drift_relative > self.budget.limit:
+                before = output_drift.output_drift_percent
+                self.budget.scale_to_budget(lambda: probe.measure(self.denoiser).output_drift_relative)
+                output_drift = probe.measure(self.denoiser)
+                logger.info(
+                    f"Output drift was {before:.4g} percent: the change of the weights is scaled by "
+                    f"{self.budget.alpha:.3f}, for the budget of {100 * self.budget.limit:g} percent."
+                )
+            if not math.isfinite(output_drift.output_drift_relative):
+                raise RunError(
+                    f"the output drift is {output_drift.output_drift_relative} after training, so the model is lost: start "
+                    "again, or from a checkpoint, with a lower --learning_rate."
+                )
+            self._logs = output_drift.logs
+        for penalty in self.penalties:
+            penalty.loss.measure(penalty.model)
+        logger.info(f"Final drift: {self.logs}")
+
+    def _keep_if_best(self, save_best: Callable[[], Any], drift: float) -> None:
+        """Write the model if it has the best harmonic mean so far of what it learned and what it kept.
+
+        Both are root mean squares, in which 1 is all: subject = 1 - sqrt(loss / pretrained loss), retention = 1 -
+        sqrt(relative output drift), each 0 at least.
+        """
+        subject = max(0.0, 1 - math.sqrt(self.subject_loss() / self._pretrained_loss))
+        retention = max(0.0, 1 - math.sqrt(drift))
+        mean = 2 * subject * retention / (subject + retention) if subject + retention > 0 else 0.0
+        scores = {"harmonic_mean": mean, "subject_similarity": subject, "retention": retention}
+        self._logs |= scores
+        if mean > self._best.get("harmonic_mean", 0.0):
+            self._best = {"step": self._global_step, **scores}
+            save_best()
+            logger.info(f"Best so far is step {self._global_step}: {scores}")
+
+    @property
+    def card_metadata(self) -> dict[str, str]:
+        """What a model card says, under the names of flags and log keys."""
+        metadata = {}
+        for penalty in self.penalties:
+            relative = f"{penalty.prefix}drift_relative"
+            metadata[f"lipreg_{penalty.prefix}weight"] = f"{penalty.loss.weight:g}"
+            metadata["lipreg_reduction"] = penalty.loss.reduction
+            metadata[relative] = f"{penalty.logs[relative]:.3g}"
+        if "output_drift_percent" in self._logs:
+            metadata["output_drift_percent"] = f"{self._logs['output_drift_percent']:.3g}"
+        if self.budget is not None:
+            metadata["drift_budget"] = f"{100 * self.budget.limit:g} percent"
+        if self._best:
+            metadata["best step"] = f"{self._best['step']:g}"
+        return metadata
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on as if nothing had happened."""
+        return {
+            "step": self._global_step,
+            "unused_drift": self._unused_drift,
+            "logs": self._logs,
+            "best": self._best,
+            "budget": {} if self.budget is None else self.budget.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._global_step, self._unused_drift = state["step"], state["unused_drift"]
+        self._logs, self._best = dict(state["logs"]), dict(state["best"])
+        if self.budget is not None:
+            self.budget.load_state_dict(state["budget"])
+
+
+def check_rounding(model: nn.Module, dtype: torch.dtype, learning_rate: float) -> None:
+    """Refuse a dtype that would round the teacher of a model more than the steps of its training can bear.
+
+    An update of AdamW moves each parameter by about the learning rate. A teacher that is off by a tenth of that adds 1%
+    to the squared drift after one update, and less later. The root mean square counts, for drift is a mean or sum of
+    squares; that of the worst tensor counts, for in `tensor_mean` each tensor has a mean of its own.
+
+    Raises:
+        ValueError: The rounding error is above `ROUNDING` times the learning rate.
+    """
+    trained = {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
+    error, name = max((rounding_error(parameter, dtype), name) for name, parameter in trained.items())
+    if error > ROUNDING * learning_rate:
+        raise ValueError(
+            f"{name} would be rounded by {error:.1e} (root mean square), more than {ROUNDING:g} of an update's step at a "
+            f"learning rate of {learning_rate:g}, and the model pulled to rounded weights: leave the type out."
+        )

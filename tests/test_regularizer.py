@@ -1,0 +1,109 @@
+"""DriftRegularizer: when penalties act, when output drift is measured, and what logs, card and checkpoint get."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_lipreg import Denoiser, LipschitzDriftLoss, TeacherSnapshot
+from diffusers_lipreg.errors import RunError
+from diffusers_lipreg.probe import OutputDrift
+from diffusers_lipreg.regularizer import DriftRegularizer, Penalty, check_rounding
+
+
+def test_a_type_may_round_by_a_tenth_of_the_learning_rate() -> None:
+    """1 + 1/512 is 1 in bfloat16; tensors are judged one by one, and only those that are trained."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    nn.init.constant_(model[1].bias, 1 + 1 / 512)
+    nn.init.constant_(model[2].bias, 1 + 1 / 256)
+    check_rounding(model, torch.bfloat16, learning_rate=1.01 * 10 / 512)
+    check_rounding(model, torch.float32, learning_rate=1e-9)
+    with pytest.raises(ValueError, match="1.bias would be rounded by 2.0e-03 .* at a learning rate of 0.0193"):
+        check_rounding(model, torch.bfloat16, learning_rate=0.99 * 10 / 512)
+
+
+@pytest.fixture
+def model() -> nn.Linear:
+    return nn.Linear(1, 1, bias=False)
+
+
+def regularizer(model: nn.Module, scale: float = 1.0, probe: Any = None, **options: Any) -> DriftRegularizer:
+    """One that holds `model` by 10 * drift, in `sum`."""
+    scaler = None if scale == 1 else SimpleNamespace(get_scale=lambda: scale)
+    penalty = Penalty("unet", model, LipschitzDriftLoss(TeacherSnapshot(model), 10.0, "sum"))
+    denoiser = Denoiser(lambda sample, timestep, prompts: model.weight * sample, [model])
+    return DriftRegularizer(SimpleNamespace(scaler=scaler), [penalty], probe, denoiser, 2, **options)
+
+
+class Budget:
+    """As a `DriftBudget` that finds the weight 10, from gradients of 5 of the loss alone."""
+
+    weight, limit = 0.0, 0.5
+
+    def __init__(self, model: nn.Module, scale: float) -> None:
+        self.model, self.scale, self.drifts = model, scale, []
+
+    def update(self, drift: float | None, *, scale: float) -> None:
+        assert scale == self.scale and self.model.weight.grad.item() == scale * 5.0
+        self.drifts.append(drift)
+
+    def due(self, step: int) -> bool:
+        return step == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 64.0], ids=["", "fp16"])
+def test_the_penalty_joins_the_gradients_of_an_update(model: nn.Linear, scale: float) -> None:
+    """theta is 2 above the teacher: the gradient of 10 * drift is 40, that of the loss is 5."""
+    held = regularizer(model, scale, budget=Budget(model, scale))
+    nn.init.constant_(model.weight, model.weight.item() + 2.0)
+    for _ in range(2):
+        model.zero_grad()
+        (5.0 * scale * model.weight.sum()).backward()
+        held.add_gradient_()
+        assert model.weight.grad.item() == pytest.approx(45.0 * scale)
+        assert held.logs["drift"] == pytest.approx(4.0) and held.logs["loss_drift"] == pytest.approx(40.0)
+
+
+@pytest.fixture
+def probe() -> Any:
+    """Measures, one after another, 10, 20 and 30 percent, on two chains."""
+    drifts = iter([0.1, 0.2, 0.3])
+    return SimpleNamespace(measure=lambda denoiser: OutputDrift([7.0], torch.full((1, 2), next(drifts)), torch.ones(1, 2)))
+
+
+def test_output_drift_is_measured_when_due_and_the_last_one_stays_in_the_logs(model: nn.Linear, probe: Any) -> None:
+    """Every second update, and where the budget asks: after the first."""
+    model.weight.grad = torch.full((1, 1), 5.0)
+    held = regularizer(model, probe=probe, budget=Budget(model, 1.0))
+    percent = []
+    for step in range(1, 4):
+        held.after_step(step)
+        percent.append(held.logs["output_drift_percent"])
+        assert ("output_drift_percent_t7" in held.logs) == (step < 3)
+        model.weight.grad.fill_(5.0)
+        held.add_gradient_()
+    assert percent == pytest.approx([10, 20, 20])
+    assert held.budget.drifts == [pytest.approx(0.1), pytest.approx(0.2), None]
+    held.finish()
+    assert held.card_metadata == {
+        "lipreg_weight": "10", "lipreg_reduction": "sum", "drift_relative": "0", "output_drift_percent": "30",
+        "drift_budget": "50 percent",
+    }  # fmt: skip
+
+
+def test_its_state_is_json_and_comes_back(model: nn.Linear, probe: Any) -> None:
+    first, second = regularizer(model, probe=probe), regularizer(model)
+    first.after_step(2)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.state_dict() == first.state_dict() and second.logs == first.logs
+
+
+def test_a_lost_model_ends_in_one_line(model: nn.Linear) -> None:
+    lost = SimpleNamespace(measure=lambda denoiser: OutputDrift([7.0], torch.full((1, 1), torch.nan), torch.ones(1, 1)))
+    with pytest.raises(RunError, match="output drift is nan after training, so the model is lost"):
+        regularizer(model, probe=lost).finish()
