@@ -61,59 +61,73 @@ Layers = Sequence[Sequence[Adapter]]
 Formula = Callable[[Layers, Layers], Tensor]  # adapters by layer and in it by place, now and at the snapshot
 
 
-def find_adapters(module: nn.Module, names: Collection[str] | None) -> list[list[Adapter]]:
+def find_adapters(module: nn.Module, names: Collection[str] | None, thorough: bool = False) -> list[list[Adapter]]:
     """Return the active adapters of `module`, for each layer that trains one.
 
     Args:
         names: The parameters that are trained. Default: all that require a gradient.
+        thorough: Look inside PEFT's layers for what else is trained, which takes longer.
 
     Raises:
         ValueError: A trained parameter that is part of no active adapter, a merged adapter, or no trained adapter.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    parts, trainable = [("", unwrap(module))], 0
-    for prefix, part in parts:  # each step needs this walk, for which `named_modules` takes three times as long
+    tuners: dict[Any, str] = {}
+    kinds: dict[type, bool] = {}
+    others, parts = False, [("", unwrap(module))]
+    for prefix, part in parts:  # each step needs this walk, for which `named_modules` takes several times as long
+        if type(part) not in kinds:
+            kinds[type(part)] = isinstance(part, BaseTunerLayer)
+        if kinds[type(part)]:
+            tuners.setdefault(part, prefix.rstrip("."))  # one that is tied has several names
+            parts.append((f"{prefix}base_layer.", part.base_layer))
+            continue
         for parameter in part._parameters.values() if part._parameters else ():
-            if parameter is not None and parameter.requires_grad:
-                trainable += 1
+            others = others or (parameter is not None and parameter.requires_grad)
         for name, child in part._modules.items() if part._modules else ():
             if child is not None:
                 parts.append((prefix if name == "_orig_mod" else f"{prefix}{name}.", child))
-    tuner_types = {kind for kind in {type(part) for _, part in parts} if issubclass(kind, BaseTunerLayer)}
-    tuners: dict[str, Any] = {prefix.rstrip("."): part for prefix, part in parts if type(part) in tuner_types}
-    found = [[_adapter(path, tuner, name, names) for name in tuner.active_adapters] for path, tuner in tuners.items()]
-    layers = [[adapter for adapter in adapters if adapter.tensors] for adapters in found if any(a.trained for a in adapters)]
-    covered = [tensor for adapters in layers for adapter in adapters for tensor in adapter.trained]
-    if len(covered) != (trainable if names is None else len(names)):
-        _refuse_others(module, names, tuners.values(), set(covered))
+    found = [[_adapter(path, tuner, name, names) for name in tuner.active_adapters] for tuner, path in tuners.items()]
+    layers = [[a for a in adapters if a.tensors] for adapters in found if any(a.trained for a in adapters)]
+    if thorough or (
+        others if names is None else len(names) != sum(len(a.trained) for adapters in layers for a in adapters)
+    ):
+        _refuse_others(module, names, tuners, {t for adapters in layers for a in adapters for t in a.trained})
     if not layers:
         raise ValueError("There is nothing to measure: the module trains no adapter.")
     if merged := next((adapters[0] for adapters in layers if adapters[0].tuner.merged), None):
-        raise ValueError(f"{merged.layer} has merged {' and '.join(merged.tuner.merged_adapters)} into its base weight.")
+        raise ValueError(
+            f"{merged.layer} has merged {' and '.join(merged.tuner.merged_adapters)} into its base weight."
+        )
     return layers
 
 
 def _adapter(path: str, tuner: Any, name: str, names: Collection[str] | None) -> Adapter:
     tensors: dict[str, Tensor] = {}
     for attribute in (*tuner.adapter_layer_names, MAGNITUDE):  # PEFT before 0.19 leaves out some magnitudes
-        held: Any = tuner._modules.get(attribute, ())
-        if name in held:
-            if isinstance(held, nn.ModuleDict):
-                tensors[f"{attribute}.{name}.weight"] = held[name].weight
-            else:
-                tensors[f"{attribute}.{name}"] = held[name]
-    trained = [t for n, t in tensors.items() if t.requires_grad and (names is None or f"{path}.{n}".lstrip(".") in names)]
+        held = tuner._modules.get(attribute)
+        if held is not None and (module := held._modules.get(name)) is not None:
+            tensors[f"{attribute}.{name}.weight"] = module.weight
+        elif held is not None and (parameter := held._parameters.get(name)) is not None:
+            tensors[f"{attribute}.{name}"] = parameter
+    trained = [
+        t for n, t in tensors.items() if t.requires_grad and (names is None or f"{path}.{n}".lstrip(".") in names)
+    ]
     return Adapter(path, name, tuner, getattr(tuner, "scaling", {}).get(name, 1.0), tensors, trained)
 
 
-def _refuse_others(module: nn.Module, names: Collection[str] | None, tuners: Collection[Any], covered: set[Tensor]) -> None:
+def _refuse_others(
+    module: nn.Module, names: Collection[str] | None, tuners: Collection[Any], covered: set[Tensor]
+) -> None:
     """Raise if a trained parameter is not among those covered by adapters."""
     for name, parameter in named_parameters(module).items():
         if (parameter.requires_grad if names is None else name in names) and parameter not in covered:
             kind = next((_kind(tuner) for tuner in tuners if any(p is parameter for p in tuner.parameters())), None)
             owner = "no adapter" if kind is None else f"{kind}, and of no active adapter there"
-            advice = "Freeze it, or give the snapshot the names of what is trained." if tuners else "Use TeacherSnapshot."
+            advice = (
+                "Freeze it, or give the snapshot the names of what is trained." if tuners else "Use TeacherSnapshot."
+            )
             raise ValueError(f"{name} is trained, but no exact drift is known for it: it is part of {owner}. {advice}")
 
 
@@ -205,7 +219,9 @@ def delta_drift(layers: Layers, starts: Layers) -> Tensor:
     changes = []
     for now, start in zip(layers[0], starts[0], strict=True):
         if now.scale != start.scale:
-            raise ValueError(f"{now.layer}: the scale of {now.name} was {start.scale} at the snapshot and is {now.scale}.")
+            raise ValueError(
+                f"{now.layer}: the scale of {now.name} was {start.scale} at the snapshot and is {now.scale}."
+            )
         like = now.factors[0]
         delta, delta_0 = (
             delta_weight(now.tuner, now.name, {name: _widen(tensor, like) for name, tensor in of.tensors.items()})
@@ -217,16 +233,9 @@ def delta_drift(layers: Layers, starts: Layers) -> Tensor:
 
 def delta_weight(tuner: Any, adapter: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return what PEFT's layer would add to its base weight with these tensors."""
-
-    class DeltaWeight(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tuner = tuner
-
-        def forward(self) -> Tensor:
-            return tuner.get_delta_weight(adapter)
-
-    return functional_call(DeltaWeight(), {f"tuner.{name}": tensor for name, tensor in tensors.items()}, ())
+    function = nn.Module()
+    function.tuner, function.forward = tuner, lambda: tuner.get_delta_weight(adapter)
+    return functional_call(function, {f"tuner.{name}": tensor for name, tensor in tensors.items()}, ())
 
 
 def choose_formula(adapters: Sequence[Adapter], checked: set[Hashable]) -> Formula:
@@ -259,8 +268,11 @@ def _check_delta_weight(adapters: Sequence[Adapter]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for adapter in adapters:
-            tensors = {name: torch.randn(tensor.shape, dtype=torch.float64) for name, tensor in adapter.tensors.items()}
+            tensors = {
+                name: torch.randn(tensor.shape, dtype=torch.float64) for name, tensor in adapter.tensors.items()
+            }
             inputs = [tensor.requires_grad_() for tensor in tensors.values()]
+
             def delta_of(*inputs: Tensor, name: str = adapter.name, names: Iterable[str] = tuple(tensors)) -> Tensor:
                 return delta_weight(tuner, name, dict(zip(names, inputs, strict=True)))
 
@@ -295,8 +307,10 @@ class AdapterSnapshot:
     def __init__(self, module: nn.Module, names: Iterable[str] | None = None) -> None:
         self.names = None if names is None else frozenset(names)
         if unknown := (self.names or frozenset()) - (parameters := named_parameters(module)).keys():
-            raise ValueError(f"The module has no parameter named {abbreviate(unknown)}; it has {abbreviate(parameters)}.")
-        layers, checked = find_adapters(module, self.names), set[Hashable]()
+            raise ValueError(
+                f"The module has no parameter named {abbreviate(unknown)}; it has {abbreviate(parameters)}."
+            )
+        layers, checked = find_adapters(module, self.names, thorough=True), set[Hashable]()
         self._shapes = _shapes(layers)
         self._formulas: dict[str, Formula] = {}
         self._starts: dict[tuple[str, str], Adapter] = {}
@@ -328,12 +342,6 @@ class AdapterSnapshot:
             ValueError: Adapters or shapes that are not those of the snapshot; an unknown reduction.
         """
         return total([self._value(layers, reduction) for layers in self._batches(module)])
-
-    @torch.no_grad()
-    def drift_by_layer(self, module: nn.Module) -> dict[str, float]:
-        """Compute the `product` drift of each adapted layer, by its name. Raises as `drift` does."""
-        alone = [[adapters] for layers in self._batches(module) for adapters in layers]
-        return {layers[0][0].layer: max(0.0, self._value(layers, "product").item()) for layers in alone}
 
     @torch.no_grad()
     def add_gradient_(self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0) -> Drift:
@@ -377,7 +385,9 @@ class AdapterSnapshot:
             raise ValueError(f"reduction must be one of {', '.join(self.reductions)}, got {reduction!r}.")
         with torch.autocast(layers[0][0].factors[0].device.type, enabled=False):
             if reduction == "factors":
-                return total([factors.square().sum() for adapters in zip(*layers, strict=True) for factors in _stack(adapters)])
+                return total(
+                    [factors.square().sum() for adapters in zip(*layers, strict=True) for factors in _stack(adapters)]
+                )
             starts = [[self._starts[adapter.layer, adapter.name] for adapter in adapters] for adapters in layers]
             return self._formulas[layers[0][0].layer](layers, starts)
 
@@ -394,8 +404,14 @@ class AdapterSnapshot:
             kind: Hashable = adapters[0].layer
             if self._formulas[adapters[0].layer] is lora_drift:
                 starts = [self._starts[adapter.layer, adapter.name] for adapter in adapters]
-                scales = tuple((adapter.scale, start.scale, len(start.tensors)) for adapter, start in zip(adapters, starts, strict=True))
-                kind = (scales, tuple((t.shape, t.dtype, t.device) for adapter in adapters for t in adapter.tensors.values()))
+                scales = tuple(
+                    (adapter.scale, start.scale, len(start.tensors))
+                    for adapter, start in zip(adapters, starts, strict=True)
+                )
+                kind = (
+                    scales,
+                    tuple((t.shape, t.dtype, t.device) for adapter in adapters for t in adapter.tensors.values()),
+                )
             batches.setdefault(kind, []).append(adapters)
         for batch in batches.values():
             limit = CPU_BATCH_ELEMENTS if batch[0][0].factors[0].device.type == "cpu" else BATCH_ELEMENTS
@@ -405,7 +421,9 @@ class AdapterSnapshot:
 
 def _shapes(layers: Layers) -> dict[str, torch.Size]:
     adapters = [adapter for adapters in layers for adapter in adapters]
-    return {f"{adapter.layer}.{name}": tensor.shape for adapter in adapters for name, tensor in adapter.tensors.items()}
+    return {
+        f"{adapter.layer}.{name}": tensor.shape for adapter in adapters for name, tensor in adapter.tensors.items()
+    }
 
 
 def _start(adapter: Adapter, formula: Formula) -> Adapter:
@@ -416,7 +434,11 @@ def _start(adapter: Adapter, formula: Formula) -> Adapter:
 
 
 def _add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    both = [(parameter, gradient) for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+    both = [
+        (parameter, gradient)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+        if gradient is not None
+    ]
     present = [(parameter.grad, gradient) for parameter, gradient in both if parameter.grad is not None]
     if present:
         torch._foreach_add_(*map(list, zip(*present, strict=True)))

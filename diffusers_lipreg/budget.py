@@ -50,7 +50,9 @@ class WeightInterpolation:
             parameter.copy_(torch.lerp(start.to(parameter.device, wide), end.to(wide), alpha))
 
 
-def bisect_alpha(measure: Callable[[float], float], limit: float, tolerance: float = TOLERANCE, steps: int = 30) -> float:
+def bisect_alpha(
+    measure: Callable[[float], float], limit: float, tolerance: float = TOLERANCE, steps: int = 30
+) -> float:
     """Return the alpha in [0, 1] at which a growing `measure(alpha)` is at the limit, or below by a fraction `tolerance`.
 
     Bisection, begun where a quadratic through the last point meets the limit. Returns 1 if that is within the limit, and
@@ -102,7 +104,9 @@ class DriftBudget:
         if not penalties:
             raise ValueError("A budget needs at least one penalty whose weight it can adapt, got none.")
         if any(penalty.reduction == "factors" for penalty in penalties):
-            raise ValueError("The reduction factors does not measure a change, so no budget can steer it: use product.")
+            raise ValueError(
+                "The reduction factors does not measure a change, so no budget can steer it: use product."
+            )
         self.limit = limit
         self.steps = steps
         self.penalties = dict(penalties)
@@ -146,7 +150,9 @@ class DriftBudget:
             self._start(error, scale)
 
     def _measure(self, drift: float) -> None:
-        sq_distance = sum(penalty.measure(module).squared_distance.item() for penalty, module in self.penalties.items())
+        sq_distance = sum(
+            penalty.measure(module).squared_distance.item() for penalty, module in self.penalties.items()
+        )
         self._drift_per_sq_distance = drift / sq_distance if sq_distance > 0 else 0.0
         if self._integral is not None:
             change = abs(self._log_ratio(drift) - self._log_ratio(self._measured))
@@ -171,7 +177,9 @@ class DriftBudget:
 
     def _last_sq_distance(self) -> float:
         """Return ||theta - theta_0||^2 at the last gradient or measurement, or of the checkpoint before them."""
-        last = [penalty.last_drift.squared_distance.item() for penalty in self.penalties if penalty.last_drift is not None]
+        last = [
+            penalty.last_drift.squared_distance.item() for penalty in self.penalties if penalty.last_drift is not None
+        ]
         return sum(last) if last else self._sq_distance
 
     def scale_to_budget(self, measure: Callable[[], float]) -> float:

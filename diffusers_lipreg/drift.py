@@ -42,7 +42,8 @@ def drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str) -> Tensor:
     """Compute the drift of (parameter, teacher) pairs of equal shape: a scalar to differentiate."""
     pairs = list(pairs)
     terms = [
-        _coefficient(p, reduction) * (_upcast(to_local(p)) - _upcast(to_local(t).to(p.device))).square().sum() for p, t in pairs
+        _coefficient(p, reduction) * (_upcast(to_local(p)) - _upcast(to_local(t).to(p.device))).square().sum()
+        for p, t in pairs
     ]
     return all_reduce_sum(total(terms), pairs[0][0])
 
@@ -90,7 +91,14 @@ def _chunks(
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             tensors.append(parameter.grad)
-        key = (_coefficient(parameter, reduction), len(tensors), parameter.device, parameter.dtype, teacher.device, teacher.dtype)
+        key = (
+            _coefficient(parameter, reduction),
+            len(tensors),
+            parameter.device,
+            parameter.dtype,
+            teacher.device,
+            teacher.dtype,
+        )
         for views in slices(*tensors):
             elements = views[0].numel()
             if key in groups and filled[key] + elements > _limit(views[0]):

@@ -62,7 +62,9 @@ def _squared_norm(tensor: Tensor, change: Callable[[Tensor], Tensor] = Tensor.fl
 def tensors_equal(one: Tensor, other: Tensor) -> bool:
     """Say whether two tensors have one shape and the same values, whatever their dtypes."""
     wide = torch.promote_types(one.dtype, other.dtype)
-    return one.shape == other.shape and all(torch.equal(a.to(wide), b.to(a.device, wide)) for a, b in slices(one, other))
+    return one.shape == other.shape and all(
+        torch.equal(a.to(wide), b.to(a.device, wide)) for a, b in slices(one, other)
+    )
 
 
 class TeacherSnapshot:
@@ -103,7 +105,9 @@ class TeacherSnapshot:
         self.strict = names is None
         chosen = [n for n, p in parameters.items() if p.requires_grad] if names is None else list(names)
         if unknown := set(chosen) - set(parameters):
-            raise ValueError(f"The module has no parameter named {abbreviate(unknown)}; it has {abbreviate(parameters)}.")
+            raise ValueError(
+                f"The module has no parameter named {abbreviate(unknown)}; it has {abbreviate(parameters)}."
+            )
         if not chosen:
             raise ValueError("There is nothing to copy: no parameter requires a gradient and no names were given.")
         # PEFT's layers say so themselves, and PEFT need not be imported to ask them.
@@ -114,7 +118,9 @@ class TeacherSnapshot:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"Expected a floating-point dtype, got {dtype}.")
         if state_dict is not None and (dtype is not None or device is not None):
-            raise ValueError("The weights of state_dict are held as they are: give a dtype or device, or state_dict, not both.")
+            raise ValueError(
+                "The weights of state_dict are held as they are: give a dtype or device, or state_dict, not both."
+            )
         self.dtype = dtype
         if state_dict is None:
             self.device = None if device is None else torch.device(device)
@@ -129,7 +135,11 @@ class TeacherSnapshot:
     def _store(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         stored = tensor.to(device=self.device, dtype=self.dtype or exact_dtype(tensor), copy=True)
-        return stored.pin_memory() if tensor.is_cuda and stored.device.type == "cpu" and to_local(stored) is stored else stored
+        return (
+            stored.pin_memory()
+            if tensor.is_cuda and stored.device.type == "cpu" and to_local(stored) is stored
+            else stored
+        )
 
     @staticmethod
     @torch.no_grad()
@@ -137,7 +147,9 @@ class TeacherSnapshot:
         if to_local(parameter) is not parameter:
             raise ValueError(f"{name} is sharded: the whole tensors of a state_dict cannot be its teacher.")
         if name not in state_dict or not tensors_equal(parameter, state_dict[name]):
-            raise ValueError(f"{name}: state_dict does not have the module's weights: is it another model, or a converted one?")
+            raise ValueError(
+                f"{name}: state_dict does not have the module's weights: is it another model, or a converted one?"
+            )
         return state_dict[name]
 
     @cached_property

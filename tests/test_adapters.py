@@ -147,7 +147,7 @@ def inject_two(first: peft.PeftConfig, second: peft.PeftConfig) -> Net:
     return net
 
 
-def materialised(layer: BaseTunerLayer) -> Tensor:
+def materialized(layer: BaseTunerLayer) -> Tensor:
     """The merged weight, to differentiate; that it is PEFT's own is a test below."""
     weight = layer.get_base_layer().weight
     held = {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute)}
@@ -162,11 +162,11 @@ def materialised(layer: BaseTunerLayer) -> Tensor:
 
 
 class Reference:
-    """||W - W_0||^2 in float64, from materialised weights; what its module is when it is built is the start."""
+    """||W - W_0||^2 in float64, from materialized weights; what its module is when it is built is the start."""
 
     def __init__(self, module: nn.Module) -> None:
         double = copy.deepcopy(module).double()
-        self.start = {name: materialised(layer).detach() for name, layer in tuners(double).items()}
+        self.start = {name: materialized(layer).detach() for name, layer in tuners(double).items()}
 
     @property
     def squared_norm(self) -> float:
@@ -175,7 +175,7 @@ class Reference:
     def __call__(self, module: nn.Module) -> tuple[float, dict[str, Tensor]]:
         """The squared distance and its gradient by parameter."""
         module = copy.deepcopy(module).double()
-        squares = [(materialised(layer) - self.start[name]).square().sum() for name, layer in tuners(module).items()]
+        squares = [(materialized(layer) - self.start[name]).square().sum() for name, layer in tuners(module).items()]
         parameters = trained(module)
         gradients = torch.autograd.grad(torch.stack(squares).sum(), list(parameters.values()))
         return sum(square.item() for square in squares), dict(zip(parameters, gradients, strict=True))
@@ -200,12 +200,25 @@ def seed() -> None:
 
 # One of each branch of a formula; the other starts are slow tests.
 BRANCHES = {
-    *("lora", "all_layers", "pissa", "two_loras_one_continued", "dora", "dora_conv", "dora_continued", "dora_transposed"),
+    *(
+        "lora",
+        "all_layers",
+        "pissa",
+        "two_loras_one_continued",
+        "dora",
+        "dora_conv",
+        "dora_continued",
+        "dora_transposed",
+    ),
     *("loha_random", "lokr", "lokr_conv", "two_lokrs"),
 }
 assert BRANCHES <= STARTS.keys()
 each_start = pytest.mark.parametrize(
-    "build", [pytest.param(build, id=name, marks=[] if name in BRANCHES else pytest.mark.slow) for name, build in STARTS.items()]
+    "build",
+    [
+        pytest.param(build, id=name, marks=[] if name in BRANCHES else pytest.mark.slow)
+        for name, build in STARTS.items()
+    ],
 )
 
 
@@ -213,7 +226,7 @@ each_start = pytest.mark.parametrize(
 def test_the_reference_is_pefts_merge(build):
     net = build().double()
     train_(net)
-    expected = {name: materialised(layer) for name, layer in tuners(net).items()}
+    expected = {name: materialized(layer) for name, layer in tuners(net).items()}
     for name, layer in tuners(net).items():
         layer.merge()
         torch.testing.assert_close(layer.get_base_layer().weight, expected[name])
@@ -498,7 +511,9 @@ def test_layers_of_a_shape_are_worked_on_together(start):
 
     def kernels(number: int) -> int:
         names = [str(i) for i in range(number)]
-        net = inject_adapter_in_model(lora(names, init_lora_weights=start), nn.ModuleList(nn.Linear(8, 12) for _ in names))
+        net = inject_adapter_in_model(
+            lora(names, init_lora_weights=start), nn.ModuleList(nn.Linear(8, 12) for _ in names)
+        )
         snapshot = AdapterSnapshot(net)
         snapshot.add_gradient_(net, "product", 1.0)
         with Kernels() as mode:
@@ -694,21 +709,33 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: get_peft_model(Net(), lora(modules_to_save=["embed"])),
         r"embed\.modules_to_save\.default\.weight is trained, but .*part of no adapter",
     ),
-    "inactive": (trained_but_inactive, rf"^to_q\.lora_A\.default\.weight is trained, but .*part of {LORA}Linear, and of no active adapter"),
-    "lora_bias": (lambda: adapted(lora(lora_bias=True)), rf"^to_q\.lora_B\.default\.bias is .*{LORA}Linear, and of no active adapter"),
+    "inactive": (
+        trained_but_inactive,
+        rf"^to_q\.lora_A\.default\.weight is trained, but .*part of {LORA}Linear, and of no active adapter",
+    ),
+    "lora_bias": (
+        lambda: adapted(lora(lora_bias=True)),
+        rf"^to_q\.lora_B\.default\.bias is .*{LORA}Linear, and of no active adapter",
+    ),
     "ia3": (
         lambda: adapted(peft.IA3Config(target_modules=["to_q"], feedforward_modules=[])),
         rf"^to_q: {UNKNOWN} peft\.tuners\.ia3\.layer\.Linear: .*no attribute 'get_delta_weight'",
     ),
     "boft": (lambda: adapted(peft.BOFTConfig(target_modules=["to_q"], boft_block_size=4)), r"^to_q: .*tuners\.boft\."),
     "oft": (lambda: adapted(oft()), rf"^to_q: {UNKNOWN} peft\.tuners\.oft\.layer\.Linear: PEFT merges something else"),
-    "oft on a convolution": (lambda: adapted(oft(["conv"])), "^conv: .*PEFT merges something else than its get_delta_weight"),
+    "oft on a convolution": (
+        lambda: adapted(oft(["conv"])),
+        "^conv: .*PEFT merges something else than its get_delta_weight",
+    ),
     "loha with PEFT's wrong gradient": (
         lambda: adapted(loha(["conv"], use_effective_conv2d=True)),
         r"^conv: .*loha\.layer\.Conv2d: PEFT differentiates its get_delta_weight wrongly",
     ),
     "attention": (with_attention, rf"^attention: {UNKNOWN} {LORA}MultiheadAttention"),
-    "alora": (lambda: adapted(lora(alora_invocation_tokens=[1])), rf"^to_q: {UNKNOWN} {LORA}Linear: aLoRA does not support"),
+    "alora": (
+        lambda: adapted(lora(alora_invocation_tokens=[1])),
+        rf"^to_q: {UNKNOWN} {LORA}Linear: aLoRA does not support",
+    ),
     "grouped": (lambda: adapted(lora(["grouped"])), rf"^grouped: {UNKNOWN} {LORA}Conv2d"),
     "merged": (merged, "^to_q has merged default into its base weight"),
     "nested": (nested, r"to_q: .*it adapts a layer of peft\.tuners\.lora\.layer"),
@@ -774,8 +801,10 @@ def test_names_that_are_not_all_of_an_adapter_get_all_the_gradient():
     train_(net)
     value, expected = reference(net)
     assert snapshot.add_gradient_(net, "product", 1.0).value.item() == pytest.approx(value, rel=1e-5)
-    assert_close({"to_q.lora_A.default.weight": net.to_q.lora_A["default"].weight.grad}, {
-        "to_q.lora_A.default.weight": expected["to_q.lora_A.default.weight"]})
+    assert_close(
+        {"to_q.lora_A.default.weight": net.to_q.lora_A["default"].weight.grad},
+        {"to_q.lora_A.default.weight": expected["to_q.lora_A.default.weight"]},
+    )
     assert net.to_q.lora_B["default"].weight.grad is None
 
 
@@ -795,7 +824,11 @@ MISMATCHES = {
     "rank": (lora(r=4), lora(r=8), r"^to_out\.lora_A\.default\.weight: expected shape \(4, 40\), got \(8, 40\)"),
     "missing layer": (lora(), lora(["to_q"]), r"^to_out\.lora_A\.default\.weight: expected .*got None \(None: no tr"),
     "further layer": (lora(["to_q"]), lora(), r"^to_out\.lora_A\.default\.weight: expected shape None, got \(4, 40\)"),
-    "kind": (lora(["to_q"]), lora(["to_q"], use_dora=True), r"^to_q\.lora_magnitude_vector\.default\.weight: .* None, got"),
+    "kind": (
+        lora(["to_q"]),
+        lora(["to_q"], use_dora=True),
+        r"^to_q\.lora_magnitude_vector\.default\.weight: .* None, got",
+    ),
     "other kind": (loha(["to_q"]), lora(["to_q"]), r"^to_q\.hada_w1_a\.default: expected shape \(40, 4\), got None"),
 }
 

@@ -13,7 +13,16 @@ PACKAGE = ROOT / "diffusers_lipreg"
 CORE = {  # besides the standard library; another core module states here what it needs
     "errors": {"hub_client"},
     "hub_client": {"huggingface_hub"},
-    "loading": {"torch", "accelerate", "diffusers", "huggingface_hub", "peft", "safetensors", "transformers", "errors"},
+    "loading": {
+        "torch",
+        "accelerate",
+        "diffusers",
+        "huggingface_hub",
+        "peft",
+        "safetensors",
+        "transformers",
+        "errors",
+    },
     "sharding": {"torch"},
     "drift": {"torch", "sharding"},
     "snapshot": {"torch", "drift", "sharding"},
@@ -68,13 +77,18 @@ def test_core_imports_torch_and_what_stands_before_it():
     core = {path.stem: found for path, found in IMPORTS.items() if path.parent == PACKAGE and path.stem in CORE}
     assert core.keys() == CORE.keys()
     for name, found in core.items():
-        assert {module.removeprefix("diffusers_lipreg.") for module in found - sys.stdlib_module_names} <= CORE[name], name
+        assert {module.removeprefix("diffusers_lipreg.") for module in found - sys.stdlib_module_names} <= CORE[
+            name
+        ], name
 
 
 def test_dreambooth_never_imports_the_core():
     for path, found in IMPORTS.items():
         if path.parent == PACKAGE / "dreambooth":
-            ours = {name for name in found if name.startswith("diffusers_lipreg")} - {"diffusers_lipreg.errors", "diffusers_lipreg.__version__"}
+            ours = {name for name in found if name.startswith("diffusers_lipreg")} - {
+                "diffusers_lipreg.errors",
+                "diffusers_lipreg.__version__",
+            }
             assert all(name.startswith("diffusers_lipreg.dreambooth.") for name in ours), path
 
 
@@ -96,7 +110,9 @@ def test_private_names_stay_in_their_files():
 def test_the_package_and_its_torch_only_names_import_torch_alone():
     """So that importing it costs about what torch costs, and `--help` no more than it must."""
     heavy = "sorted({'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules))"
-    ran = execute("-c", f"import sys, diffusers_lipreg; from diffusers_lipreg import {', '.join(LIGHT)}; print({heavy})")
+    ran = execute(
+        "-c", f"import sys, diffusers_lipreg; from diffusers_lipreg import {', '.join(LIGHT)}; print({heavy})"
+    )
     assert ran.stdout.strip() == "[]", ran.stderr
     ran = execute("-c", "import sys, diffusers_lipreg; print('torch' in sys.modules)")
     assert ran.stdout.startswith("False"), ran.stderr

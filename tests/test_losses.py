@@ -65,7 +65,7 @@ def test_least_squares_descends_to_the_ridge_towards_the_teacher(reduction, in_p
     theta_0 = module.weight.detach().clone().T
     k = 7.0 / 3 if reduction == "tensor_mean" else 7.0
     gram = x.T @ x + k * torch.eye(3, dtype=torch.float64)
-    minimiser = torch.linalg.solve(gram, x.T @ y + k * theta_0)
+    minimizer = torch.linalg.solve(gram, x.T @ y + k * theta_0)
 
     penalty = LipschitzDriftLoss(TeacherSnapshot(module), 7.0, reduction)
     optimizer = torch.optim.SGD(module.parameters(), lr=1 / (2 * torch.linalg.eigvalsh(gram).max().item()))
@@ -76,7 +76,7 @@ def test_least_squares_descends_to_the_ridge_towards_the_teacher(reduction, in_p
         if in_place:
             penalty.add_gradient_(module)
         optimizer.step()
-    torch.testing.assert_close(module.weight.T, minimiser, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(module.weight.T, minimizer, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,9 @@ def test_both_routes_give_one_gradient(reduction, autocast, max_norm, accumulati
 
 def test_repr_says_weight_reduction_and_tensors():
     penalty = LipschitzDriftLoss(TeacherSnapshot(nn.Linear(1, 1)), 500, "tensor_mean")
-    assert repr(penalty) == "LipschitzDriftLoss(weight=500, reduction='tensor_mean', snapshot=TeacherSnapshot(2 tensors))"
+    assert (
+        repr(penalty) == "LipschitzDriftLoss(weight=500, reduction='tensor_mean', snapshot=TeacherSnapshot(2 tensors))"
+    )
 
 
 def test_the_loss_draws_no_random_numbers():

@@ -73,7 +73,9 @@ def test_the_penalty_joins_the_gradients_of_an_update(model: nn.Linear, scale: f
 def probe() -> Any:
     """Measures, one after another, 10, 20 and 30 percent, on two chains."""
     drifts = iter([0.1, 0.2, 0.3])
-    return SimpleNamespace(measure=lambda denoiser: OutputDrift([7.0], torch.full((1, 2), next(drifts)), torch.ones(1, 2)))
+    return SimpleNamespace(
+        measure=lambda denoiser: OutputDrift([7.0], torch.full((1, 2), next(drifts)), torch.ones(1, 2))
+    )
 
 
 def test_output_drift_is_measured_when_due_and_the_last_one_stays_in_the_logs(model: nn.Linear, probe: Any) -> None:
@@ -104,6 +106,8 @@ def test_its_state_is_json_and_comes_back(model: nn.Linear, probe: Any) -> None:
 
 
 def test_a_lost_model_ends_in_one_line(model: nn.Linear) -> None:
-    lost = SimpleNamespace(measure=lambda denoiser: OutputDrift([7.0], torch.full((1, 1), torch.nan), torch.ones(1, 1)))
+    lost = SimpleNamespace(
+        measure=lambda denoiser: OutputDrift([7.0], torch.full((1, 1), torch.nan), torch.ones(1, 1))
+    )
     with pytest.raises(RunError, match="output drift is nan after training, so the model is lost"):
         regularizer(model, probe=lost).finish()
