@@ -26,7 +26,7 @@ import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.dreambooth import hub as hub_module
 from diffusers_lipreg.dreambooth.output import CONFIG, INDEX, MANIFEST, OutputFolder, remedy
 from diffusers_lipreg.errors import RunError
-from diffusers_lipreg.interpolate import find_adapters
+from diffusers_lipreg.loading import find_adapters
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 ADAPTERS = "pytorch_lora_weights.safetensors"
