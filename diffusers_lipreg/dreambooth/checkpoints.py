@@ -14,7 +14,6 @@ from itertools import count
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
-from unittest.mock import patch
 
 import accelerate.utils
 import torch
@@ -184,9 +183,14 @@ def load_models(models: Mapping[str, nn.Module], folder: str) -> None:
 @contextmanager
 def tensors_only() -> Iterator[None]:
     """Have `torch.load` refuse in the block, whoever calls it and how, pickles that would run code."""
-    with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
-        os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch takes one of them only
+    forced, opposite = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch takes one alone
+    before = {name: os.environ.pop(name) for name in (forced, opposite) if name in os.environ}
+    os.environ[forced] = "1"
+    try:
         yield
+    finally:
+        del os.environ[forced]
+        os.environ.update(before)
 
 
 def find(output_dir: str, wanted: str | None) -> Path | None:
@@ -213,16 +217,16 @@ def find(output_dir: str, wanted: str | None) -> Path | None:
 
 def _whole_one(found: list[Path]) -> Path:
     """Return the last of the checkpoints that is whole, with a warning for those passed over."""
-    for number, checkpoint in enumerate(reversed(found), start=1):
-        fault = fault_of(checkpoint)
-        if not fault:
-            return checkpoint
-        before = found[-number - 1].name if number < len(found) else None
-        message = f"{checkpoint} is not whole: {fault}."
-        if before is None:
-            raise RunError(f"{message} Choose another one, or start anew without --resume_from_checkpoint.")
-        logger.warning(f"{message} Going on from {before} instead.")
-    raise AssertionError("unreachable")
+    *before, checkpoint = found
+    fault = fault_of(checkpoint)
+    if not fault:
+        return checkpoint
+    if not before:
+        raise RunError(
+            f"{checkpoint} is not whole: {fault}. Choose another one, or start anew without --resume_from_checkpoint."
+        )
+    logger.warning(f"{checkpoint} is not whole: {fault}. Going on from {before[-1].name} instead.")
+    return _whole_one(before)
 
 
 class Checkpoints:
@@ -305,7 +309,6 @@ class Checkpoints:
 
     def _begin(self, final: Path) -> Path:
         """Return the hidden name to write a checkpoint under. What no run of ours wrote under its own is renamed."""
-        partial, _ = _hidden(final)
         if self.accelerator.is_main_process:
             self._clear()
             if final.exists() and final.name not in self.output.owned("checkpoint"):
@@ -313,7 +316,7 @@ class Checkpoints:
                 final.replace(kept)
                 logger.warning(f"{final} was not written by a run of ours: it is kept as {kept}.")
             self.output.add("checkpoint", [final.name])
-        return partial
+        return _hidden(final)[0]
 
     def _finish(self, partial: Path, final: Path) -> None:
         """Give a checkpoint its name, when all of it is on the disk."""
@@ -388,13 +391,14 @@ class Checkpoints:
             checkpoint = self._load_or_before(checkpoint, updates_per_epoch, monitor)
             step, self.resumed_from = step_of(checkpoint), [checkpoint]
         if self.accelerator.is_main_process:
-            self.output.claim()
-            self.output.write_result(CONFIG, lambda path: run_config.write(self.config, path))
-        others = [path.name for path in checkpoints(self.output.path) if path not in self.of_this_run()]
-        if others:
+            with self.writing(self.output.path / CONFIG):
+                self.output.claim()
+                self.output.write_result(CONFIG, lambda path: run_config.write(self.config, path))
+        mine = self.of_this_run()
+        if others := [path.name for path in checkpoints(self.output.path) if path not in mine]:
             logger.warning(
-                f"{self.output.path} holds {', '.join(others)} of other runs: --checkpoints_total_limit neither counts nor "
-                "removes them. Of these, one that a run of ours wrote is replaced when this run reaches its number."
+                f"{self.output.path} holds {', '.join(others)} of other runs, which --checkpoints_total_limit neither counts "
+                "nor removes. A checkpoint of the same number replaces one that a run of ours wrote; others are renamed."
             )
         if step >= self.args.max_train_steps:
             logger.info(f"{checkpoint} has all {self.args.max_train_steps} updates: nothing is left to train.")
