@@ -19,6 +19,7 @@ from accelerate.tracking import TensorBoardTracker
 from conftest import PARITY, ROOT, assert_equal_weights, flags
 from huggingface_hub import CommitOperationAdd, HfApi
 from loopback_hub import LoopbackHub
+from safetensors.torch import load_file
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
