@@ -14,7 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
+from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
 from ..dreambooth.validation import set_scheduler
@@ -155,5 +157,7 @@ def use_scheduler(pipeline: Any, name: str | None) -> Any:
     """Return the pipeline, with diffusers' scheduler class `name` instead of its own if a name is given."""
     if name is not None:
         with one_line_errors(f"--scheduler {name}: it does not fit --base"):
+            if not issubclass(getattr(diffusers, name), SchedulerMixin):
+                raise TypeError("it is no scheduler")
             set_scheduler(pipeline, name)
     return pipeline

@@ -11,48 +11,30 @@ from typing import NamedTuple
 
 from ..errors import RunError, read_lines
 
-_PLACES = (
-    "a {} in the jungle",
-    "a {} in the snow",
-    "a {} on the beach",
-    "a {} on a cobblestone street",
-    "a {} on top of pink fabric",
-    "a {} on top of a wooden floor",
-    "a {} with a city in the background",
-    "a {} with a mountain in the background",
-    "a {} with a blue house in the background",
-    "a {} on top of a purple rug in a forest",
-)
-_PROPERTIES = ("a red {}", "a purple {}", "a shiny {}", "a wet {}", "a cube shaped {}")
+PLACES = """
+a {} in the jungle, a {} in the snow, a {} on the beach, a {} on a cobblestone street,
+a {} on top of pink fabric, a {} on top of a wooden floor, a {} with a city in the background,
+a {} with a mountain in the background, a {} with a blue house in the background,
+a {} on top of a purple rug in a forest
+"""
+CLOTHES = """
+a {} wearing a red hat, a {} wearing a santa hat, a {} wearing a rainbow scarf,
+a {} wearing a black top hat and a monocle, a {} in a chef outfit, a {} in a firefighter outfit,
+a {} in a police outfit, a {} wearing pink glasses, a {} wearing a yellow shirt,
+a {} in a purple wizard outfit
+"""
+MORE_PLACES = """
+a {} with a wheat field in the background, a {} with a tree and autumn leaves in the background,
+a {} with the Eiffel Tower in the background, a {} floating on top of water, a {} floating in an ocean of milk,
+a {} on top of green grass with sunflowers around it, a {} on top of a mirror,
+a {} on top of the sidewalk in a crowded street, a {} on top of a dirt road, a {} on top of a white rug
+"""
+PROPERTIES = """
+a red {}, a purple {}, a shiny {}, a wet {}, a cube shaped {}
+"""
 TEMPLATES = {
-    "live": (
-        *_PLACES,
-        "a {} wearing a red hat",
-        "a {} wearing a santa hat",
-        "a {} wearing a rainbow scarf",
-        "a {} wearing a black top hat and a monocle",
-        "a {} in a chef outfit",
-        "a {} in a firefighter outfit",
-        "a {} in a police outfit",
-        "a {} wearing pink glasses",
-        "a {} wearing a yellow shirt",
-        "a {} in a purple wizard outfit",
-        *_PROPERTIES,
-    ),
-    "object": (
-        *_PLACES,
-        "a {} with a wheat field in the background",
-        "a {} with a tree and autumn leaves in the background",
-        "a {} with the Eiffel Tower in the background",
-        "a {} floating on top of water",
-        "a {} floating in an ocean of milk",
-        "a {} on top of green grass with sunflowers around it",
-        "a {} on top of a mirror",
-        "a {} on top of the sidewalk in a crowded street",
-        "a {} on top of a dirt road",
-        "a {} on top of a white rug",
-        *_PROPERTIES,
-    ),
+    kind: tuple(template.strip() for part in (PLACES, own, PROPERTIES) for template in part.split(","))
+    for kind, own in (("live", CLOTHES), ("object", MORE_PLACES))
 }
 LIVE_NOUNS = ("cat", "dog")
 CLASS_TEMPLATE = "a photo of a {}"
@@ -122,7 +104,7 @@ def one_subject(
     text: str, class_noun: str, photos: str, personalized: str, templates: Sequence[str] | None
 ) -> Subject:
     """Return a subject that is not of the benchmark."""
-    if class_noun not in text:
+    if not class_noun.strip() or class_noun not in text:
         raise RunError(
             f"--subject {text!r}: it does not contain the class noun {class_noun!r}; expected a unique token and the noun, "
             f"as the prompts in training had, for example 'sks {class_noun}'."

@@ -17,11 +17,12 @@ import transformers
 from PIL import Image
 
 from .. import __version__
+from ..dreambooth.data import open_image
 from .generation import ImageSpec, Sampling, write_whole
 from .plots import bars, number
 from .prompts import Subject
 from .results import Images
-from .scores import bootstrap_interval, read_image, short_name
+from .scores import bootstrap_interval, short_name
 
 # Kim, Park, Kim, ICLR 2026 (arXiv 2505.19519), tables of results: DINO, CLIP-T, CLIP-I, plain and with the penalty.
 PAPER = {
@@ -263,7 +264,7 @@ def _image_row(before: Sequence[ImageSpec], after: Sequence[ImageSpec]) -> str:
 
 
 def _thumbnail(path: Path, title: str) -> str:
-    image = read_image(path)
+    image = open_image(path)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=88)

@@ -35,12 +35,6 @@ def short_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def read_image(path: Path) -> Image.Image:
-    """Return the RGB image of a file that was there when the run began."""
-    with one_line_errors(f"{path}: it cannot be read. Remove it"):
-        return open_image(path)
-
-
 def _load(flag: str, model: str) -> Any:
     with one_line_errors(f"{flag} {model}: no model of transformers can be read from such a folder, or the Hub"):
         return AutoModel.from_pretrained(model, dtype=torch.float32).eval()
@@ -128,7 +122,7 @@ class ClipEncoder:
 def embed(encoder: DinoEncoder | ClipEncoder, paths: Sequence[Path]) -> Tensor:
     """Return embeddings (n, d) of image files."""
     parts = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
-    return torch.cat([encoder.images([read_image(path) for path in part]) for part in parts])
+    return torch.cat([encoder.images([open_image(path) for path in part]) for part in parts])
 
 
 def mean_cosine(one: Tensor, other: Tensor) -> float:
@@ -165,7 +159,7 @@ def pixel_change(pairs: Sequence[tuple[Path, Path]]) -> list[float]:
     """
 
     def values(path: Path) -> np.ndarray:
-        return np.asarray(read_image(path), dtype=np.float64) / 255
+        return np.asarray(open_image(path), dtype=np.float64) / 255
 
     return [float(np.square(values(one) - values(other)).mean()) for one, other in pairs]
 

@@ -238,7 +238,8 @@ def test_what_the_user_gets_wrong_ends_in_one_line(refuse, tmp_path, clip):
     assert "has no class noun for my_cat" in refuse(*data, "--personalized", "models/{}")
     assert "expected {} in it" in refuse(*data)
     assert "--subject is for one subject" in refuse(*data, "--subject", "sks dog")
-    assert "--scheduler Nothing" in refuse(*ONE, "--scheduler", "Nothing")
+    for name in ("Nothing", "UNet2DConditionModel"):
+        assert f"--scheduler {name}: it does not fit --base" in refuse(*ONE, "--scheduler", name)
     assert "--device nothing" in refuse(*ONE, "--device", "nothing")
     assert "--subject is empty" in refuse(*ONE, "--subject", "")
     assert "--resolution 12: expected a multiple of 8" in refuse(*ONE, "--resolution", "12")
