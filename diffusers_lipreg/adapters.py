@@ -75,7 +75,8 @@ def find_adapters(module: nn.Module, names: Collection[str] | None, thorough: bo
 
     tuners: dict[Any, str] = {}
     kinds: dict[type, bool] = {}
-    others, parts = False, [("", unwrap(module))]
+    others = False
+    parts: list[tuple[str, Any]] = [("", unwrap(module))]
     for prefix, part in parts:  # each step needs this walk, for which `named_modules` takes several times as long
         if type(part) not in kinds:
             kinds[type(part)] = isinstance(part, BaseTunerLayer)

@@ -201,7 +201,10 @@ class DriftRegularizer:
         if mean > self._best.get("harmonic_mean", 0.0):
             self._best = {"step": self._global_step, **scores}
             save_best()
-            logger.info(f"Best so far is step {self._global_step}: {scores}")
+            logger.info(
+                f"Best so far is step {self._global_step}: harmonic mean {mean:.4f} of subject similarity {subject:.4f} "
+                f"and retention {retention:.4f}."
+            )
 
     @property
     def card_metadata(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ class TeacherSnapshot:
         if not chosen:
             raise ValueError("There is nothing to copy: no parameter requires a gradient and no names were given.")
         # PEFT's layers say so themselves, and PEFT need not be imported to ask them.
-        tuners = [part for part in module.modules() if hasattr(type(part), "get_base_layer")]
+        tuners: list[Any] = [part for part in module.modules() if hasattr(type(part), "get_base_layer")]
         adapters = {attribute for tuner in tuners for attribute in tuner.adapter_layer_names}
         if of_adapters := [name for name in chosen if adapters.intersection(name.split("."))]:
             raise ValueError(f"{of_adapters[0]} is part of an adapter: use AdapterSnapshot.")

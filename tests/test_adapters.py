@@ -766,7 +766,7 @@ CHANGES: dict[str, Callable[[Net], Any]] = {
     "frozen": lambda net: net.to_q.requires_grad_(False),
     "another adapter": lambda net: net.to_q.set_adapter("1"),
     "another parameter": lambda net: net.register_parameter("own", nn.Parameter(torch.ones(1))),
-    "parameter deep inside": lambda net: setattr(net.to_q.lora_A["default"], "bias", nn.Parameter(torch.ones(4))),
+    "base weight": lambda net: net.to_q.base_layer.requires_grad_(True),
     "layer removed": lambda net: setattr(net, "to_q", net.to_q.get_base_layer()),
 }
 
@@ -857,7 +857,7 @@ def test_an_unknown_reduction_is_an_error():
         AdapterSnapshot(net).drift(net, "sum")
 
 
-# As diffusers and transformers put them on
+# As diffusers and PEFT put them on
 
 
 def parity_model(kind: str) -> nn.Module:
@@ -876,7 +876,10 @@ MODELS = {
 @pytest.mark.parametrize(("kind", "config"), MODELS.values(), ids=MODELS)
 def test_add_adapter(kind, config):
     model = parity_model(kind)
-    model.add_adapter(config)
+    if kind.startswith("unet"):
+        model.add_adapter(config)
+    else:  # as this package's scripts do, for transformers' own asks for a PEFT that may not be out yet
+        inject_adapter_in_model(config, model)
     snapshot, reference = AdapterSnapshot(model), Reference(model)
     train_(model)
     value, expected = reference(model)
