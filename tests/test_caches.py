@@ -39,8 +39,8 @@ def watch(script, seen: list[dict[str, bool]], monkeypatch) -> None:
     weights: dict[str, weakref.ref] = {}
     build, loss = script.Models, script.denoising_loss
 
-    def models(args: Namespace, accelerator: Accelerator):
-        built = build(args, accelerator)
+    def models(*args):
+        built = build(*args)
         for name in {"vae", "text_encoder", "text_encoder_2"} & vars(built).keys():
             weights[name] = weakref.ref(next(getattr(built, name).parameters()))
         return built

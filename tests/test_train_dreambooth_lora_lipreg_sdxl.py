@@ -16,6 +16,7 @@ from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser
 BASE = PARITY / "pipeline_sdxl"
 LORA = "pytorch_lora_weights.safetensors"
 KOHYA = "pytorch_lora_weights_kohya.safetensors"
+BESIDE = {"README.md", "image_0.png", "config.yaml", ".lipreg/manifest.json"}
 OFF = ("--lipreg_weight", "0")
 
 
@@ -111,7 +112,7 @@ def test_trained_pushed_and_loaded_elsewhere(more, tmp_path):
         ran = execute("-m", "accelerate.commands.launch", *script, env=env)
         assert ran.returncode == 0, ran.stderr
         files = hub.files("alice/sks-duck")
-        assert files.keys() == {LORA, KOHYA, "README.md", "image_0.png"}
+        assert files.keys() == {LORA, KOHYA, *BESIDE}
         assert not [path for path in out.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
         kohya = shutil.copy(out / KOHYA, tmp_path)
         card = files["README.md"].decode()
@@ -124,7 +125,7 @@ def test_trained_pushed_and_loaded_elsewhere(more, tmp_path):
         again = execute(*fewer, env=env)
         assert again.returncode == 0, again.stderr
         assert hub.files("alice/sks-duck")["README.md"].decode() == card
-        assert hub.files("alice/sks-duck").keys() == {LORA, "README.md", "image_0.png"}  # nothing stale
+        assert hub.files("alice/sks-duck").keys() == {LORA, *BESIDE}  # nothing stale
 
         loaded = draw_elsewhere(BASE, "alice/sks-duck", env=hub.environment(tmp_path / "empty"))
     assert loaded == draw(BASE, out)
