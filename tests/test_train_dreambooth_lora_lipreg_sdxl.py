@@ -16,7 +16,7 @@ from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser
 BASE = PARITY / "pipeline_sdxl"
 LORA = "pytorch_lora_weights.safetensors"
 KOHYA = "pytorch_lora_weights_kohya.safetensors"
-BESIDE = {"README.md", "image_0.png", "config.yaml", ".lipreg/manifest.json"}
+BESIDE = {"README.md", "image_0.png", ".lipreg/manifest.json"}
 OFF = ("--lipreg_weight", "0")
 
 

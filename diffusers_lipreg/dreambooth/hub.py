@@ -23,7 +23,7 @@ from huggingface_hub.errors import (  # the last is what all of the client's err
 from PIL import Image
 
 from ..errors import RunError, one_line
-from .output import MANIFEST, OutputFolder
+from .output import CONFIG, MANIFEST, OutputFolder
 
 logger = get_logger(__name__)
 T = TypeVar("T")
@@ -91,8 +91,12 @@ def push_advice(output: OutputFolder, repo_id: str, stale: Iterable[str] = ()) -
 
 
 def uploaded(output: OutputFolder) -> list[str]:
-    """Return the names of the files that make up the result, and of the manifest, which the next push compares with."""
-    return [MANIFEST, *(name for name in output.owned("result") if (output.path / name).is_file())]
+    """Return the names of the files that make up the result, and of the manifest, which the next push compares with.
+
+    config.yaml is not among them: it names folders and photos of this machine.
+    """
+    result = [name for name in output.owned("result") if name != CONFIG]
+    return [MANIFEST, *(name for name in result if (output.path / name).is_file())]
 
 
 def stale_files(api: HfApi, repo_id: str, output: OutputFolder) -> list[str]:

@@ -84,7 +84,7 @@ def test_nothing_of_the_user_is_uploaded_deleted_or_overwritten(train, hub: Loop
     train(out, *inside)
     pipeline = set(OutputFolder(out).owned("result"))
     assert {INDEX, UNET, "README.md"} <= pipeline and ADAPTERS not in pipeline
-    assert hub.files("alice/x").keys() == theirs | pipeline | {MANIFEST}
+    assert hub.files("alice/x").keys() == theirs | pipeline - {CONFIG} | {MANIFEST}
     assert before.items() <= contents(out).items()
     assert contents(out).keys() == before.keys() | pipeline
 
@@ -113,7 +113,7 @@ def test_the_printed_command_pushes_the_same(train, hub: LoopbackHub, tmp_path: 
         [Path(sys.executable).with_name(words[0]), *words[1:]], env=environment, check=True, capture_output=True
     )
     assert hub.files("alice/x").keys() == {ADAPTERS, "README.md", MANIFEST}
-    assert contents(out).keys() == STRANGERS.keys() | {ADAPTERS, "README.md"}
+    assert contents(out).keys() == STRANGERS.keys() | {ADAPTERS, CONFIG, "README.md"}
 
 
 def test_a_used_folder_is_announced_and_keeps_what_is_not_ours(train, tmp_path: Path, caplog) -> None:
@@ -353,7 +353,7 @@ def test_a_full_disk_at_the_card_loses_no_result(train, hub: LoopbackHub, tmp_pa
     ) as failed:
         train(out, *ADAPTER_RUN, *PUSH)
     assert "README.md" not in str(failed.value)
-    assert contents(out).keys() == {ADAPTERS}
+    assert contents(out).keys() == {ADAPTERS, CONFIG}
     monkeypatch.undo()
     assert_equal_weights(out / ADAPTERS, train(tmp_path / "plain", *ADAPTER_RUN) / ADAPTERS)
 
