@@ -311,7 +311,7 @@ def test_the_best_checkpoint_is_kept(train, tmp_path, caplog):
         "--max_train_steps", "8", "--checkpointing_steps", "4", "--train_batch_size", "4", *OFF,
     )  # fmt: skip
     lines = [record.getMessage() for record in caplog.records if "Best so far is step" in record.getMessage()]
-    assert lines and "harmonic_mean" in lines[-1] and "retention" in lines[-1]
+    assert lines and "harmonic mean" in lines[-1] and "retention" in lines[-1]
     best = int(re.search(r"step (\d+)", lines[-1])[1])
     assert_equal_weights(out / "checkpoint-best" / UNET, out / f"checkpoint-{best}" / UNET)
     assert not list(out.glob(".checkpoint*"))
