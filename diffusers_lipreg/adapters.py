@@ -228,6 +228,8 @@ def delta_drift(layers: Layers, starts: Layers) -> Tensor:
             delta_weight(now.tuner, now.name, {name: _widen(tensor, like) for name, tensor in of.tensors.items()})
             for of in (now, start)
         )
+        if delta.dtype != _widen(like, like).dtype:
+            raise ValueError(f"PEFT rounds its get_delta_weight to {delta.dtype}")
         changes.append(delta - delta_0)
     return torch.stack(changes).sum(dim=0).square().sum().to(_upcast(like).dtype)
 

@@ -134,7 +134,6 @@ STARTS: dict[str, Callable[[], Net]] = {
     "two_loras_continued": partial(continued, lora(lora_alpha=4), lora(r=2, lora_alpha=7)),
     "two_lohas": partial(adapted, loha(), loha(r=1)),
     "two_lokrs": partial(adapted, lokr(), lokr(r=1)),
-    "c3a": partial(adapted, peft.C3AConfig(target_modules=LINEAR, block_size=8)),
     "two_loras_elsewhere": partial(adapted, lora(["to_q"]), lora(LINEAR, r=2)),
 }
 
@@ -730,6 +729,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "loha with PEFT's wrong gradient": (
         lambda: adapted(loha(["conv"], use_effective_conv2d=True)),
         r"^conv: .*loha\.layer\.Conv2d: PEFT differentiates its get_delta_weight wrongly",
+    ),
+    "c3a": (
+        lambda: adapted(peft.C3AConfig(target_modules=["to_q"], block_size=8)),
+        r"^to_q: .*c3a\.layer\.C3ALinear: PEFT rounds its get_delta_weight to torch\.float32",
     ),
     "attention": (with_attention, rf"^attention: {UNKNOWN} {LORA}MultiheadAttention"),
     "alora": (
