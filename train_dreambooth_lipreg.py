@@ -29,7 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from diffusers_lipreg import AdapterSnapshot, Denoiser, OutputProbe, TeacherSnapshot
+from diffusers_lipreg import AdapterSnapshot, Denoiser, TeacherSnapshot
 from diffusers_lipreg.dreambooth import (
     arguments,
     captions,
@@ -41,6 +41,7 @@ from diffusers_lipreg.dreambooth import (
     optimization,
     preflight,
     prior,
+    resumable,
     run_config,
     setup,
     text,
@@ -323,7 +324,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         pixels = data.held_out_crops([partial(data.open_image, path) for path in instance_images[:4]], args.resolution)
         crops = moments.of_crops(models.vae, pixels, accelerator.device) | {"prompts": prompts[:4]}
     layouts = moments.cache(args, accelerator, models.vae, dataset) if cached else None
-    loader = data.make_loader(args, dataset, layouts)
+    loader = resumable.make_loader(args, dataset, layouts)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     optimizer = optimization.create_adamw(args, models.parameters, setup.fuses_adamw(accelerator))
@@ -347,22 +348,15 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         models.trained,
         partial(take_snapshot, args, base, bare),
         denoiser,
-        None if not probe_prompts else partial(
-            OutputProbe,
-            denoiser,
-            models.noise_scheduler,
-            data.latent_shape(models.vae, args.resolution),
-            prompts=probe_prompts,
-            device=accelerator.device,
-        ),
+        models.noise_scheduler,
+        data.latent_shape(models.vae, args.resolution),
+        probe_prompts,
         subject_loss=partial(held_out_loss, args, models, crops, text_states),
         save_best=partial(saved.save_best, bare, partial(save_weights, args)),
     )
     step, epochs = saved.resume(checkpoint, updates_per_epoch, regularizer)
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
-    if accelerator.is_main_process:
-        output.claim()
     trackers.start_trackers(args, accelerator, "dreambooth")
     images: list[Image.Image] = []
     progress = tqdm(

@@ -34,7 +34,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffusers_lipreg import AdapterSnapshot, Denoiser, OutputProbe
+from diffusers_lipreg import AdapterSnapshot, Denoiser
 from diffusers_lipreg.dreambooth import (
     arguments,
     checkpoints,
@@ -45,6 +45,7 @@ from diffusers_lipreg.dreambooth import (
     optimization,
     preflight,
     prior,
+    resumable,
     run_config,
     setup,
     text,
@@ -291,7 +292,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         crops = moments.of_crops(models.vae, pixels, accelerator.device)
         crops |= {"prompts": [photo.prompt for photo in photos[:4]], "time_ids": time_ids.repeat(len(pixels), 1)}
     layouts = moments.cache(args, accelerator, models.vae, dataset) if cached else None
-    loader = data.make_loader(args, dataset, layouts)
+    loader = resumable.make_loader(args, dataset, layouts)
     updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
     optimization.scale_learning_rate(args, accelerator.num_processes)
     trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in bare.items()}
@@ -310,14 +311,9 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         models.trained,
         lambda name: AdapterSnapshot(bare[name]),
         denoiser,
-        None if not probe_prompts else partial(
-            OutputProbe,
-            denoiser,
-            models.noise_scheduler,
-            data.latent_shape(models.vae, args.resolution),
-            prompts=probe_prompts,
-            device=accelerator.device,
-        ),
+        models.noise_scheduler,
+        data.latent_shape(models.vae, args.resolution),
+        probe_prompts,
         subject_loss=partial(held_out_loss, args, models, crops, text_states, dtype),
         save_best=partial(saved.save_best, bare, save_weights),
     )
@@ -325,8 +321,6 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     loss_of = partial(denoising_loss, args, models, text_states=text_states, dtype=dtype, prior_weight=prior_weight)
     playground = isinstance(models.noise_scheduler, EDMEulerScheduler)
-    if accelerator.is_main_process:
-        output.claim()
     project = "dreambooth-lora-playground" if playground else "dreambooth-lora-sd-xl"
     trackers.start_trackers(args, accelerator, project)
     images: list[Image.Image] = []

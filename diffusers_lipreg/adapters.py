@@ -61,7 +61,7 @@ Layers = Sequence[Sequence[Adapter]]
 Formula = Callable[[Layers, Layers], Tensor]  # adapters by layer and in it by place, now and at the snapshot
 
 
-def find_adapters(module: nn.Module, names: Collection[str] | None, thorough: bool = False) -> list[list[Adapter]]:
+def find_trained_layers(module: nn.Module, names: Collection[str] | None, thorough: bool = False) -> list[list[Adapter]]:
     """Return the active adapters of `module`, for each layer that trains one.
 
     Args:
@@ -313,7 +313,7 @@ class AdapterSnapshot:
             raise ValueError(
                 f"The module has no parameter named {abbreviate(unknown)}; it has {abbreviate(parameters)}."
             )
-        layers, checked = find_adapters(module, self.names, thorough=True), set[Hashable]()
+        layers, checked = find_trained_layers(module, self.names, thorough=True), set[Hashable]()
         self._shapes = _shapes(layers)
         self._formulas: dict[str, Formula] = {}
         self._starts: dict[tuple[str, str], Adapter] = {}
@@ -396,7 +396,7 @@ class AdapterSnapshot:
 
     def _batches(self, module: nn.Module) -> Iterator[Layers]:
         """Yield the layers: those with LoRA of one shape and scale in batches, others alone."""
-        layers = find_adapters(module, self.names)
+        layers = find_trained_layers(module, self.names)
         expected, given = self._shapes, _shapes(layers)
         if expected != given:
             first = min(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))

@@ -6,7 +6,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +59,17 @@ def run_cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace
         if vars(args).get("debug"):
             raise
         sys.exit(f"{name or Path(sys.argv[0]).name}: error: {printable(str(error))}")
+
+
+@contextmanager
+def as_run_error(describe: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn whatever the block raises into a `RunError` with the line `describe(error)`; a `RunError` stays as it is."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(describe(error)) from error
 
 
 def secrets() -> set[str]:

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from . import loading
 from .budget import WeightInterpolation, bisect_alpha
+from .dreambooth.lora import MAGNITUDE
 from .errors import OneLineParser, RunError, one_line, read_lines, run_cli
 from .probe import PROMPTS, OutputProbe, pipeline_denoiser
 
 NAME = "python -m diffusers_lipreg.interpolate"
-MAGNITUDE = ".lora_magnitude_vector"
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -170,7 +170,7 @@ def row_norms(base: Any, name: str, magnitudes: Tensor) -> Tensor:
 
 
 def interpolate(args: argparse.Namespace) -> None:
-    loading.quiet_libraries()
+    loading.silence_libraries()
     args.device = loading.find_device(args.device)
     with new_folder(args.output_dir) as folder:
         file = loading.find_adapters(args.personalized)

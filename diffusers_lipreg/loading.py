@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +24,21 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import nn
 
-from .errors import RunError, one_line
+from .errors import RunError, as_run_error, one_line
 
+INDEX = DiffusionPipeline.config_name
 # Between the name of a layer and those of its factors: PEFT's, diffusers' before it, kohya's and LyCORIS'.
 FACTOR = re.compile(r"[._](?:lora[._]|lora_linear_layer\.|hada_|lokr_|alpha$)")
 # The one factor of a layer, or a bias beside it, that its change is proportional to.
 UP = re.compile(r"(?:[._]up\.weight|\.lora_B\.(?:weight|bias)|\.hada_w1_a|\.lokr_w1(?:_a)?)$")
 
 
-@contextmanager
-def one_line_errors(what: str) -> Iterator[None]:
+def one_line_errors(what: str) -> AbstractContextManager[None]:
     """Turn whatever the block raises into one line that begins with `what`."""
-    try:
-        yield
-    except RunError:
-        raise
-    except Exception as error:
-        raise RunError(f"{what} ({one_line(error)})") from error
+    return as_run_error(lambda error: f"{what} ({one_line(error)})")
 
 
-def quiet_libraries() -> None:
+def silence_libraries() -> None:
     """Silence the progress bars and warnings of diffusers and transformers, which tell a user nothing to act on."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(logging.CRITICAL)
@@ -80,7 +74,7 @@ def load_pipeline(
     with one_line_errors(f"{flag} {model}: it cannot be loaded as a pipeline"):
         index = DiffusionPipeline.load_config(model, revision=revision)
         if "_class_name" not in index:
-            raise RunError(f"{flag} {model}: its model_index.json names no pipeline.")
+            raise RunError(f"{flag} {model}: its {INDEX} names no pipeline.")
         source = {"revision": revision, "variant": variant, "use_safetensors": True}
         pipeline = DiffusionPipeline.from_pretrained(
             model, dtype=dtype, **source, **{name: part for name, part in parts.items() if name in index}
@@ -102,7 +96,7 @@ def find_adapters(personalized: str) -> Path | None:
         return check_adapters(path)
     if not os.path.isdir(personalized):  # unlike Path, it does not take "" for the current folder
         return _find_on_hub(what, personalized)
-    if (path / "model_index.json").is_file():
+    if (path / INDEX).is_file():
         return None
     if (path / LORA_WEIGHT_NAME_SAFE).is_file():
         return check_adapters(path / LORA_WEIGHT_NAME_SAFE)
@@ -111,12 +105,12 @@ def find_adapters(personalized: str) -> Path | None:
 
 def _find_on_hub(what: str, repo_id: str) -> Path | None:
     with one_line_errors(f"{what}: no such file or folder, and not to be had from the Hub"):
-        for name in ("model_index.json", LORA_WEIGHT_NAME_SAFE):
+        for name in (INDEX, LORA_WEIGHT_NAME_SAFE):
             try:
                 file = Path(hf_hub_download(repo_id, name))
             except EntryNotFoundError:
                 continue
-            return None if name == "model_index.json" else check_adapters(file)
+            return None if name == INDEX else check_adapters(file)
         return check_adapters(Path(hf_hub_download(repo_id, _only_adapters(what, HfApi().list_repo_files(repo_id)))))
 
 
@@ -125,7 +119,7 @@ def _only_adapters(what: str, names: list[str]) -> str:
     if len(files) > 1:
         raise RunError(f"{what}: it holds {', '.join(files)}: name one of these files.")
     if not files:
-        raise RunError(f"{what}: expected a pipeline (model_index.json) or adapters ({LORA_WEIGHT_NAME_SAFE}).")
+        raise RunError(f"{what}: expected a pipeline ({INDEX}) or adapters ({LORA_WEIGHT_NAME_SAFE}).")
     return files[0]
 
 

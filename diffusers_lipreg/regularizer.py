@@ -97,7 +97,9 @@ class DriftRegularizer:
         models: Mapping[str, nn.Module],
         take_snapshot: Callable[[str], Snapshot],
         denoiser: Denoiser,
-        probe: Callable[[], OutputProbe] | None,
+        scheduler: Any,
+        shape: Sequence[int],
+        probe_prompts: Sequence[str],
         **best: Callable[[], Any],
     ) -> "DriftRegularizer":
         """Build what a script's flags ask for.
@@ -105,7 +107,7 @@ class DriftRegularizer:
         Args:
             models: Those in training, by name. A model is held if its weight is above 0, or is for a budget to find.
             take_snapshot: Returns the snapshot of the model of a name.
-            probe: Takes the probe, or `None` to measure no output drift.
+            denoiser, scheduler, shape, probe_prompts: Of the probe; without prompts no output drift is measured.
             best: `subject_loss` and `save_best`, used with `--keep_best`.
         """
         penalties = []
@@ -119,8 +121,10 @@ class DriftRegularizer:
             held = {penalty.loss: penalty.model for penalty in penalties}
             budget = DriftBudget(args.drift_budget, args.max_train_steps, held)
         every = args.probe_steps or args.max_train_steps
-        taken = None if probe is None else probe()
-        return cls(accelerator, penalties, taken, denoiser, every, budget=budget, **(best if args.keep_best else {}))
+        probe = None
+        if probe_prompts:
+            probe = OutputProbe(denoiser, scheduler, shape, prompts=probe_prompts, device=accelerator.device)
+        return cls(accelerator, penalties, probe, denoiser, every, budget=budget, **(best if args.keep_best else {}))
 
     def subject_loss(self) -> float:
         """Compute the loss on held-out views, in eval mode, with random numbers of its own."""

@@ -8,8 +8,8 @@ import re
 import shlex
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from huggingface_hub.errors import (  # the last is what all of the client's err
 )
 from PIL import Image
 
-from ..errors import RunError, one_line
+from ..errors import RunError, as_run_error, one_line
 from .output import CONFIG, MANIFEST, OutputFolder
 
 logger = get_logger(__name__)
@@ -127,16 +127,14 @@ def upload(args: Namespace, output: OutputFolder, repo_id: str) -> None:
         raise RunError(f"the upload to {repo_id} failed ({reason(error)}). {advice}") from error
 
 
-@contextmanager
-def result_is_safe(output: OutputFolder, repo_id: str | None) -> Iterator[None]:
+def result_is_safe(output: OutputFolder, repo_id: str | None) -> AbstractContextManager[None]:
     """Turn whatever fails in the block into one line, which says that the result is whole and how to push it."""
-    try:
-        yield
-    except RunError:
-        raise
-    except Exception as error:
+
+    def describe(error: Exception) -> str:
         advice = f"The result is whole in {output.path}." if repo_id is None else push_advice(output, repo_id)
-        raise RunError(f"{one_line(error)}. {advice}") from error
+        return f"{one_line(error)}. {advice}"
+
+    return as_run_error(describe)
 
 
 def model_card(

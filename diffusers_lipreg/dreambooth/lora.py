@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from diffusers.utils.state_dict_utils import convert_state_dict_to_peft
@@ -27,7 +28,6 @@ from ..errors import one_line
 
 logger = get_logger(__name__)
 Weights = dict[str, dict[str, Tensor]]
-WEIGHTS = "pytorch_lora_weights.safetensors"
 UNSCALED_WEIGHTS = "unscaled_lora_weights.safetensors"
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 MAGNITUDE = ".lora_magnitude_vector"
@@ -122,7 +122,7 @@ def save_adapters(pipeline_class: type[DiffusionPipeline], folder: str | Path, w
 def load_adapters(folder: str | Path, models: Mapping[str, nn.Module]) -> None:
     """Put the adapters of a checkpoint into the bare models that have theirs already."""
     unscaled = Path(folder, UNSCALED_WEIGHTS)
-    weights = load_file(unscaled if unscaled.exists() else Path(folder, WEIGHTS))
+    weights = load_file(unscaled if unscaled.exists() else Path(folder, LORA_WEIGHT_NAME_SAFE))
     for model_name, model in models.items():
         own = {k.removeprefix(f"{model_name}."): v for k, v in weights.items() if k.startswith(f"{model_name}.")}
         if model_name == "unet":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 from argparse import Namespace
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import RunError, one_line
+from ..errors import as_run_error, one_line
 
 BASE_FLAGS = ("pretrained_model_name_or_path", "revision", "variant")
 MODEL_FLAGS = (*BASE_FLAGS, "pretrained_vae_model_name_or_path", "tokenizer_name")
 TEACHER_FLAGS = ("lipreg_teacher_device", "lipreg_teacher_dtype")
 
 
-@contextmanager
-def loading(args: Namespace, flags: Sequence[str] = MODEL_FLAGS) -> Iterator[None]:
+def loading(args: Namespace, flags: Sequence[str] = MODEL_FLAGS) -> AbstractContextManager[None]:
     """Turn whatever a loader, a client or a teacher raises in the block into one line, after the flags that led there."""
-    try:
-        yield
-    except RunError:
-        raise
-    except Exception as error:
-        given = [f"--{name} {vars(args)[name]}" for name in flags if vars(args).get(name)]
-        raise RunError(": ".join([" ".join(given), one_line(error)] if given else [one_line(error)])) from error
+    given = " ".join(f"--{name} {vars(args)[name]}" for name in flags if vars(args).get(name))
+    return as_run_error(lambda error: f"{given}: {one_line(error)}" if given else one_line(error))
 
 
 @dataclass(frozen=True)

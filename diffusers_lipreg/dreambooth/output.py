@@ -20,17 +20,19 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from filelock import FileLock, Timeout
 
 from ..errors import RunError, one_line
-from .lora import KOHYA_WEIGHTS, WEIGHTS
+from .lora import KOHYA_WEIGHTS
 
 logger = get_logger(__name__)
 OWN = ".lipreg"
 MANIFEST = f"{OWN}/manifest.json"
 NAMES = "names.json"  # of the files of the result beside it
 CONFIG = "config.yaml"  # the flags of the run, written at its start: part of every result
-INDEX = "model_index.json"  # without it nothing takes the folder for a pipeline
+INDEX = DiffusionPipeline.config_name  # without it nothing takes the folder for a pipeline
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 Kind = Literal["result", "checkpoint", "log"]
 
@@ -263,7 +265,7 @@ def result_names(args: Namespace, parts: Iterable[str]) -> list[str]:
     if not adapters:
         names += [INDEX, *parts]
     if adapters or args.extract_lora_rank is not None:
-        names.append(WEIGHTS)
+        names.append(LORA_WEIGHT_NAME_SAFE)
     if vars(args).get("output_kohya_format"):
         names.append(KOHYA_WEIGHTS)
     if args.push_to_hub:

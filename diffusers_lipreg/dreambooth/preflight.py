@@ -34,6 +34,7 @@ from ..errors import RunError, one_line, read_lines
 from . import checkpoints, hub, optimization, output
 from .data import open_image
 from .models import BASE_FLAGS, Base, find_weights, list_files, loading, parse_json, read_json
+from .output import INDEX
 
 logger = get_logger(__name__)
 FITTING = "Start from a text-to-image model: Stable Diffusion 1, 2 or XL."
@@ -126,7 +127,6 @@ def probe_prompts(args: Namespace, default: Sequence[str]) -> Sequence[str]:
     return default if args.probe_prompts is None else read_lines(args.probe_prompts, "--probe_prompts")
 
 
-INDEX = DiffusionPipeline.config_name
 TRAINING_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 # What pipelines have beside these that draw from a prompt alone. A controlnet or a motion adapter is none of it.
 OTHER_PARTS = ("safety_checker", "feature_extractor", "image_encoder", "watermarker", "image_noising_scheduler")

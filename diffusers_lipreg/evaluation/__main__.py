@@ -24,7 +24,7 @@ from ..dreambooth.data import find_instance_images
 from ..dreambooth.preflight import check_folder
 from ..dreambooth.setup import DTYPES
 from ..errors import OneLineParser, read_lines, run_cli
-from ..loading import check_same_architecture, find_device, load_personalized, load_pipeline, quiet_libraries
+from ..loading import check_same_architecture, find_device, load_personalized, load_pipeline, silence_libraries
 from ..probe import PROMPTS
 from . import prompts
 from .drift import DriftMeter
@@ -160,7 +160,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def run(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    quiet_libraries()
+    silence_libraries()
     try:
         run_cli(evaluate, args, NAME)
     except KeyboardInterrupt:

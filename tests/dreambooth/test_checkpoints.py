@@ -24,8 +24,9 @@ from transformers import CLIPTextModel
 
 from diffusers_lipreg.dreambooth import checkpoints
 from diffusers_lipreg.dreambooth.checkpoints import Checkpoints
-from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, ResumableDataset, collate
+from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, collate
 from diffusers_lipreg.dreambooth.output import CONFIG, OutputFolder
+from diffusers_lipreg.dreambooth.resumable import ResumableDataset
 from diffusers_lipreg.errors import RunError
 
 BATCHES = 5

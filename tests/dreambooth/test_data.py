@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from diffusers_lipreg.dreambooth.data import (
     DreamBoothDataset,
     PhotoTransform,
-    ResumableDataset,
     collate,
     decode,
     find_instance_images,
@@ -28,6 +27,7 @@ from diffusers_lipreg.dreambooth.data import (
     open_image,
     quiet_libraries,
 )
+from diffusers_lipreg.dreambooth.resumable import ResumableDataset
 from diffusers_lipreg.errors import RunError
 
 

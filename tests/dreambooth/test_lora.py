@@ -7,6 +7,7 @@ import torch
 import transformers
 from conftest import PARITY
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.loaders.peft import PeftAdapterMixin
 from safetensors.torch import load_file
 
@@ -39,10 +40,10 @@ def test_training_and_resuming_need_no_mixin(script, validation, no_mixin, reque
     releases = (f"transformers {transformers.__version__}", f"PEFT {peft.__version__}")
     assert all(part in line for part in (*releases, ">= 0.99.0", "pip install --upgrade"))
     assert "\n" not in line and str(PARITY) not in line
-    weights = load_file(out / lora.WEIGHTS)
+    weights = load_file(out / LORA_WEIGHT_NAME_SAFE)
     assert {name.split(".")[0] for name in weights} >= {"unet", "text_encoder"}
     train(tmp_path, *ADAPTERS, "--resume_from_checkpoint", "checkpoint-1")
-    again = load_file(out / lora.WEIGHTS)
+    again = load_file(out / LORA_WEIGHT_NAME_SAFE)
     assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
 
 
