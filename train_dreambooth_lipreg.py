@@ -256,7 +256,12 @@ def save_rest(args: argparse.Namespace, base: Base, models: Mapping[str, nn.Modu
 
 
 def predict(
-    args: argparse.Namespace, unet: nn.Module, channels: int, noisy: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor
+    args: argparse.Namespace,
+    unet: nn.Module,
+    channels: int,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    states: torch.Tensor,
 ) -> torch.Tensor:
     """The UNet's prediction (B, C, H, W) for noisy latents (B, C, H, W) at timesteps (B,) and text states (B, L, D)."""
     if channels == 2 * noisy.shape[1]:  # an upscaler: it sees the image to improve beside the noisy one

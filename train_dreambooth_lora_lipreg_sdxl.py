@@ -170,7 +170,14 @@ def probe_denoiser(args: argparse.Namespace, models: Models, prompts: Sequence[s
     unet, encode = models.unet, partial(text.encode_sdxl, models.tokens, models.text_encoders)
     if not args.train_text_encoder:  # holds no encoder
         encode = {(prompt,): encode([prompt]) for prompt in prompts}.__getitem__
-    time_ids = [float(args.resolution), float(args.resolution), 0.0, 0.0, float(args.resolution), float(args.resolution)]
+    time_ids = [
+        float(args.resolution),
+        float(args.resolution),
+        0.0,
+        0.0,
+        float(args.resolution),
+        float(args.resolution),
+    ]
 
     def denoise(noisy: torch.Tensor, timestep: torch.Tensor, texts: list[str]) -> torch.Tensor:
         alone = [encode((prompt,)) for prompt in texts]
@@ -382,7 +389,9 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
             trained = {name: getattr(pipeline, name) for name in models.trained_names}
             lora.add_adapters(args, trained, alpha=args.rank)
             lora.load_adapters(args.output_dir, trained)
-            images = validation.sample_images(args, accelerator, pipeline, {"prompt": args.validation_prompt}, steps=25)
+            images = validation.sample_images(
+                args, accelerator, pipeline, {"prompt": args.validation_prompt}, steps=25
+            )
             validation.log_images(accelerator, images, args.validation_prompt, step, name="test")
         accelerator.end_training()
         if repo_id is not None:

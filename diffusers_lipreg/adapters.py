@@ -61,7 +61,9 @@ Layers = Sequence[Sequence[Adapter]]
 Formula = Callable[[Layers, Layers], Tensor]  # adapters by layer and in it by place, now and at the snapshot
 
 
-def find_trained_layers(module: nn.Module, names: Collection[str] | None, thorough: bool = False) -> list[list[Adapter]]:
+def find_trained_layers(
+    module: nn.Module, names: Collection[str] | None, thorough: bool = False
+) -> list[list[Adapter]]:
     """Return the active adapters of `module`, for each layer that trains one.
 
     Args:

@@ -208,7 +208,9 @@ class OutputProbe:
 
     def measure(self, denoiser: Denoiser) -> OutputDrift:
         """The output drift of `denoiser`: exactly zero for the one that the probe was taken of."""
-        rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        rank, world = (
+            (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        )
         rows = [probe.prediction.new_zeros(len(probe.prompts)) for probe in self._probes]
         with denoiser.evaluating() as predict:
             for first in range(0, len(rows), world):

@@ -277,8 +277,12 @@ MISTAKES = [
     Mistake(1, "--instance_data_dir 'photos\n\x1b[2J犬'", "--instance_data_dir photos\\n\\x1b[2J犬: there is no such"),
     Mistake(1, "--instance_data_dir {photos} --caption_column text", "metadata.jsonl", "sdxl"),
     Mistake(1, "--instance_data_dir {captions} --caption_column caption", "there are file_name, text", "sdxl"),
-    Mistake(1, "--instance_data_dir {garbled_captions} --caption_column text", "a JSON object with a file_name", "sdxl"),
-    Mistake(1, "--instance_data_dir {nameless_captions} --caption_column text", "a JSON object with a file_name", "sdxl"),
+    Mistake(
+        1, "--instance_data_dir {garbled_captions} --caption_column text", "a JSON object with a file_name", "sdxl"
+    ),
+    Mistake(
+        1, "--instance_data_dir {nameless_captions} --caption_column text", "a JSON object with a file_name", "sdxl"
+    ),
     Mistake(1, "--dataset_name {captions} --caption_column caption", "there are image, text", "sdxl"),
     Mistake(1, "--dataset_name {captions} --image_column photo", "there are image, text", "sdxl"),
     Mistake(1, "--dataset_name {captions} --image_column text", "it holds no images", "sdxl"),
@@ -293,11 +297,25 @@ MISTAKES = [
         for number in (0, -4)
     ),
     Mistake(2, "--learning_rate 0", "--learning_rate must be above 0"),
-    Mistake(2, "--learning_rate=-1e-4", "--learning_rate must be a finite number, 0 or more, that float32 can hold, got -0.0001"),
-    Mistake(2, "--learning_rate nan", "--learning_rate must be a finite number, 0 or more, that float32 can hold, got nan"),
-    Mistake(2, "--learning_rate 1e39", "--learning_rate must be a finite number, 0 or more, that float32 can hold, got 1e+39"),
-    Mistake(2, "--lipreg_weight -1", "--lipreg_weight must be a finite number, 0 or more, that float32 can hold, got -1.0"),
-    Mistake(2, "--lipreg_weight inf", "--lipreg_weight must be a finite number, 0 or more, that float32 can hold, got inf"),
+    Mistake(
+        2,
+        "--learning_rate=-1e-4",
+        "--learning_rate must be a finite number, 0 or more, that float32 can hold, got -0.0001",
+    ),
+    Mistake(
+        2, "--learning_rate nan", "--learning_rate must be a finite number, 0 or more, that float32 can hold, got nan"
+    ),
+    Mistake(
+        2,
+        "--learning_rate 1e39",
+        "--learning_rate must be a finite number, 0 or more, that float32 can hold, got 1e+39",
+    ),
+    Mistake(
+        2, "--lipreg_weight -1", "--lipreg_weight must be a finite number, 0 or more, that float32 can hold, got -1.0"
+    ),
+    Mistake(
+        2, "--lipreg_weight inf", "--lipreg_weight must be a finite number, 0 or more, that float32 can hold, got inf"
+    ),
     Mistake(2, "--lipreg_reduction mean", "--lipreg_reduction: invalid choice: 'mean'"),
     Mistake(2, "--lipreg_reduction product", "--lipreg_reduction product needs a --lipreg_weight", "sdxl"),
     Mistake(2, "--lipreg_reduction product --lipreg_weight 1", "product is not for full fine-tuning", "sd"),
@@ -334,26 +352,46 @@ MISTAKES = [
     Mistake(1, f"{PRIOR} {{a_file}}", "--class_data_dir {a_file}: cannot be written to (Not a directory)"),
     Mistake(1, f"{PRIOR} /dev/null/dogs", "--class_data_dir /dev/null/dogs: cannot be written to"),
     # folders that overlap
-    Mistake(1, "--output_dir {photos} --instance_data_dir {photos}", "--output_dir {photos} is --instance_data_dir {photos}: "),
-    Mistake(1, "--output_dir {photos}/new --instance_data_dir {photos}", "is inside of --instance_data_dir {photos}: name a"),
+    Mistake(
+        1,
+        "--output_dir {photos} --instance_data_dir {photos}",
+        "--output_dir {photos} is --instance_data_dir {photos}: ",
+    ),
+    Mistake(
+        1,
+        "--output_dir {photos}/new --instance_data_dir {photos}",
+        "is inside of --instance_data_dir {photos}: name a",
+    ),
     Mistake(1, "--output_dir {link_to_photos}/new --instance_data_dir {photos}", "is inside of --instance_data_dir"),
-    Mistake(1, f"--output_dir {{pipeline}} {MODEL} {{pipeline}}", f"--output_dir {{pipeline}} is {MODEL} {{pipeline}}: "),
+    Mistake(
+        1, f"--output_dir {{pipeline}} {MODEL} {{pipeline}}", f"--output_dir {{pipeline}} is {MODEL} {{pipeline}}: "
+    ),
     Mistake(1, f"--output_dir {{pipeline}} {MODEL} {{pipeline}} --extract_lora_rank 2", f"is {MODEL}", "sd"),
     Mistake(1, "--output_dir {captions} --dataset_name {captions}", "is --dataset_name {captions}: ", "sdxl"),
     Mistake(1, f"--output_dir {{class_images}} {PRIOR} {{class_images}}", "is --class_data_dir {class_images}: "),
     Mistake(1, f"--output_dir {{missing}}/new {PRIOR} {{missing}}", "is inside of --class_data_dir {missing}: "),
-    Mistake(1, f"{PRIOR} {{photos}} --instance_data_dir {{photos}}", "--class_data_dir {photos} is --instance_data_dir"),
+    Mistake(
+        1, f"{PRIOR} {{photos}} --instance_data_dir {{photos}}", "--class_data_dir {photos} is --instance_data_dir"
+    ),
     Mistake(1, f"{PRIOR} {{captions}}/new --dataset_name {{captions}}", "is inside of --dataset_name", "sdxl"),
     Mistake(1, "--logging_dir {photos} --instance_data_dir {photos}", "--logging_dir {photos} is --instance_data_dir"),
     # files of the user in the way of a result
     Mistake(1, "--output_dir {pipeline}", "model_index.json is needed for the result, but stands there", "sd"),
     Mistake(1, "--output_dir {with_adapters} --rank 2", "pytorch_lora_weights.safetensors is needed for the result"),
-    Mistake(1, "--output_dir {with_adapters} --extract_lora_rank 2", "pytorch_lora_weights.safetensors is needed", "sd"),
+    Mistake(
+        1, "--output_dir {with_adapters} --extract_lora_rank 2", "pytorch_lora_weights.safetensors is needed", "sd"
+    ),
     Mistake(1, "--output_dir {with_notes_on_the_unet}", "unet/notes.txt is needed for the result", "sd"),
     Mistake(1, "--output_dir {with_a_linked_unet}", "unet is needed for the result", "sd"),
     Mistake(1, "--output_dir {with_a_card} --rank 2 --push_to_hub", "README.md is needed for the result"),
-    Mistake(1, f"--output_dir {{with_an_image}} --rank 2 --push_to_hub {VALIDATION}", "image_0.png is needed for the result"),
-    Mistake(1, "--output_dir {claims_other_files}", "manifest.json: cannot be read (../precious is outside of the folder)"),
+    Mistake(
+        1,
+        f"--output_dir {{with_an_image}} --rank 2 --push_to_hub {VALIDATION}",
+        "image_0.png is needed for the result",
+    ),
+    Mistake(
+        1, "--output_dir {claims_other_files}", "manifest.json: cannot be read (../precious is outside of the folder)"
+    ),
     Mistake(1, "--output_dir {with_a_broken_manifest}", "manifest.json: cannot be read ("),
     # models
     Mistake(1, f"{MODEL} {{missing}}", f"{MODEL} {{missing}}: no such folder"),
@@ -375,21 +413,40 @@ MISTAKES = [
     Mistake(1, f"{MODEL} {{cut_weights}}", "unet/diffusion_pytorch_model.safetensors is not there or not whole"),
     Mistake(1, f"{MODEL} {{cut_weights_of_text}}", "text_encoder/model.safetensors is not there or not whole"),
     Mistake(1, f"{MODEL} {{half_a_download}}", "safety_checker has no weights, model.safetensors", "sd"),
-    Mistake(1, f"{MODEL} {{pickled_checker}}", "safety_checker has no safetensors, but pytorch_model.bin, a pickle", "sd"),
+    Mistake(
+        1, f"{MODEL} {{pickled_checker}}", "safety_checker has no safetensors, but pytorch_model.bin, a pickle", "sd"
+    ),
     Mistake(1, f"{MODEL} {{edits_images}}", "whose UNet has in_channels 8, not 4. Start from a text-to-image model"),
     Mistake(1, f"{MODEL} {{only_a_variant}}", "only those of a variant: add --variant fp16"),
     Mistake(1, f"{MODEL} {{single_file}}", "{single_file} is one file, not a folder. Make one of it: python -c"),
     Mistake(1, f"{MODEL} {{code_of_its_own}}", "Code that comes with a model is not run"),
-    Mistake(1, "--mixed_precision fp16", "mixed precision fp16 is for GPUs, and this run is on a CPU: add --mixed_precision no"),
+    Mistake(
+        1,
+        "--mixed_precision fp16",
+        "mixed precision fp16 is for GPUs, and this run is on a CPU: add --mixed_precision no",
+    ),
     Mistake(1, f"{MODEL} {{predicts_samples}}", "The scheduler predicts sample; supported: epsilon"),
     Mistake(1, "--variant fp16", "--variant fp16: no part has weight files of this variant"),
     Mistake(1, "--tokenizer_name {missing}", "--tokenizer_name {missing}", "sd", loads=True),
     Mistake(1, "--tokenizer_max_length 500", "--tokenizer_max_length 500: the text encoder takes", "sd"),
-    Mistake(1, "--pretrained_vae_model_name_or_path {empty}", "_vae_model_name_or_path {empty}: empty has no config.json", "sdxl"),
+    Mistake(
+        1,
+        "--pretrained_vae_model_name_or_path {empty}",
+        "_vae_model_name_or_path {empty}: empty has no config.json",
+        "sdxl",
+    ),
     Mistake(1, f"{BF16} --learning_rate 2e-6", "--lipreg_teacher_dtype bf16: ", "sd", loads=True),
-    Mistake(1, f"{BF16} --learning_rate 2e-6", "more than 0.1 of an update's step at a learning rate of 2e-06", "sd", loads=True),
+    Mistake(
+        1,
+        f"{BF16} --learning_rate 2e-6",
+        "more than 0.1 of an update's step at a learning rate of 2e-06",
+        "sd",
+        loads=True,
+    ),
     # checkpoints
-    Mistake(1, f"--output_dir {{with_others}} {RESUME} checkpoint-5", "there is no such checkpoint; {with_others} has ch"),
+    Mistake(
+        1, f"--output_dir {{with_others}} {RESUME} checkpoint-5", "there is no such checkpoint; {with_others} has ch"
+    ),
     Mistake(1, f"--output_dir {{without_checkpoints}} {RESUME} checkpoint-best", "{without_checkpoints} has none"),
     Mistake(1, f"--output_dir {{foreign}} {RESUME} latest", "checkpoint-4 is not whole: "),
     # what is not installed
@@ -668,7 +725,9 @@ class Malicious:
         return Path.touch, (self.target,)
 
 
-@pytest.mark.parametrize("more", [("--rank", "1"), ("--train_text_encoder", "--drift_budget", "0.01")], ids=["adapters", "whole"])
+@pytest.mark.parametrize(
+    "more", [("--rank", "1"), ("--train_text_encoder", "--drift_budget", "0.01")], ids=["adapters", "whole"]
+)
 def test_a_checkpoint_runs_no_code(
     run: Run, train: Callable[..., Path], out: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
@@ -701,13 +760,17 @@ def test_a_checkpoint_of_other_flags(run: Run, train: Callable[..., Path], out: 
     before = tree(out)
     line = run("--rank", "2", *more, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
     assert f"{out / 'checkpoint-2'} does not fit: {more[0]} was" in line
-    assert tree(out) == before | {str(out / ".lipreg" / "holder"): (out / ".lipreg" / "holder").read_bytes()}  # who had the lock
+    assert tree(out) == before | {
+        str(out / ".lipreg" / "holder"): (out / ".lipreg" / "holder").read_bytes()
+    }  # who had the lock
 
 
 # The Hub
 
 TOKEN, READER = "hf_alice", "hf_reader"
 PUSH = ["--push_to_hub", "--hub_model_id", "alice/dog", "--hub_token"]
+
+
 @pytest.mark.parametrize("offline", [False, True])
 def test_a_model_that_the_hub_does_not_have(
     refuse: Run, out: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, offline: bool

@@ -84,7 +84,14 @@ def test_other_batch_shapes_change_no_more_than_rounding(script, request, tmp_pa
 
 def test_trained_text_encoders_stay(train, train_sdxl, tmp_path, frozen):
     for run in (train, train_sdxl):
-        run(tmp_path / run.__qualname__, "--train_text_encoder", "--center_crop", "--cache_latents", "--max_train_steps", "1")
+        run(
+            tmp_path / run.__qualname__,
+            "--train_text_encoder",
+            "--center_crop",
+            "--cache_latents",
+            "--max_train_steps",
+            "1",
+        )
     assert frozen == [
         {"vae": False, "text_encoder": True},
         {"vae": False, "text_encoder": True, "text_encoder_2": True},
@@ -144,7 +151,11 @@ def test_each_image_is_encoded_once_in_the_shape_of_a_batch(photos, monkeypatch)
     assert sorted(shapes) == [4, 6, 6] and layouts.keys() == {4, 6}  # two of them to see how a batch lies in memory
     batch = collate([dataset[0], dataset[1]], layouts)["moments"]
     torch.testing.assert_close(batch, expected)
-    assert len(dataset) == 5 and torch.equal(dataset[4]["instance"], batch[0]) and torch.equal(dataset[4]["class"], batch[2])
+    assert (
+        len(dataset) == 5
+        and torch.equal(dataset[4]["instance"], batch[0])
+        and torch.equal(dataset[4]["class"], batch[2])
+    )
     with pytest.raises((RuntimeError, NotImplementedError)):
         vae.encode(torch.zeros(1, 3, 16, 16)).latent_dist.sample().sum().item()
 
@@ -153,7 +164,9 @@ def test_each_image_is_encoded_once_in_the_shape_of_a_batch(photos, monkeypatch)
 
 
 @pytest.mark.parametrize("script", ["train", pytest.param("train_sdxl", marks=pytest.mark.slow)])
-def test_a_run_that_accelerate_compiles_is_saved_and_resumed_under_the_same_names(script, request, tmp_path, monkeypatch):
+def test_a_run_that_accelerate_compiles_is_saved_and_resumed_under_the_same_names(
+    script, request, tmp_path, monkeypatch
+):
     """With a backend that changes no arithmetic the weights are those of a plain run."""
     train, more = request.getfixturevalue(script), ("--checkpointing_steps", "1", "--probe_steps", "1")
     plain = train(tmp_path / "plain", *more)
@@ -190,7 +203,11 @@ def test_a_prompt_is_tokenized_once():
 
 def test_nothing_is_prepared_for_what_is_not_measured(train, tmp_path, monkeypatch):
     seen, encode = set(), text.Prompts.encode
-    monkeypatch.setattr(text.Prompts, "encode", lambda self, encoder, prompts: (seen.update(prompts), encode(self, encoder, prompts))[1])
+    monkeypatch.setattr(
+        text.Prompts,
+        "encode",
+        lambda self, encoder, prompts: (seen.update(prompts), encode(self, encoder, prompts))[1],
+    )
     monkeypatch.setattr("diffusers_lipreg.dreambooth.data.held_out_crops", None)
     train(tmp_path, "--probe_steps", "0", "--max_train_steps", "1")
     assert seen == {"a photo of sks dog"}

@@ -59,7 +59,9 @@ def train_with_deepspeed(folder: Path) -> None:
         x, y = batch(step)
         accelerator.backward(mse_loss(engine(x[rank::world]), y[rank::world]) + penalty(model))
     parameters = [parameter.detach() for parameter in model.parameters()]
-    torch.save({"kind": accelerator.distributed_type.value, "world": world, "parameters": parameters}, folder / f"{rank}.pt")
+    torch.save(
+        {"kind": accelerator.distributed_type.value, "world": world, "parameters": parameters}, folder / f"{rank}.pt"
+    )
 
 
 @pytest.mark.slow
@@ -67,7 +69,9 @@ def train_with_deepspeed(folder: Path) -> None:
 def test_the_penalty_as_a_loss_takes_the_steps_of_one_process(tmp_path: Path) -> None:
     """But for the order of sums. With stage 2 every process has the whole parameters, so the loss is whole, too."""
     file = str(ROOT / "tests" / "accelerate" / "zero2.yaml")
-    args, chosen, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", file, "script.py"]))
+    args, chosen, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", file, "script.py"])
+    )
     args.deepspeed_fields_from_accelerate_config = ",".join(chosen.deepspeed_config)
     environment = {**os.environ, **prepare_deepspeed_cmd_env(args)[1], "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -65,7 +65,10 @@ def test_it_is_the_direct_computation_with_two_models(scheduler):
             teacher.append(e0.square().flatten(1).mean(1))
             theirs.setdefault(timestep.item(), []).append((ours[-1], teacher[-1]))
     drift, squares = torch.cat(ours).mean().item(), torch.cat(teacher).mean().item()
-    expected = {t: (torch.cat([d for d, _ in x]).mean() / torch.cat([s for _, s in x]).mean()).item() for t, x in theirs.items()}
+    expected = {
+        t: (torch.cat([d for d, _ in x]).mean() / torch.cat([s for _, s in x]).mean()).item()
+        for t, x in theirs.items()
+    }
     assert 0 < drift
     assert reading.output_drift == pytest.approx(drift, rel=1e-5)
     assert reading.output_drift_relative == pytest.approx(drift / squares, rel=1e-5)
@@ -81,7 +84,12 @@ def test_it_is_exactly_zero_at_the_base_and_leaves_no_trace():
     reading = probe.measure(denoiser(unet))
     assert set(reading.logs.values()) == {0.0}
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(scheduler.timesteps, timesteps)
-    assert unet.training and unet.conv_in.training and not unet.mid_block.training and not unet.mid_block.resnets[0].training
+    assert (
+        unet.training
+        and unet.conv_in.training
+        and not unet.mid_block.training
+        and not unet.mid_block.resnets[0].training
+    )
     assert not any(probe_.prediction.requires_grad for probe_ in probe._probes)
 
 
@@ -98,7 +106,9 @@ def test_its_standard_error_is_honest():
     disturb(tuned, 0.05)
     readings = []
     for seed in range(60):
-        prompts = ["x" * length for length in torch.randint(1, 500, (6,), generator=torch.Generator().manual_seed(seed))]
+        prompts = [
+            "x" * length for length in torch.randint(1, 500, (6,), generator=torch.Generator().manual_seed(seed))
+        ]
         probe = OutputProbe(denoiser(base), DDPMScheduler(), SHAPE, prompts=prompts, bins=2, seed=seed)
         readings.append(probe.measure(denoiser(tuned)))
     scatter = torch.tensor([reading.output_drift_relative for reading in readings]).std().item()

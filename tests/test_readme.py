@@ -46,7 +46,9 @@ def test_the_tables_defaults_are_the_scripts():
 
 def test_the_diffs_lines_run():
     """The lines marked + in the diff, executed around a loop of one step."""
-    added = [line[1:] for line in re.search(r"```diff\n(.*?)```", README, re.S)[1].splitlines() if line.startswith("+")]
+    added = [
+        line[1:] for line in re.search(r"```diff\n(.*?)```", README, re.S)[1].splitlines() if line.startswith("+")
+    ]
     assert len(added) == 3
     unet = torch.nn.Linear(2, 1)
     scope = {"unet": unet}
@@ -56,5 +58,3 @@ def test_the_diffs_lines_run():
     unet.weight.data += 1
     exec(added[2].strip(), scope)
     torch.testing.assert_close(unet.weight.grad, torch.full((1, 2), 2 * 500 / 2.0))
-
-

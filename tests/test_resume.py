@@ -150,7 +150,10 @@ def assert_loaded(optimizer, folder):
 
 
 def test_the_official_sd_script_can_read_ours(train, tmp_path):
-    folder = train(tmp_path, "--checkpointing_steps", "2", "--train_text_encoder", "--keep_best", "--probe_steps", "1") / "checkpoint-2"
+    folder = (
+        train(tmp_path, "--checkpointing_steps", "2", "--train_text_encoder", "--keep_best", "--probe_steps", "1")
+        / "checkpoint-2"
+    )
     unet = UNet2DConditionModel.from_pretrained(PARITY / "pipeline", subfolder="unet")
     text_encoder = CLIPTextModel.from_pretrained(PARITY / "pipeline", subfolder="text_encoder")
     parameters = [*unet.parameters(), *text_encoder.parameters()]

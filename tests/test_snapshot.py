@@ -290,7 +290,9 @@ def test_applied_to_lends_the_teachers_weights(model, error):
 def test_another_snapshot_from_the_state_dict_of_one(model):
     snapshot = TeacherSnapshot(model)
     start = weights(model)
-    assert snapshot.squared_norm == pytest.approx(sum(start[name].double().square().sum().item() for name in TRAINABLE))
+    assert snapshot.squared_norm == pytest.approx(
+        sum(start[name].double().square().sum().item() for name in TRAINABLE)
+    )
     other = TeacherSnapshot(model, state_dict=snapshot.state_dict())
     assert_same(other.state_dict(), snapshot.state_dict())
     assert other.squared_norm == snapshot.squared_norm
@@ -298,7 +300,9 @@ def test_another_snapshot_from_the_state_dict_of_one(model):
 
 def test_a_module_with_adapters_is_for_the_other_snapshot():
     """Its own layers may be held beside them, by name."""
-    module = inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    module = inject_adapter_in_model(
+        LoraConfig(r=1, target_modules=["0"]), nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    )
     with pytest.raises(ValueError, match=r"^0\.lora_A\.default\.weight is part of an adapter: use AdapterSnapshot\.$"):
         TeacherSnapshot(module)
     assert list(TeacherSnapshot(module, names=["1.weight"]).state_dict()) == ["1.weight"]

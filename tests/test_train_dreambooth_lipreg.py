@@ -69,7 +69,9 @@ def test_the_text_encoder_has_a_penalty_of_its_own(train, tmp_path, logs):
     )  # fmt: skip
     assert distance(held, file=TEXT_ENCODER) < 0.4 * distance(free, file=TEXT_ENCODER)
     assert distance(held) == pytest.approx(distance(free), rel=0.1)
-    assert {"drift", "text_encoder_drift", "text_encoder_drift_relative", "text_encoder_loss_drift"} <= logs[-1][1].keys()
+    assert {"drift", "text_encoder_drift", "text_encoder_drift_relative", "text_encoder_loss_drift"} <= logs[-1][
+        1
+    ].keys()
 
 
 def test_where_the_teacher_is_kept_changes_nothing(train, tmp_path):
@@ -108,7 +110,9 @@ def test_a_resumed_run_measures_drift_from_the_pretrained_model(train, tmp_path,
     drift_at_4 = distance(out / "checkpoint-4")
     logs.clear()
     train(out, "--max_train_steps", "8", "--checkpointing_steps", "4", "--resume_from_checkpoint", "latest")
-    base = sum(tensor.double().square().sum().item() for tensor in load_file(PARITY / "pipeline" / UNET).values()) ** 0.5
+    base = (
+        sum(tensor.double().square().sum().item() for tensor in load_file(PARITY / "pipeline" / UNET).values()) ** 0.5
+    )
     assert [step for step, _ in logs] == [5, 6, 7, 8]
     assert logs[0][1]["drift_relative"] == pytest.approx(drift_at_4 / base, rel=1e-5)
 
@@ -158,7 +162,10 @@ def test_adapters_have_the_papers_penalty_and_the_right_scale(train, tmp_path, l
                 "--max_train_steps", "3")  # fmt: skip
     weights = load_file(out / "checkpoint-2" / LORA)
     drift = sum(
-        (weights[name.replace("down.weight", "up.weight")].double() @ down.double()).square().sum().item()  # at full strength
+        (weights[name.replace("down.weight", "up.weight")].double() @ down.double())
+        .square()
+        .sum()
+        .item()  # at full strength
         for name, down in weights.items()
         if name.endswith("down.weight") and name.startswith("unet.")
     )
@@ -285,10 +292,22 @@ def drift_on_disk(out: Path) -> OutputDrift:
     return probe.measure(pipeline_denoiser(StableDiffusionPipeline.from_pretrained(out, safety_checker=None)))
 
 
-@pytest.mark.parametrize("more", [("--train_text_encoder",), ("--rank", "2", "--learning_rate", "1e-2")], ids=["full", "adapters"])
+@pytest.mark.parametrize(
+    "more", [("--train_text_encoder",), ("--rank", "2", "--learning_rate", "1e-2")], ids=["full", "adapters"]
+)
 def test_a_drift_budget_is_kept_and_resumed(more, train, tmp_path, logs):
     """Interrupted and resumed, the run logs and ends with the same bits, within the budget."""
-    steps = ("--drift_budget", "1e-3", "--max_train_steps", "8", "--checkpointing_steps", "3", "--learning_rate", "2e-3", *more)
+    steps = (
+        "--drift_budget",
+        "1e-3",
+        "--max_train_steps",
+        "8",
+        "--checkpointing_steps",
+        "3",
+        "--learning_rate",
+        "2e-3",
+        *more,
+    )
     out = train(tmp_path, *steps)
     seen = {step: values for step, values in logs}
     file = LORA if "--rank" in more else UNET

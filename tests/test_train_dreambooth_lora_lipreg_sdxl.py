@@ -61,7 +61,9 @@ def test_adapters_and_their_optimizer_stay_in_float32(train_sdxl, tmp_path):
 
 
 def test_the_checkpoint_limit_keeps_the_newest(train_sdxl, tmp_path):
-    out = train_sdxl(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    out = train_sdxl(
+        tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"
+    )
     assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
 
 
@@ -198,7 +200,9 @@ def test_through_accelerate_launch_with_checkpoints(more, tmp_path):
     playground = shutil.copytree(BASE, tmp_path / "playground")
     shutil.copytree(PARITY / "pipeline_sdxl_edm", playground, dirs_exist_ok=True)
     arguments = [
-        *flags(tmp_path / "out", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2", pipeline="pipeline_sdxl"),
+        *flags(
+            tmp_path / "out", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2", pipeline="pipeline_sdxl"
+        ),
         *(word.format(playground=playground) for word in more),
     ]
     if "--dataset_name" in more:
@@ -229,7 +233,9 @@ def test_photos_smaller_than_the_resolution_are_enlarged(train_sdxl, tmp_path, l
 @pytest.mark.parametrize("more", [(), ("--do_edm_style_training",)], ids=["", "edm"])
 def test_a_drift_budget_is_kept(more, train_sdxl, tmp_path, logs):
     """The flag that the other script has, with the same value; the result on disk, loaded anew, is within it."""
-    out = train_sdxl(tmp_path, "--drift_budget", "1e-3", "--max_train_steps", "6", "--learning_rate", "1e-2", "--keep_best", *more)
+    out = train_sdxl(
+        tmp_path, "--drift_budget", "1e-3", "--max_train_steps", "6", "--learning_rate", "1e-2", "--keep_best", *more
+    )
     seen = {step: values for step, values in logs}
     assert seen[1]["lipreg_weight"] == 0 < seen[6]["lipreg_weight"]
     base = StableDiffusionXLPipeline.from_pretrained(PARITY / "pipeline_sdxl")

@@ -105,7 +105,9 @@ def test_shards_are_saved_as_a_whole_model_is(ranks, folder: Path) -> None:
         assert (folder / "sharded" / file).read_text() == (folder / "whole" / file).read_text()
     best = load_file(folder / "sharded" / "checkpoint-best" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {k: v.shape for k, v in best.items()} == {k: v.shape for k, v in saved.items()}
-    assert {"optimizer.bin", "random_states_1.pkl"} <= {p.name for p in (folder / "sharded" / "checkpoint-2").iterdir()}
+    assert {"optimizer.bin", "random_states_1.pkl"} <= {
+        p.name for p in (folder / "sharded" / "checkpoint-2").iterdir()
+    }
 
 
 def test_the_configuration_files_are_those_of_accelerate() -> None:

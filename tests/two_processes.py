@@ -30,7 +30,16 @@ MANY = (*FULL, "--gradient_accumulation_steps", "2", "--train_text_encoder", "--
 # full size; with a large epsilon an update is as smooth as the gradient.
 FIXED = (*FULL[:-1], "100", "--adam_epsilon", "1e-2")
 # On shards every process has to take part in what the main process does alone elsewhere.
-SHARDED = (*FULL, "--max_train_steps", "2", "--gradient_accumulation_steps", "2", "--drift_budget", "1e-3", "--keep_best")
+SHARDED = (
+    *FULL,
+    "--max_train_steps",
+    "2",
+    "--gradient_accumulation_steps",
+    "2",
+    "--drift_budget",
+    "1e-3",
+    "--keep_best",
+)
 SHARDED += ("--validation_prompt", "a dog", "--validation_steps", "2", "--num_validation_images", "1")
 ADAPTERS = (*FULL, "--max_train_steps", "2", "--train_text_encoder", "--lipreg_weight", "1", "--probe_steps", "2")
 

@@ -193,7 +193,11 @@ def add_lipreg_arguments(
     flag("--lipreg_reduction", default=reduction, choices=reductions, help="How squared drift becomes one number.")
     flag("--lipreg_text_encoder_weight", type=float, help="Weight for a trained text encoder; default: the UNet's.")
     flag("--lipreg_teacher_device", help='Where pretrained weights are kept: "cpu", "disk"; adapters need none.')
-    flag("--lipreg_teacher_dtype", choices=["fp32", "fp16", "bf16"], help="Their type; default: the smallest that is exact.")
+    flag(
+        "--lipreg_teacher_dtype",
+        choices=["fp32", "fp16", "bf16"],
+        help="Their type; default: the smallest that is exact.",
+    )
     flag = parser.add_argument_group("output drift").add_argument
     flag("--probe_steps", type=int, default=500, help="Updates between measurements of output drift; 0: never.")
     flag("--probe_prompts", help="File with a prompt in each line to measure it on; default: a few generic ones.")
@@ -268,7 +272,9 @@ def check_shared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     wanted = [tracker.value for tracker in get_available_trackers()] if args.report_to == "all" else [args.report_to]
     others = sorted(set(wanted) - {"tensorboard"})
     if others and args.hub_token is not None:  # wandb, comet_ml, clearml and swanlab store the command line
-        parser.error(f"--hub_token with {others[0]}, which may store the command line: set HF_TOKEN or use `hf auth login` instead")
+        parser.error(
+            f"--hub_token with {others[0]}, which may store the command line: set HF_TOKEN or use `hf auth login` instead"
+        )
 
 
 def check_sd(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -297,9 +303,13 @@ def check_lipreg(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """Keeps weight and reduction together, and weight decay from pulling the other way."""
     teacher = (args.lipreg_teacher_device, args.lipreg_teacher_dtype)
     if args.rank is not None and teacher != (None, None):
-        parser.error("--lipreg_teacher_device and --lipreg_teacher_dtype are for full fine-tuning: adapters need no teacher")
+        parser.error(
+            "--lipreg_teacher_device and --lipreg_teacher_dtype are for full fine-tuning: adapters need no teacher"
+        )
     if args.lipreg_teacher_device == "disk" and args.lipreg_teacher_dtype is not None:
-        parser.error("--lipreg_teacher_dtype does nothing with --lipreg_teacher_device disk, which keeps the file's type")
+        parser.error(
+            "--lipreg_teacher_dtype does nothing with --lipreg_teacher_device disk, which keeps the file's type"
+        )
     # argparse hands out the default object itself, so `is` tells a default from the same number given by the user.
     weight_is_default = args.lipreg_weight is parser.get_default("lipreg_weight")
     if args.drift_budget is not None:
@@ -342,5 +352,7 @@ def _check_budget(parser: argparse.ArgumentParser, args: argparse.Namespace, wei
     if args.lipreg_reduction is parser.get_default("lipreg_reduction"):
         args.lipreg_reduction = {"tensor_mean": "sum", "factors": "product"}[args.lipreg_reduction]
     if args.lipreg_reduction == "factors":
-        parser.error("--lipreg_reduction factors does not measure a change, so --drift_budget cannot steer it: use product")
+        parser.error(
+            "--lipreg_reduction factors does not measure a change, so --drift_budget cannot steer it: use product"
+        )
     _stop_weight_decay(parser, args)

@@ -149,7 +149,9 @@ def checkpoint_functions(
         weights = adapter_weights(models)
         save_adapters(pipeline_class, folder, weights if scale == 1.0 else adapter_weights(models, scale))
         if scale != 1.0:
-            unscaled = {f"{model}.{name}": tensor for model, layers in weights.items() for name, tensor in layers.items()}
+            unscaled = {
+                f"{model}.{name}": tensor for model, layers in weights.items() for name, tensor in layers.items()
+            }
             save_file(unscaled, Path(folder, UNSCALED_WEIGHTS))
 
     return save, partial(load_adapters, models=models)

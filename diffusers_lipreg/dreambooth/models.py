@@ -173,7 +173,9 @@ def find_weights(
     variants -= {"bin", "safetensors"}
     pickled = sorted(name for name in present if name.endswith((".bin", ".ckpt", ".pt", ".pth")))
     if not any(name.endswith(".safetensors") for name in present) and pickled:
-        raise ValueError(f"{folder.name} has no safetensors, but {pickled[0]}, a pickle, which can run code: convert it.")
+        raise ValueError(
+            f"{folder.name} has no safetensors, but {pickled[0]}, a pickle, which can run code: convert it."
+        )
     hint = f", only those of a variant: add --variant {' or '.join(sorted(variants))}" if variants else ""
     raise ValueError(f"{folder.name} has no weights, {whole}{hint}.")
 
@@ -195,7 +197,9 @@ def mapped_weights(part: nn.Module, files: Sequence[Path]) -> dict[str, Tensor]:
     named = {name if name in parameters else name.removeprefix("text_model."): stored[name] for name in stored}
     if missing := sorted(parameters.keys() - named.keys()):
         where = files[0].parent.name
-        raise ValueError(f"{where} has {missing[0]} under another name in its file, or not at all: choose cpu, or leave it out.")
+        raise ValueError(
+            f"{where} has {missing[0]} under another name in its file, or not at all: choose cpu, or leave it out."
+        )
     return named
 
 

@@ -67,7 +67,9 @@ def check_processes(args: Namespace, accelerator: Accelerator) -> None:
         "--lipreg_teacher_device": vars(args).get("lipreg_teacher_device") is not None,
     }
     for flag in (flag for flag, given in flags.items() if given):
-        raise RunError(f"FSDP divides the UNet in full fine-tuning, not with {flag}: leave that out, or choose DDP (MULTI_GPU).")
+        raise RunError(
+            f"FSDP divides the UNet in full fine-tuning, not with {flag}: leave that out, or choose DDP (MULTI_GPU)."
+        )
 
 
 def check_precision(accelerator: Accelerator) -> None:
@@ -213,7 +215,10 @@ def _read_index(index: dict[str, Any], sdxl: bool) -> tuple[type[DiffusionPipeli
         script = "train_dreambooth_lipreg.py" if sdxl else "train_dreambooth_lora_lipreg_sdxl.py"
         raise ValueError(f"it is a {name}, with another number of text encoders: use {script}.")
     required = {part for part, value in expected.items() if value.default is Parameter.empty}
-    for part in (*(TRAINING_PARTS if sdxl else ("text_encoder", "tokenizer")), *required - {*pipeline_class._optional_components}):
+    for part in (
+        *(TRAINING_PARTS if sdxl else ("text_encoder", "tokenizer")),
+        *required - {*pipeline_class._optional_components},
+    ):
         if part not in given and (part in TRAINING_PARTS or part not in index):
             raise ValueError(f"it is a {name} without {part}, which training needs.")
     return pipeline_class, {part: _find_class(part, value) for part, value in given.items()}
@@ -358,7 +363,9 @@ def check_kind(base: Base, args: Namespace, sdxl: bool) -> None:
             wanted = " or ".join(map(str, values))
             raise ValueError(f"it is a {name} whose UNet has {setting} {unet[setting]}, not {wanted}. {FITTING}")
     if across not in (sum(widths), [sum(widths)] * len(unet["block_out_channels"])):
-        raise ValueError(f"its UNet takes text of width {across}, its text encoders make {sum(widths)}: they do not belong together.")
+        raise ValueError(
+            f"its UNet takes text of width {across}, its text encoders make {sum(widths)}: they do not belong together."
+        )
     if "image" in signature(base.pipeline_class.__call__).parameters and not upscaler:
         raise ValueError(f"it is a {name}, which draws from an image, too. {FITTING}")
     if upscaler and args.class_labels_conditioning != "timesteps":
@@ -391,7 +398,9 @@ def check_settings(base: Base, args: Namespace, sdxl: bool) -> None:
     if (length or 0) > limit:
         raise RunError(f"--tokenizer_max_length {length}: the text encoder takes {limit}.")
     if length is None and base.load("tokenizer").model_max_length > VERY_LARGE:
-        raise ValueError("neither its tokenizer nor its text encoder has a longest prompt: add --tokenizer_max_length 77.")
+        raise ValueError(
+            "neither its tokenizer nor its text encoder has a longest prompt: add --tokenizer_max_length 77."
+        )
 
 
 def check_disk(args: Namespace, parameters: Sequence[torch.nn.Parameter]) -> None:

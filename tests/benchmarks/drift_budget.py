@@ -61,7 +61,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.001, 0.003, 0.01, 0.03, 0.1])
     parser.add_argument("--compare", action="store_true", help="With fixed weights, too.")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--cost_steps", type=int, default=60, help="Length of the run that measures the cost; 0: none.")
+    parser.add_argument(
+        "--cost_steps", type=int, default=60, help="Length of the run that measures the cost; 0: none."
+    )
     return parser.parse_args()
 
 
@@ -87,7 +89,12 @@ def run(args: argparse.Namespace, subject: str, kind: str, *more: str, steps: in
         Accelerator.log = log
     seconds = time.process_time() - start
     path = [values["output_drift_percent"] / 100 for values in logs if "output_drift" in values]
-    return {"seconds": seconds, "path": path, "weight": logs[-1].get("lipreg_weight"), **on_disk(args, folder, subject, kind)}
+    return {
+        "seconds": seconds,
+        "path": path,
+        "weight": logs[-1].get("lipreg_weight"),
+        **on_disk(args, folder, subject, kind),
+    }
 
 
 def on_disk(args: argparse.Namespace, folder: Path, subject: str, kind: str) -> dict:
@@ -139,13 +146,21 @@ def collect(args: argparse.Namespace) -> dict[tuple[str, str], Case]:
         cases[kind, subject] = Case(
             made(f"{name}-free", more=("--lipreg_weight", "0")),
             {b: made(f"{name}-{b:g}", more=("--drift_budget", str(b))) for b in args.budgets},
-            {w: made(f"{name}-weight-{w:g}", more=("--lipreg_weight", str(w), "--lipreg_reduction", REDUCTION[kind])) for w in weights},
+            {
+                w: made(
+                    f"{name}-weight-{w:g}", more=("--lipreg_weight", str(w), "--lipreg_reduction", REDUCTION[kind])
+                )
+                for w in weights
+            },
         )
     return cases
 
 
 def every_run(cases: dict[tuple[str, str], Case]) -> list[str]:
-    lines = ["| run | subject | asked for | final drift | ratio | highest on the way | loss on unseen views |", "|---" * 7 + "|"]
+    lines = [
+        "| run | subject | asked for | final drift | ratio | highest on the way | loss on unseen views |",
+        "|---" * 7 + "|",
+    ]
     for (kind, subject), case in cases.items():
         start = f"| {kind} | {subject} |"
         lines.append(f"{start} nothing | {case.free['drift']:.5f} | | | {case.free['subject_loss']:.4f} |")
@@ -161,7 +176,10 @@ def every_run(cases: dict[tuple[str, str], Case]) -> list[str]:
 
 def summary(args: argparse.Namespace, cases: dict[tuple[str, str], Case]) -> list[str]:
     """By budget, over the subjects: the ratios of those it bound, and losses beside those of fixed weights."""
-    lines = ["| run | budget | bound | final drift / budget | loss on unseen views | fixed weight, same drift |", "|---" * 6 + "|"]
+    lines = [
+        "| run | budget | bound | final drift / budget | loss on unseen views | fixed weight, same drift |",
+        "|---" * 6 + "|",
+    ]
     for kind, budget in itertools.product(args.kinds, args.budgets):
         of_kind = [case for (name, _), case in cases.items() if name == kind]
         bound = [case for case in of_kind if case.free["drift"] > budget]
@@ -179,17 +197,25 @@ def draw(args: argparse.Namespace, cases: dict[tuple[str, str], Case]) -> None:
     """The subject's loss over drift: a curve of fixed weights for each subject, and the runs with budgets on it."""
     from matplotlib import pyplot as plt  # the extra `plots`
 
-    figure, panels = plt.subplots(1, len(args.kinds), figsize=(5.5 * len(args.kinds), 4), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        1, len(args.kinds), figsize=(5.5 * len(args.kinds), 4), squeeze=False, layout="constrained"
+    )
     for panel, kind in zip(panels[0], args.kinds, strict=True):
         for number, subject in enumerate(args.subjects):
             case, colour = cases[kind, subject], f"C{number}"
             curve = sorted((run["drift"], run["subject_loss"]) for run in (case.free, *case.weights.values()))
-            panel.plot(*zip(*curve, strict=True), color=colour, linewidth=1, marker=".", label=subject.replace("_", " "))
+            panel.plot(
+                *zip(*curve, strict=True), color=colour, linewidth=1, marker=".", label=subject.replace("_", " ")
+            )
             points = [(run["drift"], run["subject_loss"]) for run in case.budgets.values()]
             panel.scatter(*zip(*points, strict=True), color=colour, marker="D", s=28, zorder=3)
         for budget in args.budgets:
             panel.axvline(budget, color="0.8", linewidth=0.8, zorder=0)
-        panel.set(xscale="log", title={"full": "whole UNet", "lora": "LoRA, rank 8"}[kind], xlabel="relative output drift at the end")
+        panel.set(
+            xscale="log",
+            title={"full": "whole UNet", "lora": "LoRA, rank 8"}[kind],
+            xlabel="relative output drift at the end",
+        )
     panels[0][0].set_ylabel("denoising loss on unseen views of the subject")
     panels[0][0].scatter([], [], color="0.3", marker="D", s=28, label="with a drift budget (grey lines)")
     panels[0][0].legend(frameon=False, fontsize=8)
@@ -198,7 +224,9 @@ def draw(args: argparse.Namespace, cases: dict[tuple[str, str], Case]) -> None:
 
 def cost(args: argparse.Namespace) -> list[str]:
     """Processor seconds of updates and of measuring, and what share of a run measuring is."""
-    short, long = (kept(args, "cost", "smiley", "full", ("--probe_steps", "0"), n)["seconds"] for n in (10, args.cost_steps))
+    short, long = (
+        kept(args, "cost", "smiley", "full", ("--probe_steps", "0"), n)["seconds"] for n in (10, args.cost_steps)
+    )
     update = (long - short) / (args.cost_steps - 10)
     pipeline = StableDiffusionPipeline.from_pretrained(TESTBED / "pipeline", dtype=torch.float32)
     denoiser = pipeline_denoiser(pipeline)
@@ -230,7 +258,12 @@ def sd15() -> tuple[float, float, float, float]:
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         channels, blocks = (128, 256, 512, 512), ["DownEncoderBlock2D"] * 4
-        vae = AutoencoderKL(block_out_channels=channels, down_block_types=blocks, up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2)
+        vae = AutoencoderKL(
+            block_out_channels=channels,
+            down_block_types=blocks,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            layers_per_block=2,
+        )
         with FlopCounterMode(display=False) as encoding:
             vae.encode(torch.empty(1, 3, 512, 512))
         with FlopCounterMode(display=False) as forward, torch.no_grad():

@@ -87,7 +87,9 @@ def whole(row: Row, args: argparse.Namespace) -> Forms:
         teacher = {name: p.detach().clone() for name, p in unet.named_parameters()}
         if row.teacher == "host":
             teacher = {name: tensor.cpu().pin_memory() for name, tensor in teacher.items()}
-    snapshots = {name: package.TeacherSnapshot(unet, **{option(package): teacher}) for name, package in packages(args).items()}
+    snapshots = {
+        name: package.TeacherSnapshot(unet, **{option(package): teacher}) for name, package in packages(args).items()
+    }
     snapshot = snapshots["step"]
     for parameter in unet.parameters():
         parameter.grad = torch.full_like(parameter, 1e-4)
@@ -179,7 +181,9 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, tuple[float, float]
     if needed + 1.5 * size > 0.95 * free:
         del forms["naive"]
     small = nn.Linear(4, 4, bias=False, device=args.device, dtype=args.dtype)
-    diffusers_lipreg.TeacherSnapshot(small).add_gradient_(small, "sum", WEIGHT)  # what torch sets up once is not to count
+    diffusers_lipreg.TeacherSnapshot(small).add_gradient_(
+        small, "sum", WEIGHT
+    )  # what torch sets up once is not to count
     extra = {form: extra_mib(call, args.device) for form, call in forms.items()}  # and warms up
     turns = [{form: seconds(call, args.device) for form, call in forms.items()} for _ in range(args.repeats)]
     return {form: (1000 * statistics.median(turn[form] for turn in turns), extra[form]) for form in forms}
@@ -198,8 +202,12 @@ def main() -> None:
     parser.add_argument("--models", choices=UNETS, nargs="*", default=list(UNETS))
     parser.add_argument("--ranks", type=int, nargs="*", default=[0, 4, 16, 64], help="of LoRA; 0: the whole model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="of whole models")
-    parser.add_argument("--against", type=Path, help="a checkout of another commit, whose step is timed beside this one")
+    parser.add_argument(
+        "--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="of whole models"
+    )
+    parser.add_argument(
+        "--against", type=Path, help="a checkout of another commit, whose step is timed beside this one"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # for the processes it starts itself
     args = parser.parse_args()

@@ -187,7 +187,9 @@ def peak_mib() -> float:
 
 def measured(cell: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """The result of a combination, from a run that is made if it is not there yet."""
-    name = "-".join(str(cell[axis]) for axis in AXES) + f"-{args.resolution or RESOLUTIONS[cell['model']]}-{args.updates}"
+    name = (
+        "-".join(str(cell[axis]) for axis in AXES) + f"-{args.resolution or RESOLUTIONS[cell['model']]}-{args.updates}"
+    )
     path = args.output_dir / f"{name}.json"
     if not path.exists():
         ran = subprocess.run(
@@ -214,7 +216,9 @@ def main() -> None:
         print(json.dumps(measure(args.one, args)))
         return
     for model, batch_size in itertools.product(args.models, args.batch_sizes):
-        common_flags(model, args.output_dir, batch_size, args.resolution)  # pipeline and photos are made once, not in a run
+        common_flags(
+            model, args.output_dir, batch_size, args.resolution
+        )  # pipeline and photos are made once, not in a run
     print(f"{conditions(DEVICE)}, {versions()}; median of {args.updates} updates after {args.warm_up}.\n")
     print("| model | penalty | work | batch | precision | checkpointing | updates/s | peak MiB | start, s |")
     print("|---" * 9 + "|")

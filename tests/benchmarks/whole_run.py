@@ -60,7 +60,13 @@ def run(args: argparse.Namespace) -> None:
     Accelerator.log = lambda self, values, step, **_: marks.append(time.time())
     more = [*work_flags(work), *penalty_flags(penalty)]
     if class_images:
-        more += ["--with_prior_preservation", "--class_prompt", "a photo of a dog", "--num_class_images", str(class_images)]
+        more += [
+            "--with_prior_preservation",
+            "--class_prompt",
+            "a photo of a dog",
+            "--num_class_images",
+            str(class_images),
+        ]
         more += ["--class_data_dir", str(args.output_dir / "class")]
     script = SCRIPTS[args.model]
     arguments = [
@@ -102,7 +108,9 @@ def main() -> None:
     if args.one:
         run(args)
         return
-    common_flags(args.model, args.output_dir, args.batch_size, args.resolution)  # the pipeline is made outside of what is timed
+    common_flags(
+        args.model, args.output_dir, args.batch_size, args.resolution
+    )  # the pipeline is made outside of what is timed
     print(f"{conditions(DEVICE)}, {versions()}; {args.model}, {args.updates} updates at batch {args.batch_size}.\n")
     print("| run | seconds | of these to the first update | updates/s |\n|---|---|---|---|")
     for name in args.runs:

@@ -23,7 +23,10 @@ OWN = {
 # To the official parser these are --use_8bit_adam, --enable_xformers... and --dataloader_num_workers; --use_dora,
 # --extract_lora_rank, --debug and --drift_budget end that.
 # To the SDXL script's they are --cache_dir; --cache_latents ends that.
-TAKEN = {"sd": {"--u", "--us", "--use", "--use_", "--e", "--d"}, "sdxl": {"--ca", "--cac", "--cach", "--cache", "--cache_"}}
+TAKEN = {
+    "sd": {"--u", "--us", "--use", "--use_", "--e", "--d"},
+    "sdxl": {"--ca", "--cac", "--cach", "--cache", "--cache_"},
+}
 OWN_TO_BOTH = {"--debug", "--cache_latents", "--no-cache_latents"}
 LIPREG = {
     "--lipreg_weight",
@@ -96,7 +99,10 @@ def test_an_official_flag_means_the_same(script: str, official: dict[str, Any]) 
 def test_there_are_our_flags_and_no_others(script: str, count: int) -> None:
     official = {flag["flag"] for flag in OFFICIAL[script]}
     assert len(official) == count
-    assert options(SCRIPTS[script].build_parser()).keys() - official == LIPREG | OWN[script] | OWN_TO_BOTH | {"-h", "--help"}
+    assert options(SCRIPTS[script].build_parser()).keys() - official == LIPREG | OWN[script] | OWN_TO_BOTH | {
+        "-h",
+        "--help",
+    }
 
 
 def abbreviations(script: str, flag: str) -> set[str]:

@@ -389,7 +389,10 @@ def test_other_files_are_named_in_one_line_and_broken_images_up_to_five(
     *broken, more, others = said(caplog)
     assert [f"broken-{number}.jpg" in line for number, line in enumerate(broken)] == [True] * 5
     assert more == "Skipped 3 more images that cannot be read."
-    assert others == f"Skipped 1,000 files of {tmp_path} that are no images: 0000.json, 0001.json, 0002.json and 997 more."
+    assert (
+        others
+        == f"Skipped 1,000 files of {tmp_path} that are no images: 0000.json, 0001.json, 0002.json and 997 more."
+    )
 
 
 def test_images_in_sub_folders_get_a_hint(

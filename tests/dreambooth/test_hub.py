@@ -262,7 +262,9 @@ def test_what_answers_as_no_hub_does_ends_in_one_line(
         with pytest.raises(RunError, match="--push_to_hub: cannot write to sks-dog on http"):
             create_repository(result)
     else:
-        with pytest.raises(RunError, match="the upload to alice/sks-dog failed .* push it with: hf upload alice/sks-dog"):
+        with pytest.raises(
+            RunError, match="the upload to alice/sks-dog failed .* push it with: hf upload alice/sks-dog"
+        ):
             upload(result, output, create_repository(result))
     assert time.monotonic() - began < 10
 

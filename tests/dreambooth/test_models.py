@@ -29,7 +29,9 @@ def test_a_mapped_teacher_takes_no_memory(tmp_path: Path) -> None:
     save_file({"weight": module.weight.half()}, tmp_path / "text_encoder" / "model.safetensors")
     module.weight.grad = torch.ones_like(module.weight)
     before = anonymous_memory()
-    snapshot = TeacherSnapshot(module, state_dict=mapped_weights(module, [tmp_path / "text_encoder" / "model.safetensors"]))
+    snapshot = TeacherSnapshot(
+        module, state_dict=mapped_weights(module, [tmp_path / "text_encoder" / "model.safetensors"])
+    )
     assert snapshot.squared_norm > 0
     snapshot.add_gradient_(module, "sum", weight=1.0)
     assert anonymous_memory() - before < 30

@@ -153,7 +153,9 @@ def test_8bit_adam_gets_what_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> N
     assert create_adamw(arguments(use_8bit_adam=True), ["parameter"], fused=False) == (["parameter"], GIVEN)
 
 
-@pytest.mark.parametrize(("kind", "scaler", "fused"), [("cpu", None, False), ("cuda", None, True), ("cuda", object(), False)])
+@pytest.mark.parametrize(
+    ("kind", "scaler", "fused"), [("cpu", None, False), ("cuda", None, True), ("cuda", object(), False)]
+)
 def test_adamw_is_fused_on_a_gpu_without_loss_scale(kind: str, scaler: object, fused: bool) -> None:
     accelerator = SimpleNamespace(device=torch.device(kind), scaler=scaler)
     optimizer = create_adamw(arguments(), [nn.Parameter(torch.zeros(2))], fuses_adamw(accelerator))

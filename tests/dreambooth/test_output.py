@@ -371,7 +371,9 @@ def test_a_full_disk_at_the_log_loses_no_result(train, hub: LoopbackHub, tmp_pat
     assert load_file(out / ADAPTERS)
 
 
-def test_a_full_disk_at_the_log_stops_no_upload(train_sdxl, hub: LoopbackHub, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_a_full_disk_at_the_log_stops_no_upload(
+    train_sdxl, hub: LoopbackHub, tmp_path: Path, monkeypatch, caplog
+) -> None:
     """At the last images, which the SDXL script logs when the result is saved."""
     script, out = train_dreambooth_lora_lipreg_sdxl, tmp_path / "out"
 

@@ -58,7 +58,9 @@ def copy(folder: Path, name: str = "pipeline") -> Path:
 def with_checker(folder: Path) -> Path:
     """A copy of the tiny pipeline that has a safety checker."""
     base = copy(folder)
-    config = CLIPConfig(text_config=TOWER, vision_config={**TOWER, "image_size": 32, "patch_size": 8}, projection_dim=16)
+    config = CLIPConfig(
+        text_config=TOWER, vision_config={**TOWER, "image_size": 32, "patch_size": 8}, projection_dim=16
+    )
     StableDiffusionSafetyChecker(config).save_pretrained(base / "safety_checker")
     (base / "feature_extractor").mkdir()
     processor = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -96,7 +98,10 @@ def pickle_it(file: Path) -> None:
         (halve, "safety_checker/model.safetensors is not there or not whole"),
         (drop_a_tensor, "its safety_checker cannot be loaded (safety_checker lacks 1 weights, concept_embeds first.)"),
         (pickle_it, "safety_checker has no safetensors, but pytorch_model.bin, a pickle"),
-        (lambda file: file.with_name("config.json").write_text("{"), "safety_checker/config.json is not a valid JSON file"),
+        (
+            lambda file: file.with_name("config.json").write_text("{"),
+            "safety_checker/config.json is not a valid JSON file",
+        ),
         (lambda file: shutil.rmtree(file.parent), "names safety_checker, which the folder does not hold"),
         (lambda file: shutil.rmtree(file.parents[1] / "feature_extractor"), "names feature_extractor, which"),
     ],
@@ -130,7 +135,9 @@ def test_all_shards_of_an_index_are_looked_at(look: Look, tmp_path: Path) -> Non
     with pytest.raises(RunError, match=f"unet/{last.name} is not there or not whole"):
         look(base)
     change(index, weight_map={"conv_in.weight": f"../../pipeline/unet/{last.name}"})
-    with pytest.raises(RunError, match="unet/diffusion_pytorch_model.safetensors.index.json names files that are not beside"):
+    with pytest.raises(
+        RunError, match="unet/diffusion_pytorch_model.safetensors.index.json names files that are not beside"
+    ):
         look(base)
 
 
@@ -150,7 +157,10 @@ def test_a_single_file_gets_the_command_that_makes_a_folder_of_it(look: Look, tm
     with pytest.raises(RunError, match="is one file, not a folder. Make one of it: python -c ") as refused:
         look(file)
     code = f"from diffusers import DiffusionPipeline as P; P.from_single_file('{file}').save_pretrained('my model')"
-    assert execute("-c", "import shlex, sys; print(shlex.split(sys.argv[1])[-1])", str(refused.value)).stdout == f"{code}\n"
+    assert (
+        execute("-c", "import shlex, sys; print(shlex.split(sys.argv[1])[-1])", str(refused.value)).stdout
+        == f"{code}\n"
+    )
 
 
 # Without code, and without files elsewhere
@@ -172,7 +182,9 @@ def test_a_single_file_gets_the_command_that_makes_a_folder_of_it(look: Look, tm
         ("text_encoder/config.json", {"deep": [{"er": "../../secret"}]}, "names a file elsewhere, ../../secret"),
     ],
 )  # fmt: skip
-def test_nothing_of_a_base_runs_code_or_reads_files_elsewhere(look: Look, tmp_path: Path, file, settings, says) -> None:
+def test_nothing_of_a_base_runs_code_or_reads_files_elsewhere(
+    look: Look, tmp_path: Path, file, settings, says
+) -> None:
     base, secret = copy(tmp_path), tmp_path / "secret"
     secret.write_text("secret")
     for name in ("evil.py", "None.py", "unet/evil.py", "unet/diffusers.py", "tokenizer/transformers.py"):
@@ -251,7 +263,9 @@ def test_what_the_loss_is_not_for_is_refused(look: Look, tmp_path: Path, name: s
 
 def deepfloyd(folder: Path, stage: int) -> Path:
     """A tiny DeepFloyd IF: pixels, the text states of T5, and a second stage that improves an image."""
-    text = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, architectures=["T5EncoderModel"])
+    text = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, architectures=["T5EncoderModel"]
+    )
     size = {"sample_size": 8, "block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1}
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "attention_head_dim": 4}
     conditions = {"encoder_hid_dim": 32, "encoder_hid_dim_type": "text_proj", "cross_attention_dim": 16}
@@ -304,7 +318,12 @@ def test_the_hub_may_change_and_go_once_training_has_begun(
 ) -> None:
     """The whole result is of the commit at the start; only what it needs was fetched, and no code and no pickle."""
     source = with_checker(tmp_path)
-    for name in ("pipeline.py", "unet/evil.py", "unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors"):
+    for name in (
+        "pipeline.py",
+        "unet/evil.py",
+        "unet/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ):
         (source / name).write_text("not to be fetched")
     api.create_repo("alice/base")
     commit = api.upload_folder(repo_id="alice/base", folder_path=source).oid
@@ -318,7 +337,9 @@ def test_the_hub_may_change_and_go_once_training_has_begun(
     monkeypatch.setattr(optimization, "plan_steps", go_away)
     more = ("--validation_prompt", "a dog", "--validation_steps", "2", "--num_validation_images", "1")
     out = train(tmp_path / "out", "--pretrained_model_name_or_path", "alice/base", *more)
-    fetched = {request.path.split(f"/{commit}/")[1] for request in hub.requests if f"/resolve/{commit}/" in request.path}
+    fetched = {
+        request.path.split(f"/{commit}/")[1] for request in hub.requests if f"/resolve/{commit}/" in request.path
+    }
     assert UNET in fetched and not any(name.endswith((".py", ".bin", "fp16.safetensors")) for name in fetched)
     monkeypatch.undo()
     plain = train(tmp_path / "plain", "--pretrained_model_name_or_path", str(source))
@@ -335,9 +356,15 @@ def test_a_pickle_on_the_hub_is_refused_before_any_weights_are_fetched(
     pickle_it(source / "safety_checker" / "model.safetensors")
     api.create_repo("alice/base")
     api.upload_folder(repo_id="alice/base", folder_path=source)
-    with pytest.raises(RunError, match="alice/base: safety_checker has no safetensors, but pytorch_model.bin, a pickle"):
+    with pytest.raises(
+        RunError, match="alice/base: safety_checker has no safetensors, but pytorch_model.bin, a pickle"
+    ):
         look("alice/base")
-    assert not [request for request in hub.requests if request.method == "GET" and request.path.endswith((".bin", ".safetensors"))]
+    assert not [
+        request
+        for request in hub.requests
+        if request.method == "GET" and request.path.endswith((".bin", ".safetensors"))
+    ]
     api.delete_file("model_index.json", repo_id="alice/base")
     with pytest.raises(RunError, match="alice/base: the repository holds no model_index.json"):
         look("alice/base")
@@ -367,7 +394,15 @@ def test_what_a_base_in_half_precision_makes_runs_as_the_card_says(
     pipeline.save_pretrained(tmp_path / "half", variant="fp16")
     api.create_repo("alice/half")
     commit = api.upload_folder(repo_id="alice/half", folder_path=tmp_path / "half").oid
-    more = ("--pretrained_model_name_or_path", "alice/half", "--variant", "fp16", "--push_to_hub", "--hub_token", "hf_alice")
+    more = (
+        "--pretrained_model_name_or_path",
+        "alice/half",
+        "--variant",
+        "fp16",
+        "--push_to_hub",
+        "--hub_token",
+        "hf_alice",
+    )
     out = train(tmp_path / "whole", *more)
     parts = StableDiffusionPipeline.from_pretrained(out).components.values()  # as README loads it
     assert [part.dtype for part in parts if isinstance(part, torch.nn.Module)] == [torch.float32] * 4
@@ -384,7 +419,12 @@ def test_what_a_base_in_half_precision_makes_runs_as_the_card_says(
 @pytest.mark.parametrize(
     ("more", "name", "value", "says"),
     [
-        (("--mixed_precision", "fp16"), "MIXED_PRECISION", "no", "mixed precision fp16 is for GPUs, and this run is on"),
+        (
+            ("--mixed_precision", "fp16"),
+            "MIXED_PRECISION",
+            "no",
+            "mixed precision fp16 is for GPUs, and this run is on",
+        ),
         ((), "MIXED_PRECISION", "fp16", "mixed precision fp16 is for GPUs, and this run is on a CPU"),
         ((), "DYNAMO_BACKEND", "nonsense", "accelerate cannot start: .*NONSENSE"),
     ],

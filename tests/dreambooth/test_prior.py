@@ -133,9 +133,7 @@ class Noise:
         return Namespace(images=list(map(Image.fromarray, pixels)))
 
 
-def test_each_image_has_its_own_random_numbers(
-    tmp_path: Path, accelerator: Accelerator
-) -> None:
+def test_each_image_has_its_own_random_numbers(tmp_path: Path, accelerator: Accelerator) -> None:
     """One process or two, at once or continued: the same set, and no image twice."""
     one = ("--sample_batch_size", "2")
     whole = ensure(arguments(tmp_path / "whole", 7, *one), accelerator)
@@ -145,7 +143,9 @@ def test_each_image_has_its_own_random_numbers(
         assert re.fullmatch(r"\d+-[0-9a-f]{40}\.jpg", path.name)
 
     for process in (Process(1, 2), Process(0, 2)):
-        prior.sample_class_images(arguments(tmp_path / "two", 7, *one), process, tmp_path / "two", list(range(7)), Noise())
+        prior.sample_class_images(
+            arguments(tmp_path / "two", 7, *one), process, tmp_path / "two", list(range(7)), Noise()
+        )
     assert drawn(tmp_path / "two") == drawn(tmp_path / "whole")
 
     one_of_two = tmp_path / "continued"  # the other was killed, and so was this one in writing a file
@@ -200,9 +200,7 @@ def test_a_full_disk_is_named_by_the_folder(
         ensure(arguments(tmp_path, 1), accelerator)
 
 
-def test_the_folder_is_made_and_batches_fill_it_exactly(
-    tmp_path: Path, accelerator: Accelerator
-) -> None:
+def test_the_folder_is_made_and_batches_fill_it_exactly(tmp_path: Path, accelerator: Accelerator) -> None:
     asked = []
 
     class Pipeline(Noise):

@@ -75,7 +75,10 @@ METHODS = {
     for method in (
         Method("plain"),
         Method("plain, lower rate", rate=2.5e-4),
-        Method("prior preservation", ("--with_prior_preservation", "--num_class_images", "100", "--sample_batch_size", "20")),
+        Method(
+            "prior preservation",
+            ("--with_prior_preservation", "--num_class_images", "100", "--sample_batch_size", "20"),
+        ),
         Method("sum", ("--lipreg_reduction", "sum"), (1e-4, 3e-4, 1e-3)),
         Method("tensor_mean", ("--lipreg_reduction", "tensor_mean"), (7.0, 20.0)),
         Method("LoRA plain", rate=2e-3, lora=True),

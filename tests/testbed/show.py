@@ -1,6 +1,6 @@
 """Draw the same prompts from the same noise with several pipelines, a row for each, in one picture.
 
-    python tests/testbed/show.py tests/testbed/pipeline sks-circle --prompts "a photo of a sks circle" --output out.png
+python tests/testbed/show.py tests/testbed/pipeline sks-circle --prompts "a photo of a sks circle" --output out.png
 """
 
 from __future__ import annotations
