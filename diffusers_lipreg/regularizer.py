@@ -95,9 +95,10 @@ class DriftRegularizer:
         args: Any,
         accelerator: Any,
         models: Mapping[str, nn.Module],
+        *,
         take_snapshot: Callable[[str], Snapshot],
         denoiser: Denoiser,
-        scheduler: Any,
+        noise_scheduler: Any,
         shape: Sequence[int],
         probe_prompts: Sequence[str],
         **best: Callable[[], Any],
@@ -107,23 +108,24 @@ class DriftRegularizer:
         Args:
             models: Those in training, by name. A model is held if its weight is above 0, or is for a budget to find.
             take_snapshot: Returns the snapshot of the model of a name.
-            denoiser, scheduler, shape, probe_prompts: Of the probe; without prompts no output drift is measured.
+            denoiser, noise_scheduler, shape: The arguments of `OutputProbe`.
+            probe_prompts: The prompts of the probe; without any, no output drift is measured.
             best: `subject_loss` and `save_best`, used with `--keep_best`.
         """
-        penalties = []
-        for name, model in models.items():
-            weight = args.lipreg_weight if name == "unet" else args.lipreg_text_encoder_weight
-            if weight is None or weight > 0:
-                loss = LipschitzDriftLoss(take_snapshot(name), weight or 0.0, args.lipreg_reduction)
-                penalties.append(Penalty(name, model, loss))
+        weights = {name: args.lipreg_weight if name == "unet" else args.lipreg_text_encoder_weight for name in models}
+        penalties = [
+            Penalty(name, model, LipschitzDriftLoss(take_snapshot(name), weights[name] or 0.0, args.lipreg_reduction))
+            for name, model in models.items()
+            if weights[name] is None or weights[name] > 0
+        ]
         budget = None
         if args.drift_budget is not None:
             held = {penalty.loss: penalty.model for penalty in penalties}
             budget = DriftBudget(args.drift_budget, args.max_train_steps, held)
-        every = args.probe_steps or args.max_train_steps
         probe = None
         if probe_prompts:
-            probe = OutputProbe(denoiser, scheduler, shape, prompts=probe_prompts, device=accelerator.device)
+            probe = OutputProbe(denoiser, noise_scheduler, shape, prompts=probe_prompts, device=accelerator.device)
+        every = args.probe_steps or args.max_train_steps
         return cls(accelerator, penalties, probe, denoiser, every, budget=budget, **(best if args.keep_best else {}))
 
     def subject_loss(self) -> float:

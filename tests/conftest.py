@@ -11,7 +11,8 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
+from diffusers_lipreg.dreambooth.data import Photo, open_image
 
 ROOT = Path(__file__).parent.parent
 PARITY = Path(__file__).parent / "parity"
@@ -41,6 +43,11 @@ def flags(output_dir: Path | str, *more: str, pipeline: str = "pipeline") -> lis
         *("--seed", "0", "--max_train_steps", "2", "--probe_steps", "0"),
         *more,
     ]
+
+
+def as_photos(paths: Iterable[Path]) -> list[Photo]:
+    """Photos of files, with the file's name as the prompt."""
+    return [Photo(partial(open_image, path), path.name, path) for path in paths]
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:

@@ -129,7 +129,7 @@ def make_loader(args: Namespace, dataset: Dataset, layouts: Layouts | None) -> D
         resumable,
         batch_size=args.train_batch_size,
         sampler=resumable.sampler,
-        collate_fn=partial(collate, layouts=layouts),
+        collate_fn=partial(collate, layouts=layouts, class_prompt=args.class_prompt),
         num_workers=workers,
         worker_init_fn=ignore_signals,
         persistent_workers=workers > 0,  # an epoch is five photos: starting new ones takes longer
