@@ -53,7 +53,7 @@ logger = get_logger(__name__)
 PromptEmbeds = Callable[[Sequence[str]], Tensor]  # from a batch's prompts to (B, length, width)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     parser = OneLineParser(description="DreamBooth for Stable Diffusion without distributional drift.")
     arguments.add_shared_arguments(
         parser, output_dir="dreambooth-model", resolution=512, learning_rate=5e-6, weight_decay=1e-2
@@ -158,7 +158,7 @@ def probe_denoiser(
 ) -> Denoiser:
     """Return the unwrapped models as the probe calls them on its prompts. Call it before `encode_prompts`."""
     unet, text_encoder = models.unet, models.text_encoder
-    prompt_embeds = partial(models.prompt_encoder.encode, text_encoder)
+    prompt_embeds: PromptEmbeds = partial(models.prompt_encoder.encode, text_encoder)
     if not args.train_text_encoder:  # then the text encoder is freed
         batches = [[prompt] for prompt in prompts]
         prompt_embeds = models.prompt_encoder.precompute(text_encoder, accelerator.device, batches)
@@ -233,7 +233,7 @@ def validate(
     accelerator: Accelerator,
     base: Base,
     models: Models,
-    inputs: Mapping[str, Any],
+    inputs: dict[str, Any],
     global_step: int,
 ) -> list[Image.Image]:
     """Sample images from the current weights and log them; every process has to call it."""
@@ -253,7 +253,7 @@ def validate(
 def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], folder: str | Path) -> None:
     """Write what was trained and nothing else: models in sub-folders of their names, or the adapters."""
     if args.rank is None:
-        checkpoints.save_models(models, folder)
+        checkpoints.save_models(models, str(folder))
     else:
         lora.save_adapters(StableDiffusionPipeline, folder, lora.adapter_weights(models, lora.scale(args)))
 

@@ -57,7 +57,7 @@ logger = get_logger(__name__)
 PromptEmbeds = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # from a batch's prompts to embeddings and pooled ones
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     parser = OneLineParser(description="DreamBooth LoRA for SDXL without distributional drift.")
     arguments.add_shared_arguments(
         parser, output_dir="lora-dreambooth-model", resolution=1024, learning_rate=1e-4, weight_decay=1e-4
@@ -85,9 +85,12 @@ class Models(TrainableModels):
         self.noise_scheduler = base.load("scheduler", noise_scheduler_class(args, base))
         self.edm = not isinstance(self.noise_scheduler, DDPMScheduler)
         self.playground = isinstance(self.noise_scheduler, EDMEulerScheduler)
-        for name in ("text_encoder", "text_encoder_2"):
-            encoder = base.load(name, text_encoder_class(base.folders[name]))
-            setattr(self, name, encoder.requires_grad_(False).to(accelerator.device, dtype=self.weight_dtype))
+        self.text_encoder, self.text_encoder_2 = (
+            base.load(name, text_encoder_class(base.folders[name]))
+            .requires_grad_(False)
+            .to(accelerator.device, dtype=self.weight_dtype)
+            for name in ("text_encoder", "text_encoder_2")
+        )
         self.vae = load_vae(base).to(accelerator.device)
         self.unet = base.load("unet")
         self.unet.requires_grad_(False).to(accelerator.device, dtype=self.weight_dtype)
@@ -103,7 +106,7 @@ class Models(TrainableModels):
         self.unwrapped = self.trainable
 
     @property
-    def text_encoders(self) -> list[nn.Module]:
+    def text_encoders(self) -> list[Any]:
         return [self.text_encoder, self.text_encoder_2]
 
 
@@ -162,7 +165,7 @@ def probe_denoiser(
 ) -> Denoiser:
     """Return the unwrapped models as the probe calls them on its prompts. Call it before `encode_prompts`."""
     unet, dtype = models.unet, models.weight_dtype
-    encode = partial(encode_sdxl, models.tokens, models.text_encoders)
+    encode: Callable[..., tuple[Tensor, Tensor]] = partial(encode_sdxl, models.tokens, models.text_encoders)
     if not args.train_text_encoder:  # then the text encoders are freed
         encode = {(prompt,): encode([prompt]) for prompt in prompts}.__getitem__
     size = float(args.resolution)
@@ -254,7 +257,7 @@ def validate(
     accelerator: Accelerator,
     base: Base,
     models: Models,
-    inputs: Mapping[str, Any],
+    inputs: dict[str, Any],
     global_step: int,
     final: bool = False,
 ) -> list[Image.Image]:

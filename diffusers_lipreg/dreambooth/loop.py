@@ -22,6 +22,7 @@ from .interruption import GracefulExit
 from .models import loading
 from .photos import find_photos
 
+Hook = Callable[[str], None]  # writes or reads the models of a checkpoint in a folder
 Validate = Callable[[int], list[Image.Image]]  # from the number of updates to images, empty where there are none
 
 
@@ -42,11 +43,13 @@ class TrainableModels:
     Attributes:
         trainable_names: Those that are trained, whole or by adapters.
         unwrapped: The trained models by name, as they are before accelerate prepares them.
+        vae: `None` for a pipeline that diffuses pixels.
         lora_pipeline: The pipeline class that knows how adapters to these models are saved.
     """
 
     trainable_names: list[str]
     unwrapped: dict[str, nn.Module]
+    vae: Any
     lora_pipeline: type[DiffusionPipeline]
 
     @property
@@ -94,7 +97,8 @@ class TrainingRun:
         if sdxl:  # photos are cropped once in any case
             number, cropped = len(self.photos) * args.repeats, self.class_images
         else:
-            number, cropped = len(self.photos), [*(photo.path for photo in self.photos), *self.class_images]
+            paths = [photo.path for photo in self.photos if photo.path is not None]
+            number, cropped = len(paths), paths + self.class_images
         self.caches_latents = latents.should_cache_latents(
             args, number + len(self.class_images), cropped, self.transform, "vae" in self.base.classes
         )
@@ -113,11 +117,11 @@ class TrainingRun:
         preflight.check_disk(args, models.parameters)
         lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
         if args.rank is None:
-            hooks = checkpoints.save_models, checkpoints.load_models
-            hooks = [partial(hook, models.unwrapped) for hook in hooks]
+            save: Hook = partial(checkpoints.save_models, models.unwrapped)
+            load: Hook = partial(checkpoints.load_models, models.unwrapped)
         else:
-            hooks = lora.checkpoint_functions(models.lora_pipeline, models.unwrapped, lora.scale(args))
-        checkpoints.write_models_with(accelerator, *hooks)
+            save, load = lora.checkpoint_functions(models.lora_pipeline, models.unwrapped, lora.scale(args))
+        checkpoints.write_models_with(accelerator, save, load)
         names = models.trainable_names
         prepared = accelerator.prepare(*models.trainable.values(), optimizer, loader, lr_scheduler)
         for name, model in zip(names, prepared, strict=False):

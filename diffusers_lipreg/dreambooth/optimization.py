@@ -133,11 +133,11 @@ def create_adamw(
     args: Namespace, parameters: Sequence[nn.Parameter] | Sequence[dict], fused: bool
 ) -> torch.optim.Optimizer:
     """Create AdamW, in its fused form or bitsandbytes' 8-bit one, over parameters or groups of them."""
-    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    optimizer_class: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True if fused else None)
     if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    elif fused:
-        optimizer_class = partial(torch.optim.AdamW, fused=True)
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
     return optimizer_class(
         parameters,
         lr=args.learning_rate,
