@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARITY, ROOT, assert_equal_weights, command, draw_elsewhere, flags, load
 from diffusers import StableDiffusionPipeline
-from draw import draw
-from loopback_hub import Account, LoopbackHub
 from safetensors.torch import load_file
+from support.draw import draw
+from support.loopback_hub import Account, LoopbackHub
+from support.runs import PARITY, ROOT, assert_equal_weights, command, draw_elsewhere, flags, load
 
 from diffusers_lipreg.errors import RunError, read_lines
 from diffusers_lipreg.probe import OutputDrift, OutputProbe, pipeline_denoiser

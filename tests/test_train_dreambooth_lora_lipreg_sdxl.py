@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARITY, ROOT, assert_equal_weights, draw_elsewhere, execute, flags
 from diffusers import StableDiffusionXLPipeline
-from draw import draw
-from loopback_hub import Account, LoopbackHub
 from safetensors.torch import load_file
+from support.draw import draw
+from support.loopback_hub import Account, LoopbackHub
+from support.runs import PARITY, ROOT, assert_equal_weights, draw_elsewhere, execute, flags
 
 from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser
 

@@ -1,5 +1,6 @@
 """The SD script on two processes: one model, one upload, exact resume, one message; and what one process makes of it."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
-from conftest import ACCOUNTS, PARITY, ROOT
-from loopback_hub import LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file
-from two_processes import FIXED, FULL, RUNS_FSDP2, Run, fixed_loss
+from support.loopback_hub import ACCOUNTS, LoopbackHub
+from support.runs import PARITY, ROOT
+from support.two_processes import FIXED, FULL, RUNS_FSDP2, Run, fixed_loss
 
 needs_fsdp2 = pytest.mark.skipif(not RUNS_FSDP2, reason="torch without FSDP2 on CPUs, or accelerate without it")
 SHARDS = [pytest.param(name, marks=needs_fsdp2) for name in ("shards", "sharded")]
@@ -43,9 +44,10 @@ def hub() -> Iterator[LoopbackHub]:
 @pytest.fixture(scope="module")
 def launched(folder: Path, hub: LoopbackHub) -> subprocess.CompletedProcess:
     """All that two processes do here, in one launch: the start takes longer than the runs."""
-    environment = hub.environment(folder / "home") | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = hub.environment(folder / "home") | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tests" / "two_processes.py"), str(folder)]
+    command += [str(ROOT / "tests" / "support" / "two_processes.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
     assert (folder / "two-after-one-1.pt").exists(), done.stderr
     return done

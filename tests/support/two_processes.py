@@ -1,4 +1,4 @@
-"""What test_two_processes.py has two processes do, in one launch: `torchrun --nproc_per_node 2 two_processes.py FOLDER`."""
+"""What test_two_processes.py has two processes do, in one launch: `torchrun --nproc_per_node 2 support/two_processes.py FOLDER`."""
 
 import sys
 from argparse import Namespace
@@ -13,7 +13,6 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import HAS_FSDP2, flags, forget_accelerate
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
@@ -21,6 +20,7 @@ from torch.nn.functional import mse_loss
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.errors import run_cli
+from support.runs import HAS_FSDP2, ROOT, flags, forget_accelerate
 
 RUNS_FSDP2 = HAS_FSDP2 and hasattr(FullyShardedDataParallelPlugin, "fsdp_version")
 FULL = ("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--max_train_steps", "6", "--checkpointing_steps", "1")
@@ -93,7 +93,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def configuration(name: str) -> dict[str, str]:
     """What `accelerate launch` puts into the environment for one of the configuration files."""
-    file = Path(__file__).parent / "accelerate" / name
+    file = ROOT / "tests" / "accelerate" / name
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "script.py"]))
     return prepare_multi_gpu_env(args)
 
