@@ -12,9 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 from accelerate import Accelerator
-from huggingface_hub import close_session, constants
-from huggingface_hub.utils import disable_progress_bars
-from support.loopback_hub import ACCOUNTS, LoopbackHub
+from support.hub_client import client_of_loopback_hub
+from support.loopback_hub import LoopbackHub
 from support.runs import flags, forget_accelerate
 
 import train_dreambooth_lipreg
@@ -59,24 +58,10 @@ def train_sdxl(fresh_accelerate):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub() -> Iterator[LoopbackHub]:
     """A running Hub, and a client in this process that is ready for it."""
-    for name in list(os.environ):  # the caller's own settings, which subprocesses would inherit
-        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")):
-            monkeypatch.delenv(name)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    close_session()  # the next one reads the proxies anew
-    disable_progress_bars()
-    with LoopbackHub(ACCOUNTS) as hub:
-        # The client asks some things outside HfApi(endpoint=...); the two constants have to agree.
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with client_of_loopback_hub() as hub:
         yield hub
-    close_session()
 
 
 @pytest.fixture

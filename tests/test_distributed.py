@@ -80,7 +80,7 @@ def ranks(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        torch.multiprocessing.spawn(worker, args=(folder,), nprocs=WORLD)
+        torch.multiprocessing.start_processes(worker, args=(folder,), nprocs=WORLD, start_method="fork")
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

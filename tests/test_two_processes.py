@@ -1,8 +1,5 @@
 """The SD script on two processes: one model, one upload, exact resume, one message; and what one process makes of it."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import copy, copytree
@@ -13,7 +10,9 @@ import torch
 from accelerate.commands.config import load_config_from_file
 from PIL import Image
 from safetensors.torch import load_file
-from support.loopback_hub import ACCOUNTS, LoopbackHub
+from support import two_processes
+from support.hub_client import client_of_loopback_hub
+from support.loopback_hub import LoopbackHub
 from support.runs import PARITY, ROOT
 from support.two_processes import FIXED, FULL, RUNS_FSDP2, Run, fixed_loss
 
@@ -31,30 +30,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "squares").mkdir()
     for name in ("00.png", "01.png"):
         Image.open(PARITY / "instance" / name).convert("RGB").resize((64, 64)).save(folder / "squares" / name)
+    (folder / "probes.txt").write_text("a dog\na cat\n")
     Run(folder / "one", *FULL, "--instance_data_dir", str(folder / "photos")).save(folder / "one.pt")
     return folder
 
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub(ACCOUNTS) as hub:
+    with client_of_loopback_hub() as hub:
         yield hub
 
 
 @pytest.fixture(scope="module")
-def launched(folder: Path, hub: LoopbackHub) -> subprocess.CompletedProcess:
-    """All that two processes do here, in one launch: the start takes longer than the runs."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = hub.environment(folder / "home") | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tests" / "support" / "two_processes.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
-    assert (folder / "two-after-one-1.pt").exists(), done.stderr
-    return done
+def exit_codes(folder: Path, hub: LoopbackHub) -> list[int]:
+    """All that two processes do here, in one launch, and how they end."""
+    codes = two_processes.launch(folder)
+    assert (folder / "two-after-one-1.pt").exists(), (folder / "log-0").read_text()
+    return codes
 
 
 @pytest.fixture
-def ranks(launched: subprocess.CompletedProcess, folder: Path):
+def ranks(exit_codes: list[int], folder: Path):
     """What the two processes ended a run with, by the run's name."""
     return lambda name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in (0, 1)]
 
@@ -72,7 +68,8 @@ def test_the_processes_end_with_one_model(ranks, run: str) -> None:
 @pytest.mark.parametrize(
     ("run", "resumed", "stop"),
     [
-        *(("whole", f"from-{stop}", stop) for stop in (1, 2, 3)),
+        ("whole", "whole-from-1", 1),
+        ("whole", "whole-from-2", 2),
         ("sdxl", "sdxl-from-1", 1),
         pytest.param("sharded", "sharded-from-1", 1, marks=needs_fsdp2),
     ],
@@ -142,10 +139,10 @@ def test_another_number_of_processes_goes_on(ranks, folder: Path, caplog, proces
         logs = ranks("two-after-one")[0]["logs"]
     else:
         ranks("whole")
-        more = ("--resume_from_checkpoint", str(folder / "two" / "checkpoint-4"))
+        more = ("--resume_from_checkpoint", str(folder / "two" / "checkpoint-3"))
         logs = Run(folder / "one again", *FULL, "--instance_data_dir", str(folder / "photos"), *more).logs
-        assert "checkpoint-4 is of 2 processes, not 1: the photos are shuffled anew." in caplog.text
-    assert [step for step, _ in logs] == ([4, 5, 6] if processes == "two after one" else [5, 6])
+        assert "checkpoint-3 is of 2 processes, not 1: the photos are shuffled anew." in caplog.text
+    assert [step for step, _ in logs] == ([3, 4] if processes == "two after one" else [4])
     assert [values["lr"] for _, values in logs] == pytest.approx([whole[step]["lr"] for step, _ in logs])
 
 
@@ -169,8 +166,9 @@ def test_every_process_leaves_its_random_state(ranks, folder: Path) -> None:
     assert {"random_states_0.pkl", "random_states_1.pkl", "sampler_state.pt"} <= names
 
 
-def test_a_failure_of_one_process_ends_all_with_its_message(launched, folder: Path) -> None:
-    assert launched.returncode == 1
-    (line,) = [line for line in launched.stderr.splitlines() if "error: the loss" in line]
+def test_a_failure_of_one_process_ends_all_with_one_message(exit_codes, folder: Path) -> None:
+    assert exit_codes == [1, 1]
+    logs = (folder / "log-0").read_text() + (folder / "log-1").read_text()
+    (line,) = [line for line in logs.splitlines() if "error: the loss" in line]
     assert "train_dreambooth_lipreg.py: error: the loss is nan in the step after update 0" in line
     assert not (folder / "lost" / "unet").exists()
