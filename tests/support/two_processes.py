@@ -42,7 +42,7 @@ MANY = (
 )
 # Adam divides by the root of its second moment, which for gradients near zero turns a rounding error into a step of
 # full size; with a large epsilon an update is as smooth as the gradient.
-FIXED = (*FULL[:-1], "100", "--adam_epsilon", "1e-2")
+FIXED = (*FULL[:-1], "100", "--max_train_steps", "2", "--adam_epsilon", "1e-2")
 # On shards every process has to take part in what the main process does alone elsewhere.
 SHARDED = (
     *FULL,
@@ -141,57 +141,58 @@ def lost_loss(*args: object, **named: object) -> Tensor:
 denoising_loss = train_dreambooth_lipreg.denoising_loss
 
 
-def main(folder: Path) -> None:
-    """Train everything that test_two_processes.py looks at."""
+def photos(folder: Path, name: str = "photos") -> tuple[str, ...]:
+    return ("--instance_data_dir", str(folder / name), "--probe_prompts", str(folder / "probes.txt"))
+
+
+def train(folder: Path, name: str, *more: str, resume: str = "", **options: Any) -> None:
+    """Train in a folder of that name; a run that goes on from another's checkpoint has its own folder, too."""
+    if resume:
+        more += ("--resume_from_checkpoint", str(folder / resume))
+    Run(folder / name, *photos(folder), *more, **options).save(folder / f"{name}-{PartialState().process_index}.pt")
+
+
+def main(folder: Path, thorough: bool) -> None:
+    """Train everything that test_two_processes.py looks at; `thorough` goes on from what the first launch left."""
     # accelerate ends torch's process group with a run; here there are several runs.
     PartialState.destroy_process_group = lambda self, group=None: None
-    rank = Accelerator(cpu=True).process_index
-    photos = ("--instance_data_dir", str(folder / "photos"))
-    squares = ("--instance_data_dir", str(folder / "squares"))
+    Accelerator(cpu=True)
+    squares = photos(folder, "squares")
     prior = ("--with_prior_preservation", "--class_data_dir", str(folder / "class"), "--class_prompt", "a dog")
-    prior += ("--num_class_images", "5", "--sample_batch_size", "1")
-    probes = ("--probe_prompts", str(folder / "probes.txt"))
+    prior += ("--num_class_images", "3", "--sample_batch_size", "1")
     push = ("--push_to_hub", "--hub_model_id", "alice/dog", "--hub_token", "hf_alice")
 
-    def train(name: str, *more: str, output_dir: str = "", resume: str = "", **options: Any) -> None:
-        if resume:
-            more += ("--resume_from_checkpoint", str(folder / resume))
-        Run(folder / (output_dir or name), *more, **options).save(folder / f"{name}-{rank}.pt")
+    if thorough:
+        train(folder, "whole-from-2", *MANY, *prior, resume="whole/checkpoint-2")
+        train(folder, "sdxl-from-1", *ADAPTERS, resume="sdxl/checkpoint-1", sdxl=True)
+        if RUNS_FSDP2:
+            with fsdp2():
+                train(folder, "sharded-from-1", *SHARDED, resume="sharded/checkpoint-1")
+        return
 
-    train("whole", *photos, *MANY, *prior, *probes, *push)
-    for stop in (1, 2):
-        train(
-            f"whole-from-{stop}",
-            *photos,
-            *MANY,
-            *prior,
-            *probes,
-            output_dir="again",
-            resume=f"whole/checkpoint-{stop}",
-        )
-    train("fixed", *FIXED, *squares, loss=fixed_loss)
-    train("two-after-one", *FULL, *photos, output_dir="two", resume="one/checkpoint-2")
-    train("sdxl", *photos, *ADAPTERS, sdxl=True)
-    train("sdxl-from-1", *photos, *ADAPTERS, output_dir="again", resume="sdxl/checkpoint-1", sdxl=True)
+    train(folder, "whole", *MANY, *prior, *push)
+    train(folder, "whole-from-1", *MANY, *prior, resume="whole/checkpoint-1")
+    train(folder, "fixed", *FIXED, *squares, loss=fixed_loss)
+    train(folder, "two-after-one", *FULL, resume="one/checkpoint-2")
+    train(folder, "sdxl", *ADAPTERS, sdxl=True)
     if RUNS_FSDP2:
         with fsdp2():
-            train("shards", *FIXED, *squares, loss=fixed_loss)
-            train("sharded", *photos, *SHARDED, *probes)
-            train("sharded-from-1", *photos, *SHARDED, *probes, output_dir="again", resume="sharded/checkpoint-1")
+            train(folder, "shards", *FIXED, *squares, loss=fixed_loss)
+            train(folder, "sharded", *SHARDED)
     sys.argv = ["train_dreambooth_lipreg.py"]
-    run_cli(lambda _: Run(folder / "lost", *photos, loss=lost_loss), Namespace(debug=False))
+    run_cli(lambda _: Run(folder / "lost", *photos(folder), loss=lost_loss), Namespace(debug=False))
 
 
-def work(rank: int, folder: Path, environment: dict[str, str]) -> None:
+def work(rank: int, folder: Path, thorough: bool, environment: dict[str, str]) -> None:
     """Be one of two processes, as torchrun tells it by variables; what this one prints goes to a file."""
     os.dup2(os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT), 2)
     sys.stdout = sys.stderr = open(2, "w", closefd=False)
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     forget_accelerate()
-    main(folder)
+    main(folder, thorough)
 
 
-def launch(folder: Path) -> list[int]:
+def launch(folder: Path, thorough: bool = False) -> list[int]:
     """Fork this process, which has imported everything, and return the exit codes of the two that train."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -199,7 +200,7 @@ def launch(folder: Path) -> list[int]:
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     environment["ACCELERATE_USE_CPU"] = "true"
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank, folder, environment)) for rank in (0, 1)]
+    processes = [context.Process(target=work, args=(rank, folder, thorough, environment)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
