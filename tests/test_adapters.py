@@ -10,10 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import PARITY
 from diffusers import UNet2DConditionModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from support.runs import PARITY
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -23,11 +23,11 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from conftest import PARITY, command, flags, forget_accelerate
 from huggingface_hub import HfApi, close_session, constants
-from loopback_hub import OTHER, PORTAL, STALL, LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.loopback_hub import OTHER, PORTAL, STALL, LoopbackHub
+from support.runs import PARITY, command, flags, forget_accelerate
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PARITY, as_photos, assert_equal_weights, load
 from diffusers import AutoencoderKL
 from PIL import Image
+from support.runs import PARITY, as_photos, assert_equal_weights, load
 from transformers import CLIPTokenizer
 
 import train_dreambooth_lipreg

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import InitProcessGroupKwargs
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from conftest import ROOT
+from support.runs import ROOT
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 

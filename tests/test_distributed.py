@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HAS_FSDP2
 from diffusers import DDPMScheduler
+from support.runs import HAS_FSDP2
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -80,7 +80,7 @@ def ranks(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        torch.multiprocessing.spawn(worker, args=(folder,), nprocs=WORLD)
+        torch.multiprocessing.start_processes(worker, args=(folder,), nprocs=WORLD, start_method="fork")
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

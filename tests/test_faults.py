@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_equal_weights, flags
+from support.runs import ROOT, assert_equal_weights, flags
 
 from diffusers_lipreg.dreambooth.checkpoints import checkpoints, save_models
 from diffusers_lipreg.errors import RunError

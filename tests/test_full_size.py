@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.published import PARAMETERS, make_unet
-from conftest import PARITY, ROOT, flags
 from diffusers import StableDiffusionPipeline
+from support.runs import PARITY, ROOT, flags
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -7,7 +7,7 @@ import ast
 import sys
 
 import pytest
-from conftest import ROOT, execute
+from support.runs import ROOT, execute
 
 PACKAGE = ROOT / "diffusers_lipreg"
 CORE = {  # besides the standard library; another core module states here what it needs

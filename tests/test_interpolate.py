@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARITY, load
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.runs import PARITY, load
 
 from diffusers_lipreg import interpolate
 from diffusers_lipreg.dreambooth import lora

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_session
-from loopback_hub import LoopbackHub, Request
+from support.loopback_hub import LoopbackHub, Request
 
 REPO = "alice/dog"
 FILES = {

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import PARITY
 from diffusers import UNet2DConditionModel
+from support.runs import PARITY
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.utils import clip_grad_norm_

@@ -8,8 +8,8 @@ import shutil
 import peft
 import pytest
 import torch
-from conftest import PARITY, load
 from safetensors.torch import load_file
+from support.runs import PARITY, load
 
 CASES = json.loads((PARITY / "cases.json").read_text())
 

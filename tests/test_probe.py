@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from conftest import PARITY, ROOT
 from diffusers import (
     DDPMScheduler,
     EDMEulerScheduler,
@@ -17,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from peft import LoraConfig
+from support.runs import PARITY, ROOT
 from torch import Tensor, nn
 
 from diffusers_lipreg.probe import Denoiser, OutputProbe, pipeline_denoiser

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from support.runs import ROOT
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl

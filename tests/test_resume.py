@@ -7,13 +7,13 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import PARITY, assert_equal_weights, load
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from support.runs import PARITY, assert_equal_weights, load
 from transformers import CLIPTextModel
 
 from diffusers_lipreg.errors import RunError

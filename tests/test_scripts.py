@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from conftest import ROOT
+from support.runs import ROOT
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl

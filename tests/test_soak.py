@@ -8,7 +8,7 @@ from statistics import median
 import psutil
 import pytest
 from accelerate import Accelerator
-from conftest import ROOT
+from support.runs import ROOT
 
 UPDATES, SETTLED = 2000, 200
 TESTBED = ROOT / "tests" / "testbed"

@@ -2,17 +2,14 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARITY, ROOT, assert_equal_weights, command, draw_elsewhere, flags, load
 from diffusers import StableDiffusionPipeline
-from draw import draw
-from loopback_hub import Account, LoopbackHub
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
+from support.runs import PARITY, ROOT, assert_equal_weights, draw, load
 
 from diffusers_lipreg.errors import RunError, read_lines
 from diffusers_lipreg.probe import OutputDrift, OutputProbe, pipeline_denoiser
@@ -52,10 +49,10 @@ def test_the_plain_command_is_the_papers_configuration(train, tmp_path, logs):
 
 
 def test_a_huge_weight_holds_the_model(train, tmp_path):
-    steps = ("--max_train_steps", "20", "--adam_weight_decay", "0")
+    steps = ("--max_train_steps", "12", "--adam_weight_decay", "0")
     free = train(tmp_path / "free", *OFF, *steps)
     held = train(tmp_path / "held", "--lipreg_weight", "1e6", "--lipreg_reduction", "sum", *steps)
-    assert distance(held) < 0.05 * distance(free)
+    assert distance(held) < 0.1 * distance(free)
     ours, base = load_file(held / UNET), load_file(PARITY / "pipeline" / UNET)
     assert max((ours[name] - base[name]).abs().max().item() for name in base) <= 5e-4
 
@@ -214,33 +211,30 @@ def test_extracted_adapters_are_the_best_of_their_rank(train, tmp_path, caplog):
 # --- as a user runs it --------------------------------------------------------------------------------------------
 
 
-def test_trained_pushed_and_loaded_elsewhere(tmp_path):
-    with LoopbackHub({"hf_secret_of_alice": Account("alice")}) as hub:
-        env = {**hub.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-        ran = subprocess.run(
-            [
-                *(sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train_dreambooth_lipreg.py")),
-                *flags(tmp_path / "sks-dog"),
-                *("--checkpointing_steps", "1", "--validation_prompt", "a sks dog", "--validation_steps", "1"),
-                *("--num_validation_images", "1", "--push_to_hub", "--hub_token", "hf_secret_of_alice"),
-            ],
-            env=env, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stderr
-        files = hub.files("alice/sks-dog")
-        assert {"model_index.json", UNET, TEXT_ENCODER, "README.md", "image_0.png"} <= files.keys()
-        assert not [name for name in files if "checkpoint" in name or name.startswith("logs")]
-        written = [path for path in tmp_path.rglob("*") if path.is_file()]  # checkpoints, logs, the client's folders
-        assert {"README.md", "optimizer.bin", "hparams.yml"} <= {path.name for path in written}
-        assert not [path for path in written if b"hf_secret_of_alice" in path.read_bytes()]
-        assert not [name for name, content in files.items() if b"hf_secret_of_alice" in content]
-        assert "hf_secret_of_alice" not in ran.stdout + ran.stderr
-        card = files["README.md"].decode()
-        assert all(line in card for line in ("- lipschitz-drift", "| lipreg_reduction | tensor_mean |",
-                                             "| lipreg_weight | 500 |", "| drift_relative | "))  # fmt: skip
-
-        loaded = draw_elsewhere("alice/sks-dog", env=hub.environment(tmp_path / "empty"))
-    assert loaded == draw(tmp_path / "sks-dog")
+def test_trained_pushed_and_loaded_elsewhere(train, hub, tmp_path, capfd):
+    """The token is nowhere but in the command."""
+    out = train(
+        tmp_path / "sks-dog", "--checkpointing_steps", "1", "--validation_prompt", "a sks dog", "--validation_steps", "1",
+        "--num_validation_images", "1", "--push_to_hub", "--hub_token", "hf_alice",
+    )  # fmt: skip
+    files = hub.files("alice/sks-dog")
+    assert {"model_index.json", UNET, TEXT_ENCODER, "README.md", "image_0.png"} <= files.keys()
+    assert not [name for name in files if "checkpoint" in name or name.startswith("logs")]
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]  # checkpoints, logs, the client's folders
+    assert {"README.md", "optimizer.bin", "hparams.yml"} <= {path.name for path in written}
+    assert not [path for path in written if b"hf_alice" in path.read_bytes()]
+    assert not [name for name, content in files.items() if b"hf_alice" in content]
+    assert "hf_alice" not in "".join(capfd.readouterr())
+    card = files["README.md"].decode()
+    for line in (
+        "- lipschitz-drift",
+        "| lipreg_reduction | tensor_mean |",
+        "| lipreg_weight | 500 |",
+        "| drift_relative | ",
+    ):
+        assert line in card
+    loaded = draw(snapshot_download("alice/sks-dog"))
+    assert loaded == draw(out)
     assert loaded != draw(PARITY / "pipeline")
 
 
@@ -254,15 +248,9 @@ def test_adapters_pushed_and_loaded_elsewhere(more, train, hub, tmp_path):
     else:
         assert card.count('pipe.load_lora_weights("alice/sks-dog")') == 1
         assert "| extract_lora_rank | 4 |" in card and "| squared drift kept by these adapters | " in card
-    loaded = draw_elsewhere(PARITY / "pipeline", "alice/sks-dog", env=hub.environment(tmp_path / "empty"))
+    loaded = draw(PARITY / "pipeline", "alice/sks-dog")
     assert loaded == draw(PARITY / "pipeline", out)
     assert loaded != draw(PARITY / "pipeline")
-
-
-def test_help_needs_no_model():
-    ran = command("unused", "--help")
-    assert ran.returncode == 0
-    assert "--lipreg_weight" in ran.stdout
 
 
 # --- output drift -------------------------------------------------------------------------------------------------
@@ -282,10 +270,10 @@ def test_measuring_output_drift_changes_no_weight(train, tmp_path, logs):
     assert drift_on_disk(out).output_drift == pytest.approx(at[4], rel=1e-4)
 
 
-def drift_on_disk(out: Path) -> OutputDrift:
+def drift_on_disk(out: Path, **options: list[str]) -> OutputDrift:
     """The output drift of what a run left, pipeline or adapters, against the base."""
     base = StableDiffusionPipeline.from_pretrained(PARITY / "pipeline", safety_checker=None)
-    probe = OutputProbe(pipeline_denoiser(base), base.scheduler, (4, 8, 8))
+    probe = OutputProbe(pipeline_denoiser(base), base.scheduler, (4, 8, 8), **options)
     if (out / LORA).exists():
         base.load_lora_weights(out)
         return probe.measure(pipeline_denoiser(base))
@@ -293,30 +281,29 @@ def drift_on_disk(out: Path) -> OutputDrift:
 
 
 @pytest.mark.parametrize(
-    "more", [("--train_text_encoder",), ("--rank", "2", "--learning_rate", "1e-2")], ids=["full", "adapters"]
+    "more",
+    [
+        ("--train_text_encoder",),
+        pytest.param(
+            ("--rank", "2", "--learning_rate", "1e-2"), marks=pytest.mark.slow
+        ),  # as in the SDXL script's tests
+    ],
+    ids=["full", "adapters"],
 )
 def test_a_drift_budget_is_kept_and_resumed(more, train, tmp_path, logs):
     """Interrupted and resumed, the run logs and ends with the same bits, within the budget."""
-    steps = (
-        "--drift_budget",
-        "1e-3",
-        "--max_train_steps",
-        "8",
-        "--checkpointing_steps",
-        "3",
-        "--learning_rate",
-        "2e-3",
-        *more,
-    )
-    out = train(tmp_path, *steps)
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
+    steps = ("--drift_budget", "1e-3", "--probe_prompts", str(tmp_path / "prompts.txt"), "--max_train_steps", "6",
+             "--checkpointing_steps", "3", "--learning_rate", "2e-3", *more)  # fmt: skip
+    out = train(tmp_path / "out", *steps)
     seen = {step: values for step, values in logs}
     file = LORA if "--rank" in more else UNET
     weights = load_file(out / file)
-    assert seen[1]["lipreg_weight"] == 0 < seen[8]["lipreg_weight"]
-    assert drift_on_disk(out).output_drift_relative <= 1.001e-3
+    assert seen[1]["lipreg_weight"] == 0 < seen[6]["lipreg_weight"]
+    assert drift_on_disk(out, prompts=["a dog", "a cat"]).output_drift_relative <= 1.001e-3
     logs.clear()
     train(out, *steps, "--resume_from_checkpoint", "checkpoint-3")
-    assert logs == [(step, seen[step]) for step in range(4, 9)]
+    assert logs == [(step, seen[step]) for step in range(4, 7)]
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(out / file).items())
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PARITY
 from diffusers import DiffusionPipeline
 from PIL import Image
+from support.runs import PARITY
 from test_data import said
 
 import train_dreambooth_lipreg

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PARITY, as_photos
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
+from support.runs import PARITY, as_photos
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPTextModel

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import as_photos
 from PIL import EpsImagePlugin, Image, PngImagePlugin, features
+from support.runs import as_photos
 from torch import Tensor
 from torch.utils.data import DataLoader
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 from accelerate import Accelerator
-from conftest import flags
 from huggingface_hub import ModelCard
-from loopback_hub import CUT, OTHER, PORTAL, STALL, LoopbackHub
 from PIL import Image
+from support.loopback_hub import CUT, OTHER, PORTAL, STALL, LoopbackHub
+from support.runs import flags
 
 from diffusers_lipreg import hub_client
 from diffusers_lipreg.dreambooth.hub import create_repository, model_card, push_advice, upload

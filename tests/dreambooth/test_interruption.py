@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, assert_equal_weights, flags, forget_accelerate
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import HfApi
+from support.runs import ROOT, assert_equal_weights, flags, forget_accelerate
 
 import train_dreambooth_lipreg
 from diffusers_lipreg import OutputProbe

@@ -5,11 +5,11 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import PARITY
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.loaders.peft import PeftAdapterMixin
 from safetensors.torch import load_file
+from support.runs import PARITY
 
 from diffusers_lipreg.dreambooth import lora, validation
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARITY
 from safetensors.torch import save_file
+from support.runs import PARITY
 from torch import nn
 from transformers import CLIPTextModel, PreTrainedModel
 

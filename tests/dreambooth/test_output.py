@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
-from conftest import PARITY, ROOT, assert_equal_weights, flags
 from huggingface_hub import CommitOperationAdd, HfApi
-from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
+from support.loopback_hub import LoopbackHub
+from support.runs import PARITY, ROOT, assert_equal_weights, flags
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from conftest import PARITY
 from datasets import Dataset, Features, __version__, config
 from datasets import Image as ImageFeature
 from PIL import Image
 from pyarrow import parquet
+from support.runs import PARITY
 from test_data import said
 
 from diffusers_lipreg.dreambooth import data, photos

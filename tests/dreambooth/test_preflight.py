@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PARITY, assert_equal_weights, execute, flags
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from huggingface_hub import HfApi, constants
-from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
+from support.loopback_hub import LoopbackHub
+from support.runs import PARITY, assert_equal_weights, execute, flags
 from transformers import CLIPConfig, CLIPTokenizer, T5Config, T5EncoderModel
 
 import train_dreambooth_lipreg as sd

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_equal_weights, flags
 from PIL import Image
+from support.runs import assert_equal_weights, flags
 
 from diffusers_lipreg.dreambooth import prior
 from diffusers_lipreg.errors import RunError

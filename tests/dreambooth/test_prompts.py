@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PARITY
+from support.runs import PARITY
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import PARITY, flags
+from support.runs import PARITY, flags
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl

@@ -11,8 +11,8 @@ import pytest
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import ProjectConfiguration
-from conftest import flags
 from PIL import Image
+from support.runs import flags
 
 from diffusers_lipreg.dreambooth.trackers import start_trackers, tracker_config
 from diffusers_lipreg.dreambooth.validation import log_images

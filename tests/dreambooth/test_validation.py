@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from conftest import PARITY, flags
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
 from PIL import Image
+from support.runs import PARITY, flags
 
 from diffusers_lipreg.dreambooth.validation import sample_images, set_scheduler
 from train_dreambooth_lipreg import parse_args

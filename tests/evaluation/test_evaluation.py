@@ -8,15 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import PARITY, execute
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from huggingface_hub import HfApi
-from tiny import load_pipeline
+from support.runs import PARITY, execute, load_pipeline
 
 from diffusers_lipreg.evaluation import __main__ as command
 from diffusers_lipreg.evaluation import prompts, report, results
 
-pytest_plugins = ("tiny",)
 PHOTOS = PARITY / "instance"
 Evaluate = Callable[..., dict]
 

@@ -4,17 +4,15 @@ import math
 
 import pytest
 import torch
-from conftest import PARITY
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
-from tiny import load_pipeline
+from support.runs import PARITY, load_pipeline
 
 from diffusers_lipreg.evaluation import drift
 from diffusers_lipreg.evaluation.generation import Sampling
 from diffusers_lipreg.loading import load_personalized
 from diffusers_lipreg.probe import PROMPTS
 
-pytest_plugins = ("tiny",)
 BASE = str(PARITY / "pipeline")
 CPU = torch.device("cpu")
 

@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY
 from PIL import Image
-from tiny import load_pipeline
+from support.runs import PARITY, load_pipeline
 
 from diffusers_lipreg import loading
 from diffusers_lipreg.errors import RunError
 from diffusers_lipreg.evaluation.generation import Sampling, generate_images, image_specs
 
-pytest_plugins = ("tiny",)
 CPU = torch.device("cpu")
 SAMPLING = Sampling(num_inference_steps=2, batch_size=1)
 

@@ -16,7 +16,6 @@ from diffusers_lipreg.evaluation.generation import ImageSpec
 from diffusers_lipreg.evaluation.prompts import one_subject
 from diffusers_lipreg.evaluation.results import ImageSet, score_subject
 
-pytest_plugins = ("tiny",)
 CPU = torch.device("cpu")
 
 

@@ -36,6 +36,9 @@ class Account(NamedTuple):
     role: Literal["read", "write"] = "write"
 
 
+ACCOUNTS = {"hf_alice": Account("alice"), "hf_reader": Account("alice", role="read"), "hf_bob": Account("bob")}
+
+
 class StoredFile(NamedTuple):
     content: bytes
     is_lfs: bool

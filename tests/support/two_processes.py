@@ -1,10 +1,14 @@
-"""What test_two_processes.py has two processes do, in one launch: `torchrun --nproc_per_node 2 two_processes.py FOLDER`."""
+"""What test_two_processes.py has two processes do, in one launch."""
 
+import multiprocessing
+import os
+import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +17,6 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import HAS_FSDP2, flags, forget_accelerate
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
@@ -21,14 +24,25 @@ from torch.nn.functional import mse_loss
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.errors import run_cli
+from support.runs import HAS_FSDP2, ROOT, flags, forget_accelerate
 
 RUNS_FSDP2 = HAS_FSDP2 and hasattr(FullyShardedDataParallelPlugin, "fsdp_version")
-FULL = ("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--max_train_steps", "6", "--checkpointing_steps", "1")
+FULL = ("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--max_train_steps", "4", "--checkpointing_steps", "1")
 # Accumulation that does not divide the epoch: five photos on two processes are three batches each, one of them twice.
-MANY = (*FULL, "--gradient_accumulation_steps", "2", "--train_text_encoder", "--drift_budget", "1e-3", "--keep_best")
+MANY = (
+    *FULL,
+    "--max_train_steps",
+    "3",
+    "--gradient_accumulation_steps",
+    "2",
+    "--train_text_encoder",
+    "--drift_budget",
+    "1e-3",
+    "--keep_best",
+)
 # Adam divides by the root of its second moment, which for gradients near zero turns a rounding error into a step of
 # full size; with a large epsilon an update is as smooth as the gradient.
-FIXED = (*FULL[:-1], "100", "--adam_epsilon", "1e-2")
+FIXED = (*FULL[:-1], "100", "--max_train_steps", "2", "--adam_epsilon", "1e-2")
 # On shards every process has to take part in what the main process does alone elsewhere.
 SHARDED = (
     *FULL,
@@ -93,7 +107,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def configuration(name: str) -> dict[str, str]:
     """What `accelerate launch` puts into the environment for one of the configuration files."""
-    file = Path(__file__).parent / "accelerate" / name
+    file = ROOT / "tests" / "accelerate" / name
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "script.py"]))
     return prepare_multi_gpu_env(args)
 
@@ -127,40 +141,69 @@ def lost_loss(*args: object, **named: object) -> Tensor:
 denoising_loss = train_dreambooth_lipreg.denoising_loss
 
 
-def main(folder: Path) -> None:
+def photos(folder: Path, name: str = "photos") -> tuple[str, ...]:
+    return ("--instance_data_dir", str(folder / name), "--probe_prompts", str(folder / "probes.txt"))
+
+
+def train(folder: Path, name: str, *more: str, resume: str = "", **options: Any) -> None:
+    """Train in a folder of that name; a run that goes on from another's checkpoint has its own folder, too."""
+    if resume:
+        more += ("--resume_from_checkpoint", str(folder / resume))
+    Run(folder / name, *photos(folder), *more, **options).save(folder / f"{name}-{PartialState().process_index}.pt")
+
+
+def main(folder: Path, thorough: bool) -> None:
+    """Train everything that test_two_processes.py looks at; `thorough` goes on from what the first launch left."""
     # accelerate ends torch's process group with a run; here there are several runs.
     PartialState.destroy_process_group = lambda self, group=None: None
-    rank = Accelerator(cpu=True).process_index
-    photos = ("--instance_data_dir", str(folder / "photos"))
+    Accelerator(cpu=True)
+    squares = photos(folder, "squares")
     prior = ("--with_prior_preservation", "--class_data_dir", str(folder / "class"), "--class_prompt", "a dog")
-    prior += ("--num_class_images", "5", "--sample_batch_size", "1")
+    prior += ("--num_class_images", "3", "--sample_batch_size", "1")
     push = ("--push_to_hub", "--hub_model_id", "alice/dog", "--hub_token", "hf_alice")
 
-    Run(folder / "whole", *photos, *MANY, *prior, *push).save(folder / f"whole-{rank}.pt")
-    for stop in (1, 2, 3):
-        more = ("--resume_from_checkpoint", str(folder / "whole" / f"checkpoint-{stop}"))
-        Run(folder / "again", *photos, *MANY, *prior, *more).save(folder / f"from-{stop}-{rank}.pt")
-    Run(folder / "fixed", *FIXED, "--instance_data_dir", str(folder / "squares"), loss=fixed_loss).save(
-        folder / f"fixed-{rank}.pt"
-    )
-    more = ("--resume_from_checkpoint", str(folder / "one" / "checkpoint-3"))
-    Run(folder / "two", *photos, *FULL, *more).save(folder / f"two-after-one-{rank}.pt")
+    if thorough:
+        train(folder, "whole-from-2", *MANY, *prior, resume="whole/checkpoint-2")
+        train(folder, "sdxl-from-1", *ADAPTERS, resume="sdxl/checkpoint-1", sdxl=True)
+        if RUNS_FSDP2:
+            with fsdp2():
+                train(folder, "sharded-from-1", *SHARDED, resume="sharded/checkpoint-1")
+        return
 
-    Run(folder / "sdxl", *photos, *ADAPTERS, sdxl=True).save(folder / f"sdxl-{rank}.pt")
-    more = ("--resume_from_checkpoint", str(folder / "sdxl" / "checkpoint-1"))
-    Run(folder / "again", *photos, *ADAPTERS, *more, sdxl=True).save(folder / f"sdxl-from-1-{rank}.pt")
-
+    train(folder, "whole", *MANY, *prior, *push)
+    train(folder, "whole-from-1", *MANY, *prior, resume="whole/checkpoint-1")
+    train(folder, "fixed", *FIXED, *squares, loss=fixed_loss)
+    train(folder, "two-after-one", *FULL, resume="one/checkpoint-2")
+    train(folder, "sdxl", *ADAPTERS, sdxl=True)
     if RUNS_FSDP2:
         with fsdp2():
-            Run(folder / "shards", *FIXED, "--instance_data_dir", str(folder / "squares"), loss=fixed_loss).save(
-                folder / f"shards-{rank}.pt"
-            )
-            Run(folder / "sharded", *photos, *SHARDED).save(folder / f"sharded-{rank}.pt")
-            more = ("--resume_from_checkpoint", str(folder / "sharded" / "checkpoint-1"))
-            Run(folder / "again", *photos, *SHARDED, *more).save(folder / f"sharded-from-1-{rank}.pt")
+            train(folder, "shards", *FIXED, *squares, loss=fixed_loss)
+            train(folder, "sharded", *SHARDED)
     sys.argv = ["train_dreambooth_lipreg.py"]
-    run_cli(lambda _: Run(folder / "lost", *photos, loss=lost_loss), Namespace(debug=False))
+    run_cli(lambda _: Run(folder / "lost", *photos(folder), loss=lost_loss), Namespace(debug=False))
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def work(rank: int, folder: Path, thorough: bool, environment: dict[str, str]) -> None:
+    """Be one of two processes, as torchrun tells it by variables; what this one prints goes to a file."""
+    os.dup2(os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout = sys.stderr = open(2, "w", closefd=False)
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    forget_accelerate()
+    main(folder, thorough)
+
+
+def launch(folder: Path, thorough: bool = False) -> list[int]:
+    """Fork this process, which has imported everything, and return the exit codes of the two that train."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    environment["ACCELERATE_USE_CPU"] = "true"
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank, folder, thorough, environment)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    return [process.exitcode for process in processes]

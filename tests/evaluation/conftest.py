@@ -1,17 +1,13 @@
-"""Tiny encoders, and personalised versions of the tiny pipelines, made once: fixtures for the tests beside it.
-
-PYTEST_DONT_REWRITE: tests import its functions, too.
-"""
+"""Fixtures: tiny encoders, and personalized versions of the tiny pipelines, made once."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARITY
-from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from support.runs import PARITY, load_pipeline
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -38,12 +34,6 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     ViTModel(ViTConfig(**TOWER, **IMAGE)).save_pretrained(folder)
     return folder
-
-
-def load_pipeline(name: str = "pipeline") -> DiffusionPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(PARITY / name, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,5 @@
+"""What the tests share besides fixtures."""
+
+import pytest
+
+pytest.register_assert_rewrite("support.runs")
