@@ -42,7 +42,7 @@ def drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str) -> Tensor:
     """Compute the drift of (parameter, teacher) pairs of equal shape: a scalar to differentiate."""
     pairs = list(pairs)
     terms = [
-        _coefficient(p, reduction) * (_upcast(to_local(p)) - _upcast(to_local(t).to(p.device))).square().sum()
+        _coefficient(p, reduction) * (upcast(to_local(p)) - upcast(to_local(t).to(p.device))).square().sum()
         for p, t in pairs
     ]
     return all_reduce_sum(total(terms), pairs[0][0])
@@ -146,7 +146,7 @@ def _limit(tensor: Tensor) -> int:
     return CPU_ELEMENTS if tensor.device.type == "cpu" else ELEMENTS
 
 
-def _upcast(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
