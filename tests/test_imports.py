@@ -1,4 +1,4 @@
-"""Imports go one way: errors, sharding <- drift <- snapshot <- adapters, losses <- callbacks, budget <- regularizer.
+"""Imports go one way: errors, sharding <- drift, adapter_drift <- snapshot <- adapters, losses <- callbacks, budget <- regularizer.
 
 Only commands join the core and `dreambooth`: the scripts, `interpolate`, and `evaluation`; nothing imports those.
 """
@@ -26,7 +26,8 @@ CORE = {  # besides the standard library; another core module states here what i
     "sharding": {"torch"},
     "drift": {"torch", "sharding"},
     "snapshot": {"torch", "drift", "sharding"},
-    "adapters": {"torch", "peft", "drift", "errors", "snapshot"},
+    "adapter_drift": {"torch", "peft", "drift"},
+    "adapters": {"torch", "adapter_drift", "drift", "errors", "snapshot"},
     "losses": {"torch", "drift"},
     "callbacks": {"torch", "transformers", "adapters", "losses", "snapshot"},
     "probe": {"torch", "diffusers", "sharding"},
