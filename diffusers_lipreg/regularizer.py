@@ -57,7 +57,7 @@ class BestCheckpoint:
     def measure(self) -> float:
         """Return the subject loss in eval mode, always with the same random numbers."""
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with self.denoiser.evaluating(), torch.random.fork_rng(devices):
+        with self.denoiser.eval_mode(), torch.random.fork_rng(devices):
             torch.manual_seed(0)
             return self.subject_loss().item()
 
