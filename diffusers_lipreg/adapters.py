@@ -110,7 +110,7 @@ def _refuse_others(module: nn.Module, names: frozenset[str] | None, layers: Sequ
 
 
 class AdapterSnapshot:
-    """The active adapters of a module as they are when the snapshot is taken, matched by name from then on.
+    """Keep the active adapters of a module as they are now, to compute the drift of its weights from then on.
 
     Take it before the first step, and before a checkpoint is loaded. LoRA and DoRA that start at zero are not copied.
 
@@ -153,7 +153,7 @@ class AdapterSnapshot:
 
     @property
     def squared_norm(self) -> float:
-        """The sum over adapted layers of ||base weight||^2, to which `drift_relative` compares."""
+        """Return the sum over adapted layers of ||base weight||^2, to which `drift_relative` compares."""
         return self._squared_norm.item()
 
     def drift(self, module: nn.Module, reduction: str) -> Tensor:

@@ -1,6 +1,6 @@
 """The teacher: the pretrained parameters theta_0, frozen and kept by name."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -58,7 +58,7 @@ def abbreviate(names: Iterable[str]) -> str:
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:
     """Return the narrowest dtype that represents every value exactly: float16, bfloat16 or the tensor's own."""
-    # The processes of a sharded tensor might not agree, for each sees other values.
+    # A sharded tensor keeps its dtype: processes see different values, and so might choose different dtypes.
     if tensor.dtype == torch.float32 and to_local(tensor) is tensor:
         for half in (torch.float16, torch.bfloat16):
             if all(torch.equal(part.to(half).to(part.dtype), part) for (part,) in slices(tensor)):
@@ -66,17 +66,18 @@ def exact_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+@torch.no_grad()
 def rounding_error(tensor: Tensor, dtype: torch.dtype) -> float:
     """Compute the root mean square, over the tensor's elements, of the change that rounding to `dtype` makes."""
-    squares = _squared_norm(tensor, lambda part: part.to(dtype).float() - part.float())
+    squares = _sum_of_squares(tensor, (part.to(dtype).float() - part.float() for (part,) in slices(tensor)))
     return (squares / max(1, tensor.numel())) ** 0.5
 
 
-def _squared_norm(tensor: Tensor, change: Callable[[Tensor], Tensor] = Tensor.float) -> float:
-    """Compute ||change(tensor)||^2 in float32, slice by slice to save memory."""
+def _sum_of_squares(tensor: Tensor, parts: Iterable[Tensor]) -> float:
+    """Add up the squares of parts in float32, over all processes that share `tensor`."""
     squares = torch.zeros((), device=tensor.device)
-    for (part,) in slices(tensor):
-        squares += change(part).square().sum()
+    for part in parts:
+        squares += part.square().sum()
     return all_reduce_sum(squares, tensor).item()
 
 
@@ -163,8 +164,8 @@ class TeacherSnapshot:
 
     @cached_property
     def squared_norm(self) -> float:
-        """||theta_0||^2, to which `drift_relative` compares."""
-        return sum(map(_squared_norm, self._teacher.values()))
+        """Return ||theta_0||^2, to which `drift_relative` compares."""
+        return sum(_sum_of_squares(t, (part.float() for (part,) in slices(t))) for t in self._teacher.values())
 
     def pairs(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each parameter of `module` with its teacher.
