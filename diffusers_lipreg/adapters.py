@@ -82,11 +82,11 @@ def _adapter(tuner: Any, layer: str, name: str, names: frozenset[str] | None) ->
     """Return the adapter `name` of PEFT's layer `tuner`, without tensors if the layer does not have it."""
     tensors: dict[str, Tensor] = {}
     for attribute in (*tuner.adapter_layer_names, MAGNITUDE):  # PEFT before 0.19 leaves out some magnitudes
-        held = tuner._modules.get(attribute, {})
-        if name in held and isinstance(held[name], nn.Module):
-            tensors[f"{attribute}.{name}.weight"] = held[name].weight
-        elif name in held and isinstance(held[name], nn.Parameter):
-            tensors[f"{attribute}.{name}"] = held[name]
+        held = tuner._modules.get(attribute)
+        if held is not None and (module := held._modules.get(name)) is not None:
+            tensors[f"{attribute}.{name}.weight"] = module.weight
+        elif held is not None and (parameter := held._parameters.get(name)) is not None:
+            tensors[f"{attribute}.{name}"] = parameter
     prefix = f"{layer}." if layer else ""
     trained = [t for key, t in tensors.items() if t.requires_grad and (names is None or prefix + key in names)]
     return Adapter(layer, name, tuner, getattr(tuner, "scaling", {}).get(name, 1.0), tensors, trained)
