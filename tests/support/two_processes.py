@@ -24,7 +24,7 @@ from torch.nn.functional import mse_loss
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.errors import run_cli
-from support.runs import HAS_FSDP2, ROOT, flags, forget_accelerate
+from support.runs import HAS_FSDP2, ROOT, few_sampling_steps, flags, forget_accelerate
 
 RUNS_FSDP2 = HAS_FSDP2 and hasattr(FullyShardedDataParallelPlugin, "fsdp_version")
 FULL = ("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--max_train_steps", "4", "--checkpointing_steps", "1")
@@ -87,7 +87,8 @@ class Run:
         script.Models, script.denoising_loss = build, loss or script.denoising_loss
         Accelerator.log = lambda accelerator, values, step, **_: self.logs.append((step, dict(values)))
         try:
-            script.main(script.parse_args(flags(output_dir, *more, pipeline=pipeline)))
+            with few_sampling_steps():
+                script.main(script.parse_args(flags(output_dir, *more, pipeline=pipeline)))
         finally:
             script.Models, script.denoising_loss, Accelerator.log = original
 
