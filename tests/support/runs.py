@@ -119,6 +119,12 @@ def draw(base: Path | str, adapters: Path | str = "", file: str = "pytorch_lora_
     return pipeline("a photo of sks dog", **options).images[0].tobytes()
 
 
+def write_output_to(log: Path) -> None:
+    """Let a fork of this process write to a file what it prints."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout = sys.stderr = open(2, "w", closefd=False)
+
+
 def command(output_dir: Path | str, *more: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """Runs the SD script as a user does, in a process of its own."""
     return execute(str(ROOT / "train_dreambooth_lipreg.py"), *flags(output_dir, *more), env=env)
