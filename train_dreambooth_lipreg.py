@@ -12,9 +12,8 @@ Every flag of diffusers' official train_dreambooth.py, and those for the penalty
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,32 +24,25 @@ from accelerate.logging import get_logger
 from accelerate.utils import release_memory
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
-from torch import nn
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from diffusers_lipreg import AdapterSnapshot, Denoiser, TeacherSnapshot
 from diffusers_lipreg.dreambooth import (
     arguments,
-    captions,
     checkpoints,
     data,
-    hub,
+    latents,
     lora,
-    moments,
     optimization,
     preflight,
-    prior,
-    resumable,
-    run_config,
     setup,
-    text,
-    trackers,
     validation,
 )
-from diffusers_lipreg.dreambooth.checkpoints import Checkpoints
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
+from diffusers_lipreg.dreambooth.loop import TrainableModels, TrainingRun
 from diffusers_lipreg.dreambooth.models import TEACHER_FLAGS, Base, limit_length, loading, text_encoder_class
+from diffusers_lipreg.dreambooth.prompts import PromptEncoder
 from diffusers_lipreg.drift import REDUCTIONS
 from diffusers_lipreg.errors import OneLineParser
 from diffusers_lipreg.losses import Snapshot
@@ -58,9 +50,10 @@ from diffusers_lipreg.probe import PROMPTS
 from diffusers_lipreg.regularizer import DriftRegularizer, check_rounding
 
 logger = get_logger(__name__)
+PromptEmbeds = Callable[[Sequence[str]], Tensor]  # from a batch's prompts to (B, length, width)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     parser = OneLineParser(description="DreamBooth for Stable Diffusion without distributional drift.")
     arguments.add_shared_arguments(
         parser, output_dir="dreambooth-model", resolution=512, learning_rate=5e-6, weight_decay=1e-2
@@ -74,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
-    if parser.parse_known_args(input_args)[0].rank is not None:  # the paper's for adapters
+    if parser.parse_known_args(input_args)[0].rank is not None:  # the paper's defaults for adapters
         parser.set_defaults(lipreg_weight=1e-7, lipreg_reduction="factors")
     args = arguments.parse(parser, input_args)
     arguments.check_sd(parser, args)
@@ -85,8 +78,10 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-class Models:
-    """The pipeline's parts that training needs; what is trained is so whole, or with `--rank` by adapters."""
+class Models(TrainableModels):
+    """The parts of the pipeline that training needs. Without `--rank` all weights of a trained model change."""
+
+    lora_pipeline = StableDiffusionPipeline
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, base: Base) -> None:
         self.text_encoder = base.load("text_encoder", text_encoder_class(base.folders["text_encoder"]))
@@ -96,12 +91,15 @@ class Models:
             self.tokenizer = limit_length(tokenizer, self.text_encoder.config)
         else:
             self.tokenizer = base.load("tokenizer")
+        self.prompt_encoder = PromptEncoder(
+            self.tokenizer, args.tokenizer_max_length, args.text_encoder_use_attention_mask
+        )
         self.noise_scheduler = base.load("scheduler", DDPMScheduler)
         self.vae = base.load("vae") if "vae" in base.classes else None
         self.unet = base.load("unet")
-        self.unet_channels = self.unet.config.in_channels
-        self.dtype = setup.weight_dtype(accelerator)
-        self.trained_names = ["unet", "text_encoder"] if args.train_text_encoder else ["unet"]
+        self.in_channels = self.unet.config.in_channels  # the wrapped UNet has no configuration
+        self.weight_dtype = setup.weight_dtype(accelerator)
+        self.trainable_names = ["unet", "text_encoder"] if args.train_text_encoder else ["unet"]
         if args.enable_xformers_memory_efficient_attention:
             self.unet.enable_xformers_memory_efficient_attention()
         if args.gradient_checkpointing:
@@ -113,77 +111,124 @@ class Models:
             if model is not None:
                 model.requires_grad_(False)
         if args.rank is None:
-            for model in self.trained.values():
+            for model in self.trainable.values():
                 model.float().requires_grad_(True)
         else:
-            for model in self.trained.values():
-                model.to(accelerator.device, dtype=self.dtype)
-            lora.add_adapters(args, self.trained, alpha=args.lora_alpha or args.rank)
-
-    @property
-    def trained(self) -> dict[str, nn.Module]:
-        """The models whose weights change, by name."""
-        return {name: getattr(self, name) for name in self.trained_names}
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The weights that change."""
-        return [p for model in self.trained.values() for p in model.parameters() if p.requires_grad]
-
-    def place_frozen(self, accelerator: Accelerator, names: Sequence[str]) -> None:
-        for name in set(names) - set(self.trained_names):
-            if getattr(self, name) is not None:
-                getattr(self, name).to(accelerator.device, dtype=self.dtype)
+            for model in self.trainable.values():
+                model.to(accelerator.device, dtype=self.weight_dtype)
+            lora.add_adapters(args, self.trainable)
+        if not args.train_text_encoder and not args.pre_compute_text_embeddings:
+            self.text_encoder.to(accelerator.device, dtype=self.weight_dtype)
+        if self.vae is not None:
+            self.vae.to(accelerator.device, dtype=self.weight_dtype)
+        self.unwrapped = self.trainable
 
 
 def encode_prompts(
-    args: argparse.Namespace, models: Models, device: torch.device, prompts: Sequence[str]
-) -> tuple[text.TextStates, dict[str, Any]]:
-    """The text states of a batch by its prompts, those of the run, and what a pipeline takes for the validation prompt.
+    args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
+) -> tuple[PromptEmbeds, dict[str, Any]]:
+    """Return a lookup of prompt embeddings, and the inputs by which a pipeline samples the validation prompt.
 
-    A frozen text encoder is run here for the last time, and let go.
+    A text encoder that is not trained encodes everything here, and is freed.
     """
-    encoder = text.Prompts(models.tokenizer, args.tokenizer_max_length, args.text_encoder_use_attention_mask)
-    class_prompt = [args.class_prompt] if args.with_prior_preservation else []
-
-    def rows(prompts: Sequence[str]) -> list[str]:
-        return [*prompts, *class_prompt * len(prompts)]
-
+    encoder = models.prompt_encoder
     if args.train_text_encoder:
-        return lambda prompts: encoder.encode(models.text_encoder, rows(prompts)), {"prompt": args.validation_prompt}
-    different = sorted(set(prompts))
-    if args.pre_compute_text_embeddings or len(different) > 1:
-        batches = [[prompt] for prompt in [*different, *class_prompt]]
-    else:  # in the shape of a batch, as the official script has it
-        batches = [rows(different * args.train_batch_size)]
-    states_of = encoder.precompute(models.text_encoder, device, batches)
-    validation_prompt = {}
+        return lambda prompts: encoder.encode(models.text_encoder, prompts), {"prompt": args.validation_prompt}
+    distinct = sorted({photo.prompt for photo in photos})
+    class_prompt = [args.class_prompt] if args.with_prior_preservation else []
+    if args.pre_compute_text_embeddings or len(distinct) > 1:
+        batches = [[prompt] for prompt in distinct + class_prompt]
+    else:  # The official script encodes whole batches, and a batch of another size may round differently.
+        batches = [distinct * args.train_batch_size + class_prompt * args.train_batch_size]
+    prompt_embeds = encoder.precompute(models.text_encoder, accelerator.device, batches)
+    validation_inputs = {}
     if args.validation_prompt is not None:
-        alone = encoder.precompute(models.text_encoder, device, [[args.validation_prompt], [""]])
-        validation_prompt = {
+        alone = encoder.precompute(models.text_encoder, accelerator.device, [[args.validation_prompt], [""]])
+        validation_inputs = {
             "prompt_embeds": alone([args.validation_prompt]),
             "negative_prompt_embeds": alone([""]),
         }
     models.text_encoder = models.tokenizer = None
     release_memory()
-    return lambda prompts: states_of(rows(prompts)), validation_prompt
+    return prompt_embeds, validation_inputs
 
 
 def probe_denoiser(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, prompts: Sequence[str]
 ) -> Denoiser:
-    """The bare models as the probe calls them; call it while they are bare, and the text encoder is there."""
-    unet, channels, encoder, dtype = models.unet, models.unet_channels, models.text_encoder, models.dtype
-    prompt_encoder = text.Prompts(models.tokenizer, args.tokenizer_max_length, args.text_encoder_use_attention_mask)
-    states_of = partial(prompt_encoder.encode, encoder)
-    if not args.train_text_encoder:  # holds no encoder
-        states_of = prompt_encoder.precompute(encoder, accelerator.device, [[prompt] for prompt in prompts])
+    """Return the unwrapped models as the probe calls them on its prompts. Call it before `encode_prompts`."""
+    unet, text_encoder = models.unet, models.text_encoder
+    prompt_embeds: PromptEmbeds = partial(models.prompt_encoder.encode, text_encoder)
+    if not args.train_text_encoder:  # then the text encoder is freed
+        batches = [[prompt] for prompt in prompts]
+        prompt_embeds = models.prompt_encoder.precompute(text_encoder, accelerator.device, batches)
 
-    def denoise(noisy: torch.Tensor, timestep: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        states = torch.cat([states_of([prompt]) for prompt in texts])
-        return predict(args, unet, channels, noisy.to(dtype), timestep.expand(len(noisy)), states.to(dtype))
+    def denoise(noisy_latents: Tensor, timestep: Tensor, prompts: list[str]) -> Tensor:
+        embeds = torch.cat([prompt_embeds([prompt]) for prompt in prompts]).to(models.weight_dtype)
+        timesteps = timestep.expand(len(noisy_latents))
+        return predict(args, models, unet, noisy_latents.to(models.weight_dtype), timesteps, embeds)
 
-    return Denoiser(denoise, list(models.trained.values()))
+    return Denoiser(denoise, list(models.trainable.values()))
+
+
+def held_out_batch(
+    args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
+) -> dict[str, Any]:
+    """Return a batch of close crops of up to four photos, which training never sees.
+
+    Call it before `TrainingRun.prepare`, which may free the VAE.
+    """
+    pixels = data.held_out_crops([photo.open for photo in photos[:4]], args.resolution)
+    batch = latents.encode_batch(models.vae, pixels, accelerator.device)
+    return batch | {"prompts": [photo.prompt for photo in photos[:4]], "has_class_images": False}
+
+
+def take_snapshot(args: argparse.Namespace, base: Base, models: Models, name: str) -> Snapshot:
+    """Return the snapshot of the pretrained model `name`."""
+    model = models.unwrapped[name]
+    if args.rank is not None:
+        return AdapterSnapshot(model)
+    with loading(args, TEACHER_FLAGS):
+        if args.lipreg_teacher_device == "disk":
+            return TeacherSnapshot(model, state_dict=base.stored(name, model))
+        dtype = setup.DTYPES[args.lipreg_teacher_dtype]
+        if dtype is not None:
+            check_rounding(model, dtype, args.learning_rate)
+        return TeacherSnapshot(model, dtype=dtype, device=args.lipreg_teacher_device)
+
+
+def predict(
+    args: argparse.Namespace, models: Models, unet: nn.Module, noisy_latents: Tensor, timesteps: Tensor, embeds: Tensor
+) -> Tensor:
+    """Return the UNet's prediction (B, C, H, W) for noisy latents (B, C, H, W), timesteps (B,) and embeddings (B, L, D)."""
+    if models.in_channels == 2 * noisy_latents.shape[1]:  # an upscaler: it also sees the image to improve
+        noisy_latents = torch.cat([noisy_latents, noisy_latents], dim=1)
+    class_labels = timesteps if args.class_labels_conditioning == "timesteps" else None
+    model_pred = unet(noisy_latents, timesteps, embeds, class_labels=class_labels, return_dict=False)[0]
+    return model_pred.chunk(2, dim=1)[0] if model_pred.shape[1] == 6 else model_pred  # only the mean is trained
+
+
+def denoising_loss(
+    args: argparse.Namespace, models: Models, batch: dict[str, Any], prompt_embeds: PromptEmbeds
+) -> Tensor:
+    """Return the loss || eps - eps_theta(z_t, t, c) ||^2 of a batch at random timesteps."""
+    scheduler = models.noise_scheduler
+    if models.vae is None:
+        model_input = batch["pixel_values"].to(models.weight_dtype)
+    else:
+        model_input = latents.sample_latents(models.vae, batch) * models.vae.config.scaling_factor
+    noise = torch.randn_like(model_input)
+    if args.offset_noise:
+        noise = noise + 0.1 * torch.randn(*model_input.shape[:2], 1, 1, device=model_input.device)
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    timesteps = torch.randint(0, num_train_timesteps, (len(model_input),), device=model_input.device)
+    noisy_latents = scheduler.add_noise(model_input, noise, timesteps)
+    return optimization.dreambooth_loss(
+        predict(args, models, models.unet, noisy_latents, timesteps, prompt_embeds(batch["prompts"])),
+        optimization.diffusion_target(scheduler, model_input, noise, timesteps),
+        None if args.snr_gamma is None else optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma),
+        args.prior_loss_weight if batch["has_class_images"] else None,
+    )
 
 
 def validate(
@@ -191,53 +236,39 @@ def validate(
     accelerator: Accelerator,
     base: Base,
     models: Models,
-    trained: Mapping[str, nn.Module],
-    prompt: dict[str, Any],
-    step: int,
+    inputs: dict[str, Any],
+    global_step: int,
 ) -> list[Image.Image]:
-    """Samples from the weights as they are, those of the bare `trained`, and hands the images to the trackers."""
-    pipeline = base.pipeline(
-        models.dtype,
-        **{"text_encoder": models.text_encoder, **trained},
-        tokenizer=models.tokenizer,
-        **({} if models.vae is None or moments.dropped(models.vae) else {"vae": models.vae}),
-    )
+    """Sample images from the current weights and log them; every process has to call it."""
+    full_models = checkpoints.whole(accelerator, models.unwrapped)
+    if not accelerator.is_main_process:
+        return []
+    parts = {"text_encoder": models.text_encoder, **full_models, "tokenizer": models.tokenizer}
+    if models.vae is not None and not latents.is_freed(models.vae):
+        parts["vae"] = models.vae
+    pipeline = base.pipeline(models.weight_dtype, **parts)
     validation.set_scheduler(pipeline, args.validation_scheduler)
-    images = validation.sample_images(args, accelerator, pipeline, prompt, steps=25)
-    validation.log_images(accelerator, images, args.validation_prompt, step)
+    images = validation.sample_images(args, accelerator, pipeline, inputs, steps=25)
+    validation.log_images(accelerator, images, args.validation_prompt, global_step)
     return images
 
 
-def take_snapshot(args: argparse.Namespace, base: Base, models: dict[str, nn.Module], name: str) -> Snapshot:
-    """Take the snapshot of one of the bare models; a teacher in the dtype and place that the flags name."""
-    with loading(args, TEACHER_FLAGS):
-        if args.rank is not None:
-            return AdapterSnapshot(models[name])
-        if args.lipreg_teacher_device == "disk":
-            return TeacherSnapshot(models[name], state_dict=base.stored(name, models[name]))
-        dtype = setup.DTYPES[args.lipreg_teacher_dtype]
-        if dtype is not None:
-            check_rounding(models[name], dtype, args.learning_rate)
-        return TeacherSnapshot(models[name], dtype=dtype, device=args.lipreg_teacher_device)
-
-
-def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], folder: str) -> None:
-    """Writes what was trained and nothing else: models in sub-folders of their names, or the adapters."""
+def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], folder: str | Path) -> None:
+    """Write what was trained and nothing else: models in sub-folders of their names, or the adapters."""
     if args.rank is None:
-        checkpoints.save_models(models, folder)
+        checkpoints.save_models(models, str(folder))
     else:
-        scale = (args.lora_alpha or args.rank) / args.rank
-        lora.save_adapters(StableDiffusionPipeline, folder, lora.adapter_weights(models, scale))
+        lora.save_adapters(StableDiffusionPipeline, folder, lora.adapter_weights(models, lora.scale(args)))
 
 
 def save_rest(args: argparse.Namespace, base: Base, models: Mapping[str, nn.Module], folder: Path) -> dict[str, str]:
-    """Write what makes a pipeline of the trained models in the folder; return what is notable about it.
+    """Complete the folder to a pipeline, and extract adapters with `--extract_lora_rank`; return rows of the model card.
 
-    All of it is in float32, as the trained models are: with parts of another type it would not run as it is loaded.
+    All parts are in float32, as the trained models are: a pipeline of several dtypes does not run as it is loaded.
     """
     if args.rank is not None:
         return {}
-    parts = dict(models, text_encoder=None) if args.skip_save_text_encoder else models
+    parts = {**models, "text_encoder": None} if args.skip_save_text_encoder else models
     pipeline = base.pipeline(torch.float32, **parts)
     validation.set_scheduler(pipeline)
     for name, part in pipeline.components.items():
@@ -255,184 +286,60 @@ def save_rest(args: argparse.Namespace, base: Base, models: Mapping[str, nn.Modu
     return {"extract_lora_rank": str(args.extract_lora_rank), "squared drift kept by these adapters": f"{kept:.1%}"}
 
 
-def predict(
-    args: argparse.Namespace,
-    unet: nn.Module,
-    channels: int,
-    noisy: torch.Tensor,
-    timesteps: torch.Tensor,
-    states: torch.Tensor,
-) -> torch.Tensor:
-    """The UNet's prediction (B, C, H, W) for noisy latents (B, C, H, W) at timesteps (B,) and text states (B, L, D)."""
-    if channels == 2 * noisy.shape[1]:  # an upscaler: it sees the image to improve beside the noisy one
-        noisy = torch.cat([noisy, noisy], dim=1)
-    labels = timesteps if args.class_labels_conditioning == "timesteps" else None
-    prediction = unet(noisy, timesteps, states, class_labels=labels, return_dict=False)[0]
-    return prediction.chunk(2, dim=1)[0] if prediction.shape[1] == 6 else prediction  # only the mean is trained
-
-
-def denoising_loss(
-    args: argparse.Namespace,
-    models: Models,
-    batch: dict[str, Any],
-    text_states: text.TextStates,
-    prior_weight: float | None,
-) -> torch.Tensor:
-    """|| eps - eps_theta(z_t, t, c) ||^2 of one batch at random timesteps, as the flags shape it."""
-    scheduler = models.noise_scheduler
-    if models.vae is None:
-        latents = batch["pixel_values"].to(models.dtype)
-    else:
-        latents = moments.draw(models.vae, batch) * models.vae.config.scaling_factor
-    noise = torch.randn_like(latents)
-    if args.offset_noise:
-        noise = noise + 0.1 * torch.randn(*latents.shape[:2], 1, 1, device=latents.device)
-    timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    return optimization.dreambooth_loss(
-        predict(args, models.unet, models.unet_channels, noisy, timesteps, text_states(batch["prompts"])),
-        optimization.diffusion_target(scheduler, latents, noise, timesteps),
-        None if args.snr_gamma is None else optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma),
-        prior_weight,
-    )
-
-
-def held_out_loss(
-    args: argparse.Namespace, models: Models, batch: dict[str, Any], text_states: text.TextStates
-) -> torch.Tensor:
-    """The denoising loss on crops that are not trained on; of the text states it needs the instance half."""
-    return denoising_loss(args, models, batch, lambda prompts: text_states(prompts)[: len(prompts)], prior_weight=None)
+def hub_metadata(args: argparse.Namespace, models: Models) -> dict[str, Any]:
+    """Return the license and the tags of the model card."""
+    family = "if" if models.vae is None else "stable-diffusion"
+    tags = ["text-to-image", "dreambooth", "diffusers-training", family, f"{family}-diffusers"]
+    if args.rank is not None:
+        tags += ["dora" if args.use_dora else "lora", "template:sd-lora"]
+    return {"license": "creativeml-openrail-m", "tags": tags}
 
 
 @guarded
 def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
-    accelerator = setup.start_accelerator(args)
-    instance_images = data.find_instance_images(args.instance_data_dir)
-    prompts = captions.prompts_of_folder(args, instance_images)
-    base = preflight.open_base(args, accelerator, sdxl=False)
+    # Check the flags, folders and the base; sample class images; load the models.
     probe_prompts = preflight.probe_prompts(args, PROMPTS)
-    output, checkpoint, repo_id = preflight.open_output(args, accelerator, base)
-    config = run_config.start(args, base, checkpoint)
+    run = TrainingRun(args, graceful_exit, sdxl=False)
+    accelerator = run.accelerator
     with loading(args):
-        class_images = prior.ensure_class_images(args, accelerator, base) if args.with_prior_preservation else []
-        transform = data.PhotoTransform(args.resolution, args.center_crop)
-        images_seen = [*instance_images, *class_images]
-        cached = moments.cacheable(args, len(images_seen), images_seen, transform, "vae" in base.classes)
-        models = Models(args, accelerator, base)
-    bare = models.trained
-    models.place_frozen(accelerator, ["vae"] if args.pre_compute_text_embeddings else ["vae", "text_encoder"])
-    denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
-    text_states, validation_prompt = encode_prompts(args, models, accelerator.device, prompts)
-    dataset = data.DreamBoothDataset(instance_images, class_images, transform, prompts)
-    crops = {}
-    if args.keep_best:
-        pixels = data.held_out_crops([partial(data.open_image, path) for path in instance_images[:4]], args.resolution)
-        crops = moments.of_crops(models.vae, pixels, accelerator.device) | {"prompts": prompts[:4]}
-    layouts = moments.cache(args, accelerator, models.vae, dataset) if cached else None
-    loader = resumable.make_loader(args, dataset, layouts)
-    updates_per_epoch = optimization.plan_steps(args, math.ceil(len(loader) / accelerator.num_processes))
-    optimization.scale_learning_rate(args, accelerator.num_processes)
-    optimizer = optimization.create_adamw(args, models.parameters, setup.fuses_adamw(accelerator))
-    preflight.check_disk(args, models.parameters)
-    lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
-    if args.rank is None:
-        save_models, load_models = partial(checkpoints.save_models, bare), partial(checkpoints.load_models, bare)
-    else:
-        scale = (args.lora_alpha or args.rank) / args.rank
-        save_models, load_models = lora.checkpoint_functions(StableDiffusionPipeline, bare, scale)
-    checkpoints.write_models_with(accelerator, save_models, load_models)
-    optimizer, loader, lr_scheduler = setup.prepare(
-        accelerator, models, models.trained_names, optimizer, loader, lr_scheduler
-    )
-    parameters = models.parameters  # others than before, where FSDP has divided them
+        models = Models(args, accelerator, run.base)
 
-    saved = Checkpoints(args, accelerator, output, config, loader, lr_scheduler)
-    regularizer = DriftRegularizer.from_args(  # of the pretrained model: before a checkpoint is loaded
+    # Encode what frozen models encode, and hand the rest to accelerate.
+    held_out = held_out_batch(args, accelerator, models, run.photos) if args.keep_best else {}
+    denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
+    prompt_embeds, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
+    run.prepare(models, data.DreamBoothDataset(run.photos, run.class_images, run.transform))
+
+    # Remember the pretrained model, then go on from a checkpoint.
+    regularizer = DriftRegularizer.from_args(
         args,
         accelerator,
-        models.trained,
-        partial(take_snapshot, args, base, bare),
-        denoiser,
-        models.noise_scheduler,
-        data.latent_shape(models.vae, args.resolution),
-        probe_prompts,
-        subject_loss=partial(held_out_loss, args, models, crops, text_states),
-        save_best=partial(saved.save_best, bare, partial(save_weights, args)),
+        models.trainable,
+        take_snapshot=partial(take_snapshot, args, run.base, models),
+        denoiser=denoiser,
+        noise_scheduler=models.noise_scheduler,
+        shape=latents.latent_shape(models.vae, args.resolution),
+        probe_prompts=probe_prompts,
+        subject_loss=partial(denoising_loss, args, models, held_out, prompt_embeds),
+        save_best=partial(run.checkpoints.save_best, models.unwrapped, partial(save_weights, args)),
     )
-    step, epochs = saved.resume(checkpoint, updates_per_epoch, regularizer)
-    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
-    loss_of = partial(denoising_loss, args, models, text_states=text_states, prior_weight=prior_weight)
-    trackers.start_trackers(args, accelerator, "dreambooth")
-    images: list[Image.Image] = []
-    progress = tqdm(
-        desc="Steps", initial=step, total=args.max_train_steps, disable=not accelerator.is_local_main_process
-    )
-    graceful_exit.defer("finishing this update and writing a checkpoint")
-    for _ in epochs:
-        for model in models.trained.values():
-            model.train()
-        for batch in loader:
-            with accelerator.accumulate(*models.trained.values()):
-                loss = loss_of(batch)
-                saved.check_finite(step, loss=loss)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    regularizer.add_gradient_()  # the new idea: + weight * d(drift)/d(theta)
-                    saved.check_finite(step, gradient=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+    run.resume(regularizer, "dreambooth")
 
+    for batch in run.batches(partial(validate, args, accelerator, run.base, models, validation_inputs)):
+        with accelerator.accumulate(*models.trainable.values()):
+            loss = denoising_loss(args, models, batch, prompt_embeds)
+            run.check_finite(loss=loss)
+            accelerator.backward(loss)
             if accelerator.sync_gradients:
-                step += 1
-                progress.update(1)
-                regularizer.after_step(step)
-                stopping = graceful_exit.requested(accelerator)
-                if stopping or step % args.checkpointing_steps == 0:
-                    last = saved.save(step, regularizer)
-                if args.validation_prompt is not None and step % args.validation_steps == 0 and not stopping:
-                    trained = checkpoints.whole(accelerator, bare)
-                    if accelerator.is_main_process:
-                        images = validate(args, accelerator, base, models, trained, validation_prompt, step)
-            logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]} | regularizer.logs
-            progress.set_postfix(**logs)
-            accelerator.log(logs, step=step)
-            if accelerator.sync_gradients and stopping:
-                progress.close()
-                graceful_exit.exit(accelerator, last)
-            if step >= args.max_train_steps:
-                break
+                regularizer.add_gradient_()  # the new idea: + weight * d(drift)/d(theta)
+                run.clip_gradients()
+            run.optimizer.step()
+            run.lr_scheduler.step()
+            run.optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+        run.after_step(loss)
 
-    progress.close()
-    graceful_exit.defer("finishing the result")
-    accelerator.wait_for_everyone()
-    regularizer.finish()
-    trained = checkpoints.whole(accelerator, bare)
-    facts = regularizer.card_metadata
-    if accelerator.is_main_process:
-        with saved.writing(args.output_dir):
-            with output.result(partial(save_weights, args, trained)) as folder:
-                facts |= save_rest(args, base, trained, folder)
-    with hub.result_is_safe(output, repo_id):
-        accelerator.end_training()
-        if repo_id is not None:
-            family = "stable-diffusion" if models.vae is not None else "if"
-            kind = ["lora" if not args.use_dora else "dora", "template:sd-lora"] if args.rank is not None else []
-            tags = ["text-to-image", "dreambooth", "diffusers-training", family, f"{family}-diffusers", *kind]
-            hub.publish(
-                args,
-                output,
-                repo_id,
-                images,
-                graceful_exit.at_once,
-                license="creativeml-openrail-m",
-                tags=[*tags, *(["lipschitz-drift"] if regularizer.penalties else [])],
-                penalty=facts,
-                adapters=args.rank is not None,
-                commit=base.commit,
-            )
-        elif accelerator.is_main_process:
-            graceful_exit.at_once(f"The result is whole in {args.output_dir}.")
+    penalty = run.save(partial(save_weights, args), partial(save_rest, args, run.base))
+    run.publish(penalty=penalty, **hub_metadata(args, models))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a training script holds of this package: models with their penalties, the probe, and the budget or best checkpoint."""
+"""DriftRegularizer: the models of a training loop with their penalties, the probe, and the budget or best checkpoint."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ ROUNDING = 0.1  # largest rounding error of a teacher, as a fraction of the lear
 
 
 class Penalty(NamedTuple):
-    """A model that is held, with its penalty."""
+    """A model and the penalty that holds it near its pretrained weights."""
 
     name: str
     model: nn.Module
@@ -28,7 +28,7 @@ class Penalty(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """What all but the UNet put before their names in logs."""
+        """Return what log keys begin with: nothing for the UNet, the name for other models."""
         return "" if self.name == "unet" else f"{self.name}_"
 
     @property
@@ -36,11 +36,52 @@ class Penalty(NamedTuple):
         return {self.prefix + key: value for key, value in self.loss.logs.items()}
 
 
-class DriftRegularizer:
-    """Hold models near their pretrained selves in a training loop, and measure how far they are.
+class BestCheckpoint:
+    """Save the model whenever it has the best harmonic mean so far of what it learned and what it kept.
 
-    Build it before a checkpoint is loaded, and keep its `state_dict()`, which JSON can hold, in checkpoints. With several
-    processes each one calls it:
+    Both are root mean squares, and at most 1: subject_similarity = 1 - sqrt(subject loss / pretrained subject loss),
+    retention = 1 - sqrt(relative output drift), each at least 0.
+
+    Args:
+        subject_loss: Returns the denoising loss on views of the subject that are not trained on.
+        save: Writes the current model.
+    """
+
+    def __init__(self, denoiser: Denoiser, subject_loss: Callable[[], torch.Tensor], save: Callable[[], Any]) -> None:
+        self.denoiser = denoiser
+        self.subject_loss = subject_loss
+        self.save = save
+        self.best: dict[str, float] = {}  # its step and scores
+        self.pretrained_loss = self.measure()
+
+    def measure(self) -> float:
+        """Return the subject loss in eval mode, always with the same random numbers."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with self.denoiser.evaluating(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            return self.subject_loss().item()
+
+    def update(self, global_step: int, output_drift_relative: float) -> dict[str, float]:
+        """Save the model if it is the best so far; return its scores."""
+        similarity = max(0.0, 1 - math.sqrt(self.measure() / self.pretrained_loss))
+        retention = max(0.0, 1 - math.sqrt(output_drift_relative))
+        mean = 2 * similarity * retention / (similarity + retention) if similarity + retention > 0 else 0.0
+        scores = {"harmonic_mean": mean, "subject_similarity": similarity, "retention": retention}
+        if mean > self.best.get("harmonic_mean", 0.0):
+            self.best = {"step": global_step, **scores}
+            self.save()
+            logger.info(
+                f"Best so far is step {global_step}: harmonic mean {mean:.4f} of subject similarity {similarity:.4f} "
+                f"and retention {retention:.4f}."
+            )
+        return scores
+
+
+class DriftRegularizer:
+    """Hold models near their pretrained weights in a training loop, and measure how far they drift.
+
+    Build it before a checkpoint is loaded, and keep its `state_dict()`, which is JSON, in checkpoints. Every process
+    calls it:
 
         accelerator.backward(loss)
         if accelerator.sync_gradients:
@@ -49,17 +90,16 @@ class DriftRegularizer:
         regularizer.after_step(global_step)         # after each update
         accelerator.log({"loss": ...} | regularizer.logs, step=global_step)
         ...
-        regularizer.finish()                        # after the last one
+        regularizer.finish()                        # after the last update
 
     Args:
-        accelerator: Its loss scale is that of the gradients.
-        penalties: The models that are held.
-        probe: Of the pretrained model, or `None` to measure no output drift.
+        accelerator: Its gradient scaler tells the scale of the gradients.
+        penalties: The models to hold.
+        probe: Predictions of the pretrained model; `None` to measure no output drift.
         denoiser: The model in training, for the probe.
         every: Updates between measurements.
-        budget: Finds the weight of the penalties. The drift is measured as often as it asks for.
-        subject_loss: The denoising loss on views of the subject that are not trained on; the same draws each time.
-        save_best: Writes the model as it is; needs `subject_loss`.
+        budget: Finds the weight of the penalties, and asks for more measurements.
+        best: Saves the best model at each measurement.
     """
 
     def __init__(
@@ -71,8 +111,7 @@ class DriftRegularizer:
         every: int,
         *,
         budget: DriftBudget | None = None,
-        subject_loss: Callable[[], torch.Tensor] | None = None,
-        save_best: Callable[[], Any] | None = None,
+        best: BestCheckpoint | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.penalties = list(penalties)
@@ -80,14 +119,11 @@ class DriftRegularizer:
         self.denoiser = denoiser
         self.every = every
         self.budget = budget
-        self.save_best = save_best
-        self._subject_loss = subject_loss
+        self.best = best
         self._global_step = 0
         self._unused_drift: float | None = None  # last measurement not yet passed to the budget
         self._output_drift: OutputDrift | None = None  # of the current weights, if measured
         self._logs: dict[str, float] = {}
-        self._best: dict[str, float] = {}
-        self._pretrained_loss = self.subject_loss() if save_best is not None else math.nan
 
     @classmethod
     def from_args(
@@ -95,50 +131,44 @@ class DriftRegularizer:
         args: Any,
         accelerator: Any,
         models: Mapping[str, nn.Module],
+        *,
         take_snapshot: Callable[[str], Snapshot],
         denoiser: Denoiser,
-        scheduler: Any,
+        noise_scheduler: Any,
         shape: Sequence[int],
         probe_prompts: Sequence[str],
-        **best: Callable[[], Any],
+        subject_loss: Callable[[], torch.Tensor],
+        save_best: Callable[[], Any],
     ) -> "DriftRegularizer":
-        """Build what a script's flags ask for.
+        """Build the regularizer that a script's flags ask for.
 
         Args:
-            models: Those in training, by name. A model is held if its weight is above 0, or is for a budget to find.
+            models: Those in training, by name. A model is held if its weight is above 0 or left to a budget.
             take_snapshot: Returns the snapshot of the model of a name.
-            denoiser, scheduler, shape, probe_prompts: Of the probe; without prompts no output drift is measured.
-            best: `subject_loss` and `save_best`, used with `--keep_best`.
+            denoiser, noise_scheduler, shape: The arguments of `OutputProbe`.
+            probe_prompts: The prompts of the probe; without any, no output drift is measured.
+            subject_loss, save_best: The arguments of `BestCheckpoint`, for `--keep_best`.
         """
-        penalties = []
-        for name, model in models.items():
-            weight = args.lipreg_weight if name == "unet" else args.lipreg_text_encoder_weight
-            if weight is None or weight > 0:
-                loss = LipschitzDriftLoss(take_snapshot(name), weight or 0.0, args.lipreg_reduction)
-                penalties.append(Penalty(name, model, loss))
-        budget = None
+        weights = {name: args.lipreg_weight if name == "unet" else args.lipreg_text_encoder_weight for name in models}
+        penalties = [
+            Penalty(name, model, LipschitzDriftLoss(take_snapshot(name), weights[name] or 0.0, args.lipreg_reduction))
+            for name, model in models.items()
+            if weights[name] is None or weights[name] > 0
+        ]
+        budget = probe = None
         if args.drift_budget is not None:
             held = {penalty.loss: penalty.model for penalty in penalties}
             budget = DriftBudget(args.drift_budget, args.max_train_steps, held)
-        every = args.probe_steps or args.max_train_steps
-        probe = None
         if probe_prompts:
-            probe = OutputProbe(denoiser, scheduler, shape, prompts=probe_prompts, device=accelerator.device)
-        return cls(accelerator, penalties, probe, denoiser, every, budget=budget, **(best if args.keep_best else {}))
-
-    def subject_loss(self) -> float:
-        """Compute the loss on held-out views, in eval mode, with random numbers of its own."""
-        if self._subject_loss is None:
-            raise ValueError("There are no held-out views: pass subject_loss with save_best.")
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with self.denoiser.evaluating(), torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            return self._subject_loss().item()
+            probe = OutputProbe(denoiser, noise_scheduler, shape, prompts=probe_prompts, device=accelerator.device)
+        best = BestCheckpoint(denoiser, subject_loss, save_best) if args.keep_best else None
+        every = args.probe_steps or args.max_train_steps
+        return cls(accelerator, penalties, probe, denoiser, every, budget=budget, best=best)
 
     def add_gradient_(self) -> None:
         """Add the penalties' gradients to those of the loss: after backward, before clipping, on steps that update."""
         scaler = self.accelerator.scaler
-        scale = 1.0 if scaler is None else scaler.get_scale()  # which gradients carry until they are clipped
+        scale = 1.0 if scaler is None else scaler.get_scale()  # gradients carry it until they are clipped
         if self.budget is not None:
             self.budget.update(self._unused_drift, scale=scale)
         self._unused_drift = None
@@ -154,22 +184,22 @@ class DriftRegularizer:
             self._output_drift = self.probe.measure(self.denoiser)
             self._unused_drift = self._output_drift.output_drift_relative
             self._logs = self._output_drift.logs
-            if self.save_best is not None:
-                self._keep_if_best(self.save_best, self._output_drift.output_drift_relative)
+            if self.best is not None:
+                self._logs |= self.best.update(global_step, self._unused_drift)
 
     @property
     def logs(self) -> dict[str, float]:
-        """Drift before the last update, and output drift after it: all of it where it was measured, else the last value."""
+        """Return the drift before the last update and the output drift after it, or the one measured last."""
         logs = {key: value for penalty in self.penalties for key, value in penalty.logs.items()}
         if self.budget is not None:
             logs["lipreg_weight"] = self.budget.weight
         return logs | self._logs
 
     def finish(self) -> None:
-        """End the run within its budget, and measure what it ended with.
+        """Scale the drift down to the budget if it is above, and measure what the run ends with.
 
         Raises:
-            RunError: The predictions of the model are not numbers.
+            RunError: The predictions of the model are not finite.
         """
         if self.probe is not None:
             probe, output_drift = self.probe, self._output_drift or self.probe.measure(self.denoiser)
@@ -191,28 +221,9 @@ class DriftRegularizer:
             penalty.loss.measure(penalty.model)
         logger.info(f"Final drift: {self.logs}")
 
-    def _keep_if_best(self, save_best: Callable[[], Any], drift: float) -> None:
-        """Write the model if it has the best harmonic mean so far of what it learned and what it kept.
-
-        Both are root mean squares, in which 1 is all: subject = 1 - sqrt(loss / pretrained loss), retention = 1 -
-        sqrt(relative output drift), each 0 at least.
-        """
-        subject = max(0.0, 1 - math.sqrt(self.subject_loss() / self._pretrained_loss))
-        retention = max(0.0, 1 - math.sqrt(drift))
-        mean = 2 * subject * retention / (subject + retention) if subject + retention > 0 else 0.0
-        scores = {"harmonic_mean": mean, "subject_similarity": subject, "retention": retention}
-        self._logs |= scores
-        if mean > self._best.get("harmonic_mean", 0.0):
-            self._best = {"step": self._global_step, **scores}
-            save_best()
-            logger.info(
-                f"Best so far is step {self._global_step}: harmonic mean {mean:.4f} of subject similarity {subject:.4f} "
-                f"and retention {retention:.4f}."
-            )
-
     @property
     def card_metadata(self) -> dict[str, str]:
-        """What a model card says, under the names of flags and log keys."""
+        """Return the rows of the model card, under the names of flags and log keys."""
         metadata = {}
         for penalty in self.penalties:
             relative = f"{penalty.prefix}drift_relative"
@@ -223,37 +234,39 @@ class DriftRegularizer:
             metadata["output_drift_percent"] = f"{self._logs['output_drift_percent']:.3g}"
         if self.budget is not None:
             metadata["drift_budget"] = f"{100 * self.budget.limit:g} percent"
-        if self._best:
-            metadata["best step"] = f"{self._best['step']:g}"
+        if self.best is not None and self.best.best:
+            metadata["best step"] = f"{self.best.best['step']:g}"
         return metadata
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on as if nothing had happened."""
+        """Return what a resumed run needs to go on as if it had not been interrupted."""
         return {
             "step": self._global_step,
             "unused_drift": self._unused_drift,
             "logs": self._logs,
-            "best": self._best,
+            "best": {} if self.best is None else self.best.best,
             "budget": {} if self.budget is None else self.budget.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._global_step, self._unused_drift = state["step"], state["unused_drift"]
-        self._logs, self._best = dict(state["logs"]), dict(state["best"])
+        self._logs = dict(state["logs"])
+        if self.best is not None:
+            self.best.best = dict(state["best"])
         if self.budget is not None:
             self.budget.load_state_dict(state["budget"])
 
 
 def check_rounding(model: nn.Module, dtype: torch.dtype, learning_rate: float) -> None:
-    """Refuse a dtype that would round the teacher of a model more than the steps of its training can bear.
+    """Refuse a dtype that would round the teacher of a model by more than `ROUNDING` times the learning rate.
 
-    An update of AdamW moves each parameter by about the learning rate. A teacher that is off by a tenth of that adds 1%
-    to the squared drift after one update, and less later. The root mean square counts, for drift is a mean or sum of
-    squares; that of the worst tensor counts, for in `tensor_mean` each tensor has a mean of its own.
+    AdamW moves each parameter by about the learning rate. A teacher that is off by a tenth of that adds 1 % to the
+    squared drift after one update, and less later. What counts is the worst tensor's root mean square error, since
+    `tensor_mean` averages each tensor by itself.
 
     Raises:
-        ValueError: The rounding error is above `ROUNDING` times the learning rate.
+        ValueError: The rounding error is larger.
     """
     trained = {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
     error, name = max((rounding_error(parameter, dtype), name) for name, parameter in trained.items())

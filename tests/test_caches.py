@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
-from support.runs import PARITY, assert_equal_weights, load
+from support.runs import PARITY, as_photos, assert_equal_weights, load
 from transformers import CLIPTokenizer
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
-from diffusers_lipreg.dreambooth import moments, text
+from diffusers_lipreg.dreambooth import latents, prompts
 from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, collate
 
 SCRIPTS = {"train": train_dreambooth_lipreg, "train_sdxl": train_dreambooth_lora_lipreg_sdxl}
@@ -131,21 +131,23 @@ def asks(cache_latents: bool | None = None, steps: int | None = 10, prior: bool 
 )
 def test_images_are_cached_where_that_changes_nothing_but_time(args, images, photo, center_crop, cached, photos):
     transform = PhotoTransform(64, center_crop)
-    assert moments.cacheable(args, images, photos[photo], transform, has_vae=True) is cached
-    assert not moments.cacheable(asks(), images, photos[photo], transform, has_vae=False)
+    assert latents.should_cache_latents(args, images, photos[photo], transform, has_vae=True) is cached
+    assert not latents.should_cache_latents(asks(), images, photos[photo], transform, has_vae=False)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_each_image_is_encoded_once_in_the_shape_of_a_batch(photos, monkeypatch):
     vae = AutoencoderKL.from_pretrained(PARITY / "pipeline", subfolder="vae")
     transform = PhotoTransform(16, True)
-    expected = DreamBoothDataset([*photos["square"], *photos["wide"]], photos["nearly"], transform)
+    expected = DreamBoothDataset(as_photos([*photos["square"], *photos["wide"]]), photos["nearly"], transform)
     with torch.no_grad():
-        expected = moments.encode(vae, collate([expected[0], expected[1]])["pixel_values"])
-    shapes, encode = [], moments.encode
-    monkeypatch.setattr(moments, "encode", lambda vae, pixels: (shapes.append(len(pixels)), encode(vae, pixels))[1])
-    dataset = DreamBoothDataset([*photos["square"], *photos["wide"]], photos["nearly"] * 5, transform)
-    layouts = moments.cache(asks(prior=True), Accelerator(cpu=True), vae, dataset)
+        expected = latents.encode_moments(vae, collate([expected[0], expected[1]])["pixel_values"])
+    shapes, encode = [], latents.encode_moments
+    monkeypatch.setattr(
+        latents, "encode_moments", lambda vae, pixels: (shapes.append(len(pixels)), encode(vae, pixels))[1]
+    )
+    dataset = DreamBoothDataset(as_photos([*photos["square"], *photos["wide"]]), photos["nearly"] * 5, transform)
+    layouts = latents.cache_latents(asks(prior=True), Accelerator(cpu=True), vae, dataset)
     assert sorted(shapes) == [4, 6, 6] and layouts.keys() == {4, 6}  # two of them to see how a batch lies in memory
     batch = collate([dataset[0], dataset[1]], layouts)["moments"]
     torch.testing.assert_close(batch, expected)
@@ -198,16 +200,16 @@ def test_a_prompt_is_tokenized_once():
             return super().__call__(*args, **options)
 
     tokenizer.__class__ = Counting
-    tokens = text.read_once([tokenizer])
+    tokens = prompts.cached_tokenize([tokenizer])
     first = tokens("a dog")[0]
     seen = len(calls)
     assert seen > 0 and tokens("a dog")[0] is first and len(calls) == seen
 
 
 def test_nothing_is_prepared_for_what_is_not_measured(train, tmp_path, monkeypatch):
-    seen, encode = set(), text.Prompts.encode
+    seen, encode = set(), prompts.PromptEncoder.encode
     monkeypatch.setattr(
-        text.Prompts,
+        prompts.PromptEncoder,
         "encode",
         lambda self, encoder, prompts: (seen.update(prompts), encode(self, encoder, prompts))[1],
     )

@@ -4,19 +4,27 @@ import argparse
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 
+from ..errors import OneLineParser
+
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+AT_LEAST_ONE = """
+    resolution sample_batch_size train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps
+    checkpointing_steps validation_steps validation_epochs tokenizer_max_length repeats rank extract_lora_rank
+""".split()
+AT_LEAST_ZERO = ("dataloader_num_workers", "lr_warmup_steps", "probe_steps")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
 
 
 def add_shared_arguments(
     parser: argparse.ArgumentParser, *, output_dir: str, resolution: int, learning_rate: float, weight_decay: float
 ) -> None:
-    """Adds the flags that the official SD and SDXL scripts share; the defaults that differ are arguments."""
+    """Add the flags that the official SD and SDXL scripts share; the defaults that differ are arguments."""
     _add_model_and_data(parser, resolution)
     _add_prior(parser)
     _add_training(parser, output_dir)
@@ -32,7 +40,7 @@ def _add_model_and_data(parser: argparse.ArgumentParser, resolution: int) -> Non
     flag("--variant", help="Variant of the weight files, for example fp16.")
     flag("--instance_prompt", required=True, help='Prompt of the photos, for example "a photo of sks dog".')
     flag("--resolution", type=int, default=resolution, help="Pixels of the short side, and of the square crop.")
-    flag("--center_crop", action="store_true", help="Crop the centre instead of a random place.")
+    flag("--center_crop", action="store_true", help="Crop the center instead of a random place.")
 
 
 def _add_prior(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +62,7 @@ def _add_training(parser: argparse.ArgumentParser, output_dir: str) -> None:
     flag = parser.add_argument_group("training").add_argument
     flag("--output_dir", default=output_dir, help="Where results, checkpoints and logs go.")
     flag("--seed", type=int, help="Seed of everything random.")
-    flag("--train_text_encoder", action="store_true", help="Train the text encoder beside the UNet.")
+    flag("--train_text_encoder", action="store_true", help="Train the text encoder, too.")
     flag("--train_batch_size", type=int, default=4, help="Photos a step, per device.")
     flag("--num_train_epochs", type=int, default=1, help="Passes over the photos; --max_train_steps overrides it.")
     flag("--max_train_steps", type=int, help="Optimizer updates.")
@@ -117,7 +125,7 @@ def _add_adapters(parser: argparse.ArgumentParser, rank: int | None) -> None:
 
 
 def add_sd_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the official SD script has not: training adapters instead, or making some of the result."""
+    """Add flags that the official SD script lacks: train adapters instead, or extract them from the result."""
     _add_adapters(parser, rank=None)
     flag = parser.add_argument_group("adapters, further").add_argument
     flag("--lora_alpha", type=float, help="They are scaled by alpha / rank; default: the rank.")
@@ -125,7 +133,7 @@ def add_sd_adapter_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sd_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that only the official SD script has."""
+    """Add the flags that only the official SD script has."""
     flag = parser.add_argument_group("Stable Diffusion").add_argument
     flag("--instance_data_dir", required=True, help="Folder with the photos of the subject.")
     flag("--caption_column", help="Field of captions in the metadata.jsonl beside the photos.")
@@ -148,14 +156,14 @@ def add_sd_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def boolean(text: str) -> bool:
-    """true or false, in words: to `type=bool` any text is true."""
+    """Read true or false from a word: `type=bool` would take any word for true."""
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text}")
     return text.lower() in ("true", "1", "yes")
 
 
 def add_sdxl_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that only the official SDXL LoRA script has."""
+    """Add the flags that only the official SDXL LoRA script has."""
     flag = parser.add_argument_group("SDXL: photos and captions").add_argument
     flag("--instance_data_dir", help="Folder with the photos of the subject.")
     flag("--dataset_name", help="A data set in their place: a folder that `datasets` reads, or a Hub id.")
@@ -184,13 +192,15 @@ def add_sdxl_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_lipreg_arguments(
-    parser: argparse.ArgumentParser, *, weight: float, reduction: str, reductions: Sequence[str]
+    parser: argparse.ArgumentParser, *, weight: float, reduction: str, reductions: Iterable[str]
 ) -> None:
-    """Adds the flags of the penalty; the defaults are the paper's for the script's configuration."""
+    """Add the flags of the penalty; the defaults are the paper's for the models of the script."""
     flag = parser.add_argument_group("drift penalty").add_argument
     flag("--lipreg_weight", type=float, default=weight, help="Weight of the penalty; 0 is the official script.")
     flag("--drift_budget", type=float, help="Find the weight that ends at this relative output drift, such as 0.02.")
-    flag("--lipreg_reduction", default=reduction, choices=reductions, help="How squared drift becomes one number.")
+    flag(
+        "--lipreg_reduction", default=reduction, choices=list(reductions), help="How squared drift becomes one number."
+    )
     flag("--lipreg_text_encoder_weight", type=float, help="Weight for a trained text encoder; default: the UNet's.")
     flag("--lipreg_teacher_device", help='Where pretrained weights are kept: "cpu", "disk"; adapters need none.')
     flag(
@@ -204,58 +214,46 @@ def add_lipreg_arguments(
     flag("--keep_best", action="store_true", help="Write checkpoint-best: the best mean of likeness and retention.")
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses and checks; a mistake ends in one line and exit code 2."""
+def parse(parser: OneLineParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the flags and check them; a mistake ends the process with one line and exit code 2."""
     args = parser.parse_args(arguments)
+    if args.hub_token and not re.fullmatch(r"[!-~]+", args.hub_token):
+        parser.error("--hub_token holds a character that no token has")  # the client's message would quote it
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
-    check_texts(parser, args)
+    parser.check_texts(args)
+    if not args.instance_prompt.strip():
+        warnings.warn("--instance_prompt is empty: no prompt will call for the subject", stacklevel=2)
     check_numbers(parser, args)
     check_shared(parser, args)
     check_lipreg(parser, args)
     return args
 
 
-def check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses texts that no file or log can hold, and those that an unset variable of the shell leaves."""
-    if args.hub_token and not re.fullmatch(r"[!-~]+", args.hub_token):
-        parser.error("--hub_token holds a character that no token has")  # the client's message would quote it
-    parser.check_texts(args)
-    if not args.instance_prompt.strip():
-        warnings.warn("--instance_prompt is empty: no prompt will call for the subject", stacklevel=2)
-
-
 def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses numbers that no run can use."""
-    at_least_one = [
-        "resolution", "sample_batch_size", "train_batch_size", "num_train_epochs", "max_train_steps",
-        "gradient_accumulation_steps", "checkpointing_steps", "validation_steps", "tokenizer_max_length",
-        "validation_epochs", "repeats", "rank", "extract_lora_rank",
-    ]  # fmt: skip
-    for name in at_least_one:
-        number = vars(args).get(name)
-        if number is not None and number < 1:
+    """Refuse numbers that no run can use."""
+    at_least_one = set(AT_LEAST_ONE)
+    if args.with_prior_preservation:
+        at_least_one.add("num_class_images")
+    if args.validation_prompt is not None:
+        at_least_one.add("num_validation_images")
+    numbers = {name: number for name, number in vars(args).items() if isinstance(number, (int, float))}
+    for name, number in numbers.items():
+        if name in at_least_one and number < 1:
             parser.error(f"--{name} must be at least 1, got {number}")
-    if args.with_prior_preservation and args.num_class_images < 1:
-        parser.error(f"--num_class_images must be at least 1, got {args.num_class_images}")
-    if args.validation_prompt is not None and args.num_validation_images < 1:
-        parser.error(f"--num_validation_images must be at least 1, got {args.num_validation_images}")
-    for name in ("dataloader_num_workers", "lr_warmup_steps", "probe_steps"):
-        if vars(args)[name] < 0:
-            parser.error(f"--{name} must be 0 or more, got {vars(args)[name]}")
-    for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
-        if vars(args)[name] >= 1:
-            parser.error(f"--{name} must be below 1, got {vars(args)[name]}")
+        if name in AT_LEAST_ZERO and number < 0:
+            parser.error(f"--{name} must be 0 or more, got {number}")
+        if name in BELOW_ONE and number >= 1:
+            parser.error(f"--{name} must be below 1, got {number}")
+        if isinstance(number, float) and not 0 <= number <= FLOAT32_MAX:
+            parser.error(f"--{name} must be a finite number, 0 or more, that float32 can hold, got {number}")
     if args.seed is not None and not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
     if args.learning_rate == 0:
         parser.error("--learning_rate must be above 0: nothing would be trained")
-    for name, number in vars(args).items():
-        if isinstance(number, float) and not 0 <= number <= FLOAT32_MAX:
-            parser.error(f"--{name} must be a finite number, 0 or more, that float32 can hold, got {number}")
 
 
 def check_shared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """The official checks between flags, and values that would only fail after the models are loaded."""
+    """Make the official checks between flags, and refuse values that would fail only after the models are loaded."""
     if args.with_prior_preservation:
         if args.class_data_dir is None:
             parser.error("--with_prior_preservation needs --class_data_dir, a folder for class images")
@@ -278,7 +276,7 @@ def check_shared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def check_sd(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """The checks that only the official SD script makes."""
+    """Make the checks that only the official SD script has."""
     if args.train_text_encoder and args.pre_compute_text_embeddings:
         parser.error("--train_text_encoder and --pre_compute_text_embeddings exclude each other")
     if args.rank is None:
@@ -290,7 +288,7 @@ def check_sd(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def check_sdxl(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """The checks that only the official SDXL LoRA script makes."""
+    """Make the checks that only the official SDXL LoRA script has."""
     if args.dataset_name is None and args.instance_data_dir is None:
         parser.error("specify either --dataset_name or --instance_data_dir")
     if args.dataset_name is not None and args.instance_data_dir is not None:
@@ -300,7 +298,10 @@ def check_sdxl(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 def check_lipreg(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Keeps weight and reduction together, and weight decay from pulling the other way."""
+    """Check the flags of the penalty, and set the weight decay to 0 while it is on.
+
+    The decay pulls towards zero, the penalty towards the pretrained weights.
+    """
     teacher = (args.lipreg_teacher_device, args.lipreg_teacher_dtype)
     if args.rank is not None and teacher != (None, None):
         parser.error(
@@ -343,7 +344,7 @@ def _stop_weight_decay(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def _check_budget(parser: argparse.ArgumentParser, args: argparse.Namespace, weight_is_default: bool) -> None:
-    """With a budget the weights are its own (`None` here), and the default reduction is Algorithm 1's."""
+    """Check `--drift_budget`; leave the weights to it (`None`), with the reduction of Algorithm 1 by default."""
     if not weight_is_default or args.lipreg_text_encoder_weight is not None:
         parser.error("--drift_budget finds the weight itself: it and --lipreg_weight exclude each other")
     if args.drift_budget == 0:

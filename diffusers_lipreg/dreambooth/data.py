@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL
 from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -265,19 +264,12 @@ def first_random_crop(images: Sequence[Path], transform: PhotoTransform) -> Path
     return None
 
 
-def latent_shape(vae: AutoencoderKL | None, size: int) -> tuple[int, int, int]:
-    """What is denoised for images of `size` pixels: latents, or pixels where there is no VAE."""
-    if vae is None:
-        return (3, size, size)
-    side = size // 2 ** (len(vae.config.block_out_channels) - 1)
-    return (vae.config.latent_channels, side, side)
-
-
 class Photo(NamedTuple):
-    """An instance photo and its prompt; `open` decodes it anew each time, for photos may be large and many."""
+    """An instance photo and its prompt; `open` decodes it each time, since photos may be large and many."""
 
     open: Callable[[], Image.Image]
     prompt: str
+    path: Path | None = None  # of a photo in a folder
 
 
 def held_out_crops(photos: Iterable[Callable[[], Image.Image]], size: int) -> Tensor:
@@ -292,36 +284,26 @@ def held_out_crops(photos: Iterable[Callable[[], Image.Image]], size: int) -> Te
 
 
 class DreamBoothDataset(Dataset):
-    """Instance photos, each with a class image beside it where prior preservation asks for one.
+    """Photos of a folder with their prompts, and class images for prior preservation; the shorter list starts over.
 
-    An item is {"instance": (3, size, size)}, perhaps with "class": (3, size, size), and "prompt", that of the photo,
-    where there are `prompts`. The shorter list of images starts over.
+    An item is {"instance": (3, size, size), "prompt": str}, and with class images "class": (3, size, size).
     """
 
-    def __init__(
-        self,
-        instance_images: Sequence[Path],
-        class_images: Sequence[Path],
-        transform: PhotoTransform,
-        prompts: Sequence[str] = (),
-    ) -> None:
-        self.instance_images = instance_images
+    def __init__(self, photos: Sequence[Photo], class_images: Sequence[Path], transform: PhotoTransform) -> None:
+        self.photos = photos
         self.class_images = class_images
-        self.prompts = prompts
         self.load: Callable[[Path], Tensor] = partial(load, transform)
 
     def encode(self, encode: Encode) -> None:
-        """Puts what `encode` makes of the images in place of their pixels."""
-        self.load = encoded([*self.instance_images, *self.class_images], self.load, encode)
+        """Replace the pixels of all images by what `encode` makes of them."""
+        self.load = encoded([*(photo.path for photo in self.photos), *self.class_images], self.load, encode)
 
     def __len__(self) -> int:
-        return max(len(self.instance_images), len(self.class_images))
+        return max(len(self.photos), len(self.class_images))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        photo = index % len(self.instance_images)
-        item: dict[str, Any] = {"instance": self.load(self.instance_images[photo])}
-        if self.prompts:
-            item["prompt"] = self.prompts[photo]
+        photo = self.photos[index % len(self.photos)]
+        item: dict[str, Any] = {"instance": self.load(photo.path), "prompt": photo.prompt}
         if self.class_images:
             item["class"] = self.load(self.class_images[index % len(self.class_images)])
         return item
@@ -338,19 +320,23 @@ def encoded(images: Sequence[Path], load: Callable[[Path], Tensor], encode: Enco
     return dict(zip(images, encode(map(load, images)), strict=True)).__getitem__
 
 
-def collate(items: Sequence[dict[str, Any]], layouts: Layouts | None = None) -> dict[str, Any]:
+def collate(
+    items: Sequence[dict[str, Any]], layouts: Layouts | None = None, class_prompt: str | None = None
+) -> dict[str, Any]:
     """Stacks items to {"pixel_values": (B, 3, size, size)}: the instance half first, then the class half, if any.
 
     Of items with moments in place of pixels it makes {"moments": (B, 2C, h, w)}, in the order in memory that `layouts`
-    has for their number: noise is drawn in that order. Where items have them, the batch has "prompts", a list of the
-    instance half, and "time_ids" (B, 6), for both halves the same.
+    has for their number: noise is drawn in that order. "has_class_images" tells whether there is a class half. Where
+    items have them, the batch has "prompts", a list of B with `class_prompt` for the class half, and "time_ids" (B, 6),
+    for both halves the same.
     """
     images = torch.stack([item[kind] for kind in ("instance", "class") for item in items if kind in item])
     batch: dict[str, Any] = {"pixel_values": images}
     if layouts is not None:
         batch = {"moments": images.contiguous(memory_format=layouts[len(images)])}
+    batch["has_class_images"] = len(images) > len(items)
     if "prompt" in items[0]:
-        batch["prompts"] = [item["prompt"] for item in items]
+        batch["prompts"] = [item["prompt"] for item in items] + [class_prompt] * (len(images) - len(items))
     if "time_ids" in items[0]:
         batch["time_ids"] = torch.tensor([item["time_ids"] for item in items] * (len(images) // len(items)))
     return batch

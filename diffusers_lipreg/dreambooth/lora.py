@@ -51,13 +51,18 @@ KOHYA_ENDINGS = {
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
-def add_adapters(args: Namespace, models: Mapping[str, nn.Module], alpha: float) -> None:
+def scale(args: Namespace) -> float:
+    """Return alpha / rank, by which the output of adapters is multiplied."""
+    return (vars(args).get("lora_alpha") or args.rank) / args.rank
+
+
+def add_adapters(args: Namespace, models: Mapping[str, nn.Module]) -> None:
     """Freeze the models and add adapters by PEFT alone, in float32 always, so that small updates count."""
     for name, model in models.items():
         model.requires_grad_(False)
         config = LoraConfig(
             r=args.rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int, and divides what it is given
+            lora_alpha=vars(args).get("lora_alpha") or args.rank,  # type: ignore[arg-type]  # PEFT says int, and divides what it is given
             lora_dropout=args.lora_dropout,
             init_lora_weights="gaussian",
             target_modules=TARGETS[name],

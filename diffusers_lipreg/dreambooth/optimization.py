@@ -1,4 +1,4 @@
-"""Objective, optimizer and the arithmetic of steps, as in the official scripts."""
+"""The loss, the optimizer, the learning rate and the number of steps, as in the official scripts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ logger = get_logger(__name__)
 
 
 def check_prediction_type(scheduler) -> None:
-    """Refuses a model that predicts what no loss here knows."""
+    """Refuse a scheduler whose model predicts neither noise nor velocity."""
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise RunError(f"The scheduler predicts {scheduler.config.prediction_type}; supported: epsilon, v_prediction.")
 
 
 def diffusion_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet is to predict: the noise, or the velocity of a v-prediction model."""
+    """Return what the UNet should predict: the noise, or the velocity of a v-prediction model."""
     check_prediction_type(scheduler)
     if scheduler.config.prediction_type == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
@@ -36,28 +36,28 @@ def diffusion_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tenso
 
 
 def min_snr_weights(scheduler, timesteps: Tensor, gamma: float) -> Tensor:
-    """Min-SNR weight of each sample, (B,): min(snr, gamma) / snr, over snr + 1 for v-prediction (arXiv 2303.09556)."""
+    """Return Min-SNR weights (B,): min(snr, gamma) / snr, or / (snr + 1) for v-prediction (arXiv 2303.09556)."""
     snr = compute_snr(scheduler, timesteps)
     divisor = snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr
     return snr.clamp(max=gamma) / divisor
 
 
 def dreambooth_loss(
-    prediction: Tensor,
+    model_pred: Tensor,
     target: Tensor,
     weights: Tensor | None = None,
     prior_weight: float | None = None,
     noise_weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error in float32; of a batch with class images, instance loss + prior_weight * class loss.
+    """Return the mean squared error in float32, or instance loss + prior_weight * class loss.
 
     Args:
-        prediction, target: (B, C, H, W); with a prior weight the second half of B is class images.
-        weights: (B,), of each sample for Min-SNR. The class half goes without.
+        model_pred, target: (B, C, H, W); with a prior weight the second half of B is class images.
+        weights: Min-SNR weights (B,); they do not apply to class images.
         prior_weight: `None` for a batch without class images.
-        noise_weights: (B, 1, 1, 1), of each sample for its noise level, in both halves, as EDM training has them.
+        noise_weights: EDM's weights (B, 1, 1, 1) by noise level, for all images.
     """
-    errors = mse_loss(prediction.float(), target.float(), reduction="none")
+    errors = mse_loss(model_pred.float(), target.float(), reduction="none")
     if noise_weights is not None:
         errors = noise_weights.float() * errors
     if prior_weight is not None:
@@ -71,28 +71,32 @@ def dreambooth_loss(
     return loss
 
 
-def edm_input(scheduler, noisy: Tensor, sigmas: Tensor) -> Tensor:
-    """The noisy latents (B, C, H, W) scaled to unit variance for the UNet; sigmas are (B, 1, 1, 1)."""
+def edm_input(scheduler, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+    """Scale noisy latents (B, C, H, W) to unit variance for the UNet; sigmas are (B, 1, 1, 1)."""
     if isinstance(scheduler, EDMEulerScheduler):
-        return scheduler.precondition_inputs(noisy, sigmas)
-    return noisy / ((sigmas**2 + 1) ** 0.5)
+        return scheduler.precondition_inputs(noisy_latents, sigmas)
+    return noisy_latents / ((sigmas**2 + 1) ** 0.5)
 
 
-def edm_denoised(scheduler, prediction: Tensor, noisy: Tensor, sigmas: Tensor) -> Tensor:
-    """The clean latents that the UNet's output stands for."""
+def edm_denoised(scheduler, model_pred: Tensor, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+    """Return the clean latents that the UNet's output stands for."""
     if isinstance(scheduler, EDMEulerScheduler):
-        return scheduler.precondition_outputs(noisy, prediction, sigmas)
+        return scheduler.precondition_outputs(noisy_latents, model_pred, sigmas)
     check_prediction_type(scheduler)
     if scheduler.config.prediction_type == "v_prediction":
-        return prediction * (-sigmas / (sigmas**2 + 1) ** 0.5) + (noisy / (sigmas**2 + 1))
-    return prediction * (-sigmas) + noisy
+        return model_pred * (-sigmas / (sigmas**2 + 1) ** 0.5) + (noisy_latents / (sigmas**2 + 1))
+    return model_pred * (-sigmas) + noisy_latents
 
 
-def create_lora_optimizer(
-    args: Namespace, adapters: Mapping[str, list[nn.Parameter]], fused: bool
-) -> torch.optim.Optimizer:
-    """The optimizer of `--optimizer` over adapters; those of text encoders have a rate and decay of their own."""
-    text_encoders = [parameters for name, parameters in adapters.items() if name != "unet"]
+def create_optimizer(args: Namespace, models: Mapping[str, nn.Module], fused: bool) -> torch.optim.Optimizer:
+    """Create the optimizer of `--optimizer`, AdamW without that flag, over the weights that require gradients.
+
+    In the SDXL script the text encoders have a learning rate and a weight decay of their own.
+    """
+    trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in models.items()}
+    if "optimizer" not in args:
+        return create_adamw(args, [p for parameters in trainable.values() for p in parameters], fused)
+    text_encoders = [parameters for name, parameters in trainable.items() if name != "unet"]
     name = args.optimizer.lower()
     if name not in ("adamw", "prodigy"):
         logger.warning(f"--optimizer {args.optimizer} is not known (AdamW, prodigy): using AdamW.")
@@ -103,7 +107,7 @@ def create_lora_optimizer(
         if args.text_encoder_lr != args.learning_rate and text_encoders:
             logger.warning("Prodigy has one rate for all: --text_encoder_lr is not used.")
         text_lr = args.learning_rate
-    groups = [{"params": adapters["unet"], "lr": args.learning_rate}] + [
+    groups = [{"params": trainable["unet"], "lr": args.learning_rate}] + [
         {"params": parameters, "lr": text_lr, "weight_decay": args.adam_weight_decay_text_encoder}
         for parameters in text_encoders
     ]
@@ -128,12 +132,12 @@ def create_lora_optimizer(
 def create_adamw(
     args: Namespace, parameters: Sequence[nn.Parameter] | Sequence[dict], fused: bool
 ) -> torch.optim.Optimizer:
-    """AdamW, all of a step in one kernel if `fused`, or bitsandbytes' 8-bit one, over parameters or groups of them."""
-    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    """Create AdamW, in its fused form or bitsandbytes' 8-bit one, over parameters or groups of them."""
+    optimizer_class: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True if fused else None)
     if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    elif fused:
-        optimizer_class = partial(torch.optim.AdamW, fused=True)
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer_class = AdamW8bit
     return optimizer_class(
         parameters,
         lr=args.learning_rate,
@@ -144,13 +148,13 @@ def create_adamw(
 
 
 def scale_learning_rate(args: Namespace, num_processes: int) -> None:
-    """With `--scale_lr`, multiplies `args.learning_rate` by the photos that make up an update."""
+    """With `--scale_lr`, multiply `args.learning_rate` by the number of photos in an update."""
     if args.scale_lr:
         args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * num_processes
 
 
 def create_lr_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, num_processes: int) -> LRScheduler:
-    """diffusers' schedule of that name. Prepared by accelerate it is stepped once for each process."""
+    """Create the learning rate schedule; accelerate steps it once for each process."""
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -162,9 +166,9 @@ def create_lr_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, num_p
 
 
 def plan_steps(args: Namespace, batches: int) -> int:
-    """Fills in `args.max_train_steps` and `args.num_train_epochs`; returns the updates in an epoch of `batches`."""
-    updates_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    """Fill in `args.max_train_steps` and `args.num_train_epochs`; return the updates in an epoch of `batches`."""
+    num_update_steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * updates_per_epoch
-    args.num_train_epochs = math.ceil(args.max_train_steps / updates_per_epoch)
-    return updates_per_epoch
+        args.max_train_steps = args.num_train_epochs * num_update_steps_per_epoch
+    args.num_train_epochs = math.ceil(args.max_train_steps / num_update_steps_per_epoch)
+    return num_update_steps_per_epoch

@@ -30,10 +30,10 @@ def find_photos(args: Namespace) -> list[Photo]:
     Raises:
         RunError: There is no such folder, data set or column, no image, a caption is no text, or a file lies elsewhere.
     """
-    if args.dataset_name is None:
+    if vars(args).get("dataset_name") is None:
         images = find_instance_images(args.instance_data_dir)
         prompts = captions.prompts_of_folder(args, images)
-        return [Photo(partial(open_image, path), prompt) for path, prompt in zip(images, prompts, strict=True)]
+        return [Photo(partial(open_image, path), prompt, path) for path, prompt in zip(images, prompts, strict=True)]
     rows, texts, openers, broken, transparent = Rows(args), [], [], [], 0
     for index in range(len(rows)):
         caption, source = rows.caption(index), rows.source(index)

@@ -31,11 +31,15 @@ def prior_dtype(precision: str | None, device: torch.device) -> torch.dtype:
 
 
 def ensure_class_images(args: Namespace, accelerator: Accelerator, base: Base) -> list[Path]:
-    """The class images to train on, at most `--num_class_images`; those missing from the folder are sampled first.
+    """Return the class images to train on, at most `--num_class_images`; sample those missing from the folder.
+
+    Without `--with_prior_preservation` there are none.
 
     Sampling draws nothing from the default generators: a run that samples and a later one that finds the images, both
     with the same `--seed`, are the same.
     """
+    if not args.with_prior_preservation:
+        return []
     folder = Path(args.class_data_dir)
     images = list_images(folder) if folder.is_dir() else []
     accelerator.wait_for_everyone()  # all have counted before the first writes

@@ -1,12 +1,10 @@
-"""Starting a run: accelerator, logs and seed; and what the loop asks of them."""
+"""The start of a run: accelerator, logs, seed, and the settings that follow from the device."""
 
 from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import diffusers
@@ -22,7 +20,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 
 
 def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
-    """The accelerator of a run, with logs set up and random generators seeded."""
+    """Create the accelerator of a run, set up the logs and seed the random generators.
+
+    Raises:
+        RunError: The flags or the environment ask for what is not there or does not fit together.
+    """
     preflight.check_surroundings(args)
     try:
         accelerator = Accelerator(
@@ -36,7 +38,7 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
         )
     except Exception as error:  # of its configuration, its environment variables, the device, the other processes
         raise RunError(f"accelerate cannot start: {one_line(error)}") from error
-    settle_flags(args, accelerator)
+    fill_in_flags(args, accelerator)
     preflight.check_processes(args, accelerator)
     preflight.check_precision(accelerator)
     if args.allow_tf32:
@@ -55,11 +57,11 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
     return accelerator
 
 
-def settle_flags(args: Namespace, accelerator: Accelerator) -> None:
-    """Fill in the flags that accelerate takes from its own environment or configuration where they are not given.
+def fill_in_flags(args: Namespace, accelerator: Accelerator) -> None:
+    """Replace the flags that accelerate reads from its own environment or configuration by what it read.
 
     Raises:
-        RunError: The environment says something else than a flag.
+        RunError: The environment contradicts a flag.
     """
     args.mixed_precision = str(accelerator.mixed_precision)
     steps = accelerator.gradient_accumulation_steps
@@ -71,23 +73,15 @@ def settle_flags(args: Namespace, accelerator: Accelerator) -> None:
     args.gradient_accumulation_steps = steps
 
 
-def prepare(accelerator: Accelerator, holder: Any, names: Sequence[str], *others: Any) -> Sequence[Any]:
-    """Hands the models that `holder` has under `names`, and the others, to the accelerator; returns the others."""
-    prepared = accelerator.prepare(*(getattr(holder, name) for name in names), *others)
-    for name, model in zip(names, prepared, strict=False):
-        setattr(holder, name, model)
-    return prepared[len(names) :]
+def can_fuse_adamw(accelerator: Accelerator) -> bool:
+    """Tell whether to use the fused AdamW: on a GPU without a gradient scaler.
 
-
-def fuses_adamw(accelerator: Accelerator) -> bool:
-    """Whether AdamW is fused: on a GPU, for on the CPU that rounds otherwise than the official scripts do.
-
-    Not where gradients are scaled: accelerate takes a fused step that overflowed for one that was made, and goes on
-    with the learning rate's schedule.
+    On the CPU it rounds differently from the official scripts. With a scaler, accelerate mistakes a fused step that
+    overflowed for an update, and advances the learning rate.
     """
     return accelerator.device.type == "cuda" and accelerator.scaler is None
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The type of the weights that are not trained."""
+    """Return the dtype of the weights that are not trained."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)

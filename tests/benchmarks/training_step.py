@@ -38,7 +38,7 @@ from published import conditions, save_pipeline, versions  # noqa: E402
 
 import train_dreambooth_lipreg  # noqa: E402
 import train_dreambooth_lora_lipreg_sdxl  # noqa: E402
-from diffusers_lipreg.dreambooth import optimization, text  # noqa: E402
+from diffusers_lipreg.dreambooth import optimization, prompts  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCRIPTS = {
@@ -113,7 +113,7 @@ def work_flags(work: str) -> list[str]:
 @contextmanager
 def official_work(on: bool) -> Iterator[None]:
     """In the block, prompts are encoded at each step, and AdamW is not fused."""
-    adamw, precompute = optimization.create_adamw, text.Prompts.precompute
+    adamw, precompute = optimization.create_adamw, prompts.PromptEncoder.precompute
 
     def at_each_step(self, text_encoder, device, batches):
         def states(prompts):
@@ -124,11 +124,11 @@ def official_work(on: bool) -> Iterator[None]:
 
     if on:
         optimization.create_adamw = lambda args, parameters, fused: adamw(args, parameters, fused=False)
-        text.Prompts.precompute = at_each_step
+        prompts.PromptEncoder.precompute = at_each_step
     try:
         yield
     finally:
-        optimization.create_adamw, text.Prompts.precompute = adamw, precompute
+        optimization.create_adamw, prompts.PromptEncoder.precompute = adamw, precompute
 
 
 # One run, in a process of its own

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from support.runs import PARITY
+from support.runs import PARITY, as_photos
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPTextModel
@@ -48,7 +48,7 @@ def dataset(folder: Path) -> DreamBoothDataset:
     photos = [folder / f"photo-{number}.png" for number in range(BATCHES)]
     for number, photo in enumerate(photos):
         Image.linear_gradient("L").rotate(30 * number).resize((40, 16)).save(photo)
-    return DreamBoothDataset(photos, [], PhotoTransform(16, center_crop=False))
+    return DreamBoothDataset(as_photos(photos), [], PhotoTransform(16, center_crop=False))
 
 
 class Monitor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import EpsImagePlugin, Image, PngImagePlugin, features
+from support.runs import as_photos
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -302,7 +303,7 @@ def test_a_photo_is_turned_the_way_its_exif_data_says(tmp_path: Path) -> None:
     opened = open_image(tmp_path / "photo.png")
     assert opened.size == (20, 40)
     assert (opened.getpixel((0, 0)), opened.getpixel((19, 39))) == ((255, 0, 0), (0, 0, 255))
-    item = DreamBoothDataset([tmp_path / "photo.png"], [], PhotoTransform(20, center_crop=True))[0]
+    item = DreamBoothDataset(as_photos([tmp_path / "photo.png"]), [], PhotoTransform(20, center_crop=True))[0]
     assert item["instance"][:, 0].mean(dim=-1).tolist() == [1, -1, -1]  # a red row on top
 
 
@@ -468,7 +469,7 @@ def test_the_shorter_list_starts_over(
     tmp_path: Path, instance: list[int], classes: list[int], pairs: list[tuple[int, int | None]]
 ) -> None:
     transform = PhotoTransform(8, center_crop=False)
-    dataset = DreamBoothDataset(plain(tmp_path, *instance), plain(tmp_path, *classes), transform)
+    dataset = DreamBoothDataset(as_photos(plain(tmp_path, *instance)), plain(tmp_path, *classes), transform)
     assert len(dataset) == len(pairs)
     items = [dataset[index] for index in range(len(dataset))]
     assert [(grey(item["instance"]), grey(item["class"]) if "class" in item else None) for item in items] == pairs
@@ -482,28 +483,30 @@ def test_the_instance_photo_is_cropped_before_its_class_image(tmp_path: Path) ->
     first, second = (corner(transform(map_of_pixels(100, 64))) for _ in range(2))
     assert first != second
     torch.manual_seed(0)
-    item = DreamBoothDataset([tmp_path / "instance.png"], [tmp_path / "class.png"], transform)[0]
+    item = DreamBoothDataset(as_photos([tmp_path / "instance.png"]), [tmp_path / "class.png"], transform)[0]
     assert (corner(item["instance"]), corner(item["class"])) == (first, second)
 
 
 def test_each_visit_crops_anew(tmp_path: Path) -> None:
     map_of_pixels(200, 64).save(tmp_path / "photo.png")
-    dataset = DreamBoothDataset([tmp_path / "photo.png"], [], PhotoTransform(64, center_crop=False))
+    dataset = DreamBoothDataset(as_photos([tmp_path / "photo.png"]), [], PhotoTransform(64, center_crop=False))
     torch.manual_seed(0)
     assert len({corner(dataset[0]["instance"]) for _ in range(5)}) > 1
 
 
 def test_a_batch_is_instance_photos_then_class_images(tmp_path: Path) -> None:
-    dataset = DreamBoothDataset(plain(tmp_path, 10, 20), plain(tmp_path, 110, 120), PhotoTransform(8, False))
+    dataset = DreamBoothDataset(
+        as_photos(plain(tmp_path, 10, 20)), plain(tmp_path, 110, 120), PhotoTransform(8, False)
+    )
     batch = collate([dataset[1], dataset[0]])
-    assert list(batch) == ["pixel_values"]
+    assert batch["has_class_images"] and batch["prompts"][:2] == ["20.png", "10.png"]
     assert [grey(pixels) for pixels in batch["pixel_values"]] == [20, 10, 120, 110]
     assert batch["pixel_values"].dtype == torch.float32
     assert batch["pixel_values"].is_contiguous()
 
 
 def test_a_batch_without_class_images(tmp_path: Path) -> None:
-    dataset = DreamBoothDataset(plain(tmp_path, 10, 20), [], PhotoTransform(8, False))
+    dataset = DreamBoothDataset(as_photos(plain(tmp_path, 10, 20)), [], PhotoTransform(8, False))
     assert [grey(pixels) for pixels in collate([dataset[1], dataset[0]])["pixel_values"]] == [20, 10]
 
 
@@ -523,7 +526,7 @@ def resumable(
     accelerator: Accelerator, photos: list[Path], size: int = 16, **options: Any
 ) -> DataLoader[ResumableDataset]:
     """The loader as the script makes it."""
-    dataset = DreamBoothDataset(photos, [], PhotoTransform(size, center_crop=False))
+    dataset = DreamBoothDataset(as_photos(photos), [], PhotoTransform(size, center_crop=False))
     resumable = ResumableDataset(dataset, options.get("persistent_workers", False))
     loader = DataLoader(resumable, batch_size=2, sampler=resumable.sampler, collate_fn=collate, **options)
     return accelerator.prepare(loader)
@@ -543,7 +546,7 @@ def assert_same_run(actual: list[tuple[Tensor, Tensor]], expected: list[tuple[Te
 def test_order_crops_and_draws_are_those_of_torchs_shuffle(
     accelerator: Accelerator, photos: list[Path], read_ahead: bool
 ) -> None:
-    dataset = DreamBoothDataset(photos, [], PhotoTransform(16, center_crop=False))
+    dataset = DreamBoothDataset(as_photos(photos), [], PhotoTransform(16, center_crop=False))
     runs = []
     for options in (
         {"batch_size": 2, "shuffle": True},

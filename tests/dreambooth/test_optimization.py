@@ -18,7 +18,7 @@ from diffusers_lipreg.dreambooth.optimization import (
     plan_steps,
     scale_learning_rate,
 )
-from diffusers_lipreg.dreambooth.setup import fuses_adamw
+from diffusers_lipreg.dreambooth.setup import can_fuse_adamw
 from diffusers_lipreg.errors import RunError
 
 
@@ -158,7 +158,7 @@ def test_8bit_adam_gets_what_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_adamw_is_fused_on_a_gpu_without_loss_scale(kind: str, scaler: object, fused: bool) -> None:
     accelerator = SimpleNamespace(device=torch.device(kind), scaler=scaler)
-    optimizer = create_adamw(arguments(), [nn.Parameter(torch.zeros(2))], fuses_adamw(accelerator))
+    optimizer = create_adamw(arguments(), [nn.Parameter(torch.zeros(2))], can_fuse_adamw(accelerator))
     assert bool(optimizer.defaults["fused"]) is fused
 
 

@@ -4,9 +4,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
+from diffusers_lipreg.dreambooth.data import Photo, open_image
 
 ROOT = Path(__file__).parents[2]
 SAMPLING_STEPS = 3
@@ -36,6 +37,11 @@ def flags(output_dir: Path | str, *more: str, pipeline: str = "pipeline") -> lis
         *("--seed", "0", "--max_train_steps", "2", "--probe_steps", "0"),
         *more,
     ]
+
+
+def as_photos(paths: Iterable[Path]) -> list[Photo]:
+    """Photos of files, with the file's name as the prompt."""
+    return [Photo(partial(open_image, path), path.name, path) for path in paths]
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from support.runs import PARITY
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 
-from diffusers_lipreg.dreambooth.text import Prompts, tokenize
+from diffusers_lipreg.dreambooth.prompts import PromptEncoder, tokenize
 
 INSTANCE, CLASS = "a photo of sks dog", "a photo of dog"
 
@@ -40,7 +40,7 @@ def test_rows_are_those_of_the_prompts(tokenizer: PreTrainedTokenizerBase, text_
     prompts = [INSTANCE, INSTANCE, CLASS, INSTANCE]
     expected = states(tokenizer, text_encoder, prompts)
     assert not torch.equal(expected[1], expected[2])
-    equal(Prompts(tokenizer, None, use_mask=False).encode(text_encoder, prompts), expected)
+    equal(PromptEncoder(tokenizer, None, use_mask=False).encode(text_encoder, prompts), expected)
 
 
 @pytest.mark.parametrize("use_mask", [False, True])
@@ -49,7 +49,7 @@ def test_the_mask_is_used_only_when_asked(
 ) -> None:
     expected, other = (states(tokenizer, text_encoder, [INSTANCE], mask) for mask in (use_mask, not use_mask))
     assert not torch.equal(expected, other)
-    prompts = Prompts(tokenizer, None, use_mask)
+    prompts = PromptEncoder(tokenizer, None, use_mask)
     equal(prompts.encode(text_encoder, [INSTANCE]), expected)
     equal(prompts.precompute(text_encoder, torch.device("cpu"), [[INSTANCE]])([INSTANCE]), expected)
 
@@ -58,7 +58,7 @@ def test_precomputed_states_are_those_of_the_batch_they_were_encoded_in(
     tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
 ) -> None:
     """To the last bit, row by row; other sizes take their rows from it, again and again where they need more."""
-    prompts = Prompts(tokenizer, None, use_mask=False)
+    prompts = PromptEncoder(tokenizer, None, use_mask=False)
     batch = [INSTANCE, INSTANCE, CLASS, CLASS]
     expected = prompts.encode(text_encoder, batch)
     states_of = prompts.precompute(text_encoder, torch.device("cpu"), [batch])
@@ -71,7 +71,7 @@ def test_precomputed_states_outlive_the_encoder(
     tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
 ) -> None:
     passing = deepcopy(text_encoder).requires_grad_(True)
-    prompts = Prompts(tokenizer, None, use_mask=False)
+    prompts = PromptEncoder(tokenizer, None, use_mask=False)
     states_of = prompts.precompute(passing, torch.device("cpu"), [[INSTANCE], [CLASS]])
     expected = [states(tokenizer, text_encoder, [prompt]) for prompt in (CLASS, INSTANCE)]
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_a_trained_encoder_gets_gradients_from_every_row(
     tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel
 ) -> None:
     trained = deepcopy(text_encoder).requires_grad_(True)
-    encoded = Prompts(tokenizer, None, use_mask=False).encode(trained, [INSTANCE, CLASS])
+    encoded = PromptEncoder(tokenizer, None, use_mask=False).encode(trained, [INSTANCE, CLASS])
     for row in encoded:
         trained.zero_grad()
         row.square().sum().backward(retain_graph=True)
@@ -115,7 +115,7 @@ def test_of_many_prompts_that_are_cut_three_are_named(
     tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     Accelerator(cpu=True)
-    prompts = Prompts(tokenizer, 4, use_mask=False)
+    prompts = PromptEncoder(tokenizer, 4, use_mask=False)
     for number in range(50):
         prompts.tokens(f"a photo of dog {number}")
     assert len(caplog.messages) == 4

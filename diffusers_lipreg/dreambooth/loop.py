@@ -1,0 +1,245 @@
+"""TrainingRun: everything that both scripts do before, between and after optimization steps. The step stays in view."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate.utils import KwargsHandler
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import checkpoints, hub, latents, lora, optimization, preflight, prior, resumable, run_config, setup, trackers
+from .checkpoints import Checkpoints, Stateful
+from .data import DreamBoothDataset, PhotoTransform, PreparedPhotos
+from .interruption import GracefulExit
+from .models import loading
+from .photos import find_photos
+
+Hook = Callable[[str], None]  # writes or reads the models of a checkpoint in a folder
+Validate = Callable[[int], list[Image.Image]]  # from the number of updates to images, empty where there are none
+
+
+class Regularizer(Stateful, Protocol):
+    """What the loop asks of the penalty."""
+
+    @property
+    def logs(self) -> dict[str, float]: ...
+    @property
+    def card_metadata(self) -> dict[str, str]: ...
+    def after_step(self, global_step: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+class TrainableModels:
+    """The models of a run, as attributes.
+
+    Attributes:
+        trainable_names: Those that are trained, whole or by adapters.
+        unwrapped: The trained models by name, as they are before accelerate prepares them.
+        vae: `None` for a pipeline that diffuses pixels.
+        lora_pipeline: The pipeline class that knows how adapters to these models are saved.
+    """
+
+    trainable_names: list[str]
+    unwrapped: dict[str, nn.Module]
+    vae: Any
+    lora_pipeline: type[DiffusionPipeline]
+
+    @property
+    def trainable(self) -> dict[str, nn.Module]:
+        """Return the trained models by name, as accelerate has prepared them."""
+        return {name: getattr(self, name) for name in self.trainable_names}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trained weights."""
+        return [p for model in self.trainable.values() for p in model.parameters() if p.requires_grad]
+
+
+class TrainingRun:
+    """Check what can be checked without a model, and do all that both scripts do around their optimization steps.
+
+    Call `prepare`, then `resume`; make a step for each of `batches`, each followed by `after_step`; then `save` and `publish`.
+
+    Args:
+        sdxl: Whether the base has to be an SDXL pipeline.
+        handlers: Further settings for accelerate.
+
+    Attributes:
+        photos, class_images: The images to train on.
+        transform: Turns an image into pixels.
+        global_step: Updates made so far.
+
+    Raises:
+        RunError: The flags, folders, photos or the base do not allow the run.
+    """
+
+    def __init__(self, args: Namespace, graceful_exit: GracefulExit, *handlers: KwargsHandler, sdxl: bool) -> None:
+        self.args = args
+        self.graceful_exit = graceful_exit
+        self.accelerator = setup.start_accelerator(args, *handlers)
+        self.photos = find_photos(args)
+        self.base = preflight.open_base(args, self.accelerator, sdxl)
+        self.output, self.checkpoint, self.repo_id = preflight.open_output(args, self.accelerator, self.base)
+        self.config = run_config.start(args, self.base, self.checkpoint)
+        with loading(args):
+            self.class_images = prior.ensure_class_images(args, self.accelerator, self.base)
+        options = {"interpolation": args.image_interpolation_mode, "random_flip": args.random_flip} if sdxl else {}
+        self.transform = PhotoTransform(args.resolution, args.center_crop, **options)
+        if sdxl:  # photos are cropped once in any case
+            number, cropped = len(self.photos) * args.repeats, self.class_images
+        else:
+            paths = [photo.path for photo in self.photos if photo.path is not None]
+            number, cropped = len(paths), paths + self.class_images
+        self.caches_latents = latents.should_cache_latents(
+            args, number + len(self.class_images), cropped, self.transform, "vae" in self.base.classes
+        )
+        self.global_step = 0
+        self.images: list[Image.Image] = []  # of the last validation, on the main process
+
+    def prepare(self, models: TrainableModels, dataset: DreamBoothDataset | PreparedPhotos) -> None:
+        """Create loader, optimizer and schedule, and have accelerate prepare them with the models."""
+        args, accelerator, self.models = self.args, self.accelerator, models
+        memory_formats = latents.cache_latents(args, accelerator, models.vae, dataset) if self.caches_latents else None
+        loader = resumable.make_loader(args, dataset, memory_formats)
+        num_batches = math.ceil(len(loader) / accelerator.num_processes)
+        self.num_update_steps_per_epoch = optimization.plan_steps(args, num_batches)
+        optimization.scale_learning_rate(args, accelerator.num_processes)
+        optimizer = optimization.create_optimizer(args, models.trainable, setup.can_fuse_adamw(accelerator))
+        preflight.check_disk(args, models.parameters)
+        lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
+        if args.rank is None:
+            save: Hook = partial(checkpoints.save_models, models.unwrapped)
+            load: Hook = partial(checkpoints.load_models, models.unwrapped)
+        else:
+            save, load = lora.checkpoint_functions(models.lora_pipeline, models.unwrapped, lora.scale(args))
+        checkpoints.write_models_with(accelerator, save, load)
+        names = models.trainable_names
+        prepared = accelerator.prepare(*models.trainable.values(), optimizer, loader, lr_scheduler)
+        for name, model in zip(names, prepared, strict=False):
+            setattr(models, name, model)
+        self.optimizer, self.loader, self.lr_scheduler = prepared[len(names) :]
+        self.checkpoints = Checkpoints(args, accelerator, self.output, self.config, self.loader, self.lr_scheduler)
+
+    def resume(self, regularizer: Regularizer, project: str) -> None:
+        """Go on from `--resume_from_checkpoint`, if it is given, and start the trackers under the name `project`."""
+        self.regularizer = regularizer
+        self.global_step, self.epochs = self.checkpoints.resume(
+            self.checkpoint, self.num_update_steps_per_epoch, regularizer
+        )
+        trackers.start_trackers(self.args, self.accelerator, project)
+        self.progress = tqdm(
+            desc="Steps",
+            initial=self.global_step,
+            total=self.args.max_train_steps,
+            disable=not self.accelerator.is_local_main_process,
+        )
+
+    def batches(self, validate: Validate) -> Iterator[dict[str, Any]]:
+        """Yield the batches of all epochs, until the last update is made.
+
+        With `--validation_epochs` the models are validated between epochs, else by `after_step`.
+        """
+        self.graceful_exit.defer("finishing this update and writing a checkpoint")
+        self.validate = validate
+        validation_epochs = vars(self.args).get("validation_epochs")
+        for epoch in self.epochs:
+            for model in self.models.trainable.values():
+                model.train()
+            for batch in self.loader:
+                yield batch
+                if self.global_step >= self.args.max_train_steps:
+                    break
+            if validation_epochs is not None and epoch % validation_epochs == 0:
+                self._validate()
+        self.progress.close()
+        self.graceful_exit.defer("finishing the result")
+
+    def clip_gradients(self) -> None:
+        """Clip the gradients to `--max_grad_norm`; stop the run if they are not finite."""
+        # FSDP divides the weights, so these are others than before `prepare`.
+        norm = self.accelerator.clip_grad_norm_(self.models.parameters, self.args.max_grad_norm)
+        self.check_finite(gradient=norm)
+
+    def check_finite(self, **quantities: Tensor) -> None:
+        """Stop the run if one of the scalars is not finite, before the weights are changed."""
+        self.checkpoints.check_finite(self.global_step, **quantities)
+
+    def after_step(self, loss: Tensor) -> None:
+        """Log the step. After an update, measure, save and validate if it is time, and end the run after a signal."""
+        args, stopping = self.args, False
+        if self.accelerator.sync_gradients:
+            self.global_step += 1
+            self.progress.update(1)
+            self.regularizer.after_step(self.global_step)
+            stopping = self.graceful_exit.requested(self.accelerator)
+            if stopping or self.global_step % args.checkpointing_steps == 0:
+                checkpoint = self.checkpoints.save(self.global_step, self.regularizer)
+            validation_steps = vars(args).get("validation_steps")
+            if validation_steps is not None and self.global_step % validation_steps == 0 and not stopping:
+                self._validate()
+        logs = {"loss": loss.item(), "lr": self.lr_scheduler.get_last_lr()[0]} | self.regularizer.logs
+        self.progress.set_postfix(**logs)
+        self.accelerator.log(logs, step=self.global_step)
+        if stopping:
+            self.progress.close()
+            self.graceful_exit.exit(self.accelerator, checkpoint)
+
+    def _validate(self) -> None:
+        if self.args.validation_prompt is not None:
+            self.images = self.validate(self.global_step)
+
+    def save(
+        self,
+        save_weights: Callable[[Mapping[str, nn.Module], Path], None],
+        save_rest: Callable[[Mapping[str, nn.Module], Path], dict[str, str]],
+    ) -> dict[str, str]:
+        """Write the result in place of an earlier one.
+
+        Args:
+            save_weights: Writes what was trained. It comes first, so that no later failure costs it.
+            save_rest: Writes everything else in the result, and returns rows of the model card.
+
+        Returns:
+            The rows of the model card on the penalty and the result.
+        """
+        self.accelerator.wait_for_everyone()
+        self.regularizer.finish()
+        full_models = checkpoints.whole(self.accelerator, self.models.unwrapped)
+        metadata = self.regularizer.card_metadata
+        if self.accelerator.is_main_process:
+            with self.checkpoints.writing(self.args.output_dir):
+                with self.output.result(partial(save_weights, full_models)) as folder:
+                    metadata |= save_rest(full_models, folder)
+        return metadata
+
+    def publish(
+        self, *, license: str, tags: list[str], penalty: dict[str, str], validate: Validate | None = None
+    ) -> None:
+        """End the run: validate the result with `validate` if it is given, and upload it with `--push_to_hub`."""
+        with hub.result_is_safe(self.output, self.repo_id):
+            if validate is not None and self.args.validation_prompt is not None and not self.graceful_exit.signal:
+                self.images = validate(self.global_step)
+            self.accelerator.end_training()
+            if self.repo_id is not None:
+                hub.publish(
+                    self.args,
+                    self.output,
+                    self.repo_id,
+                    self.images,
+                    self.graceful_exit.at_once,
+                    license=license,
+                    tags=[*tags, *(["lipschitz-drift"] if "lipreg_reduction" in penalty else [])],
+                    penalty=penalty,
+                    adapters=self.args.rank is not None,
+                    commit=self.base.commit,
+                )
+            elif self.accelerator.is_main_process:
+                self.graceful_exit.at_once(f"The result is whole in {self.args.output_dir}.")

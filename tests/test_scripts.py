@@ -1,0 +1,39 @@
+"""The two scripts are one program: who has read one of them knows where to look in the other."""
+
+import ast
+
+import pytest
+from support.runs import ROOT
+
+import train_dreambooth_lipreg
+import train_dreambooth_lora_lipreg_sdxl
+
+SD, SDXL = train_dreambooth_lipreg, train_dreambooth_lora_lipreg_sdxl
+OWN = {"predict", "noise_scheduler_class", "load_vae", "sample_latents"}  # what only one of the pipelines has
+
+
+def definitions(script) -> dict[str, ast.stmt]:
+    tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())
+    return {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def test_both_scripts_have_the_same_functions_in_the_same_order() -> None:
+    names = [[name for name in definitions(script) if name not in OWN] for script in (SD, SDXL)]
+    assert names[0] == names[1]
+
+
+def test_functions_of_a_name_take_the_same_arguments() -> None:
+    for name, one in definitions(SD).items():
+        other = definitions(SDXL).get(name)
+        if isinstance(one, ast.FunctionDef) and isinstance(other, ast.FunctionDef) and name != "validate":
+            assert [arg.arg for arg in one.args.args] == [arg.arg for arg in other.args.args], name
+
+
+@pytest.mark.parametrize("script", [SD, SDXL], ids=lambda script: script.__name__)
+def test_main_is_short_and_shows_the_new_line_after_backward(script) -> None:
+    main = definitions(script)["main"]
+    lines = ast.unparse(main).splitlines()
+    assert main.end_lineno - main.lineno < 60
+    assert len(script.main.__wrapped__.__code__.co_varnames) - len({"batch", "loss", "penalty"}) <= 12
+    after_backward = lines[next(number for number, line in enumerate(lines) if "accelerator.backward" in line) + 2]
+    assert after_backward.strip() == "regularizer.add_gradient_()"
