@@ -141,15 +141,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], torch.Tensor,
 def watch(script, batches: list, monkeypatch: pytest.MonkeyPatch) -> None:
     loss = script.denoising_loss
 
-    def denoising_loss(args, models, batch, text_states, *more, **named):
-        def states_of(prompts):
-            states = text_states(prompts)
+    def denoising_loss(args, models, batch, prompt_embeds):
+        def recorded(prompts):
+            embeds = prompt_embeds(prompts)
             batches.append(
-                (prompts, batch["pixel_values"], states if script is train_dreambooth_lipreg else states[0])
+                (prompts, batch["pixel_values"], embeds if script is train_dreambooth_lipreg else embeds[0])
             )
-            return states
+            return embeds
 
-        return loss(args, models, batch, *more, text_states=states_of, **named)
+        return loss(args, models, batch, recorded)
 
     monkeypatch.setattr(script, "denoising_loss", denoising_loss)
 
