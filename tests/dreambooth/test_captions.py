@@ -157,10 +157,10 @@ def watch(script, batches: list, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("script", "more"),
     [
-        ("train", ()),
+        pytest.param("train", (), marks=pytest.mark.slow),
         ("train", ("--train_text_encoder",)),
         ("train", ("--pre_compute_text_embeddings",)),
-        ("train_sdxl", ()),
+        pytest.param("train_sdxl", (), marks=pytest.mark.slow),
         ("train_sdxl", ("--train_text_encoder", "--text_encoder_lr", "1e-12")),
     ],
 )
