@@ -99,7 +99,7 @@ def decode(source: str | Path | BinaryIO | Callable[[], BinaryIO], name: str) ->
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
+def silence_decoders() -> Iterator[None]:
     """In the block, keep what C libraries write to standard error from it, as libtiff does for each line of a broken file."""
     try:
         kept = os.dup(2)
@@ -138,7 +138,7 @@ def list_images(folder: str | Path) -> list[Path]:
         paths = [path for path in sorted(Path(folder).iterdir()) if path.name[0] != "." and path.is_file()]
     except OSError as error:
         raise RunError(f"{folder}: cannot be read ({error.strerror}).") from error
-    with quiet_libraries():
+    with silence_decoders():
         for path in paths:
             try:
                 transparent += decode(path, str(path))[1]
@@ -342,7 +342,7 @@ def collate(
     return batch
 
 
-class PreparedPhotos(Dataset):
+class SDXLDreamBoothDataset(Dataset):
     """Photos cropped once for the whole run, each with its prompt and with what SDXL is told of its size and crop.
 
     An item has "instance" (3, size, size), "prompt", "time_ids" (original height, original width, top, left, size,

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoints, hub, latents, lora, optimization, preflight, prior, resumable, run_config, setup, trackers
 from .checkpoints import Checkpoints, Stateful
-from .data import DreamBoothDataset, PhotoTransform, PreparedPhotos
+from .data import DreamBoothDataset, PhotoTransform, SDXLDreamBoothDataset
 from .interruption import GracefulExit
 from .models import loading
 from .photos import find_photos
@@ -105,7 +105,7 @@ class TrainingRun:
         self.global_step = 0
         self.images: list[Image.Image] = []  # of the last validation, on the main process
 
-    def prepare(self, models: TrainableModels, dataset: DreamBoothDataset | PreparedPhotos) -> None:
+    def prepare(self, models: TrainableModels, dataset: DreamBoothDataset | SDXLDreamBoothDataset) -> None:
         """Create loader, optimizer and schedule, and have accelerate prepare them with the models."""
         args, accelerator, self.models = self.args, self.accelerator, models
         memory_formats = latents.cache_latents(args, accelerator, models.vae, dataset) if self.caches_latents else None

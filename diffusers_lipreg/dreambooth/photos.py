@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..errors import RunError, one_line
 from . import captions
-from .data import Photo, decode, find_instance_images, open_image, quiet_libraries, report
+from .data import Photo, decode, find_instance_images, open_image, report, silence_decoders
 
 
 def find_photos(args: Namespace) -> list[Photo]:
@@ -38,7 +38,7 @@ def find_photos(args: Namespace) -> list[Photo]:
     for index in range(len(rows)):
         caption, source = rows.caption(index), rows.source(index)
         try:
-            with quiet_libraries():
+            with silence_decoders():
                 transparent += decode(source, rows.name(index))[1]
         except RunError as error:
             broken.append(str(error))

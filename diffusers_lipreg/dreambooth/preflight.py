@@ -98,7 +98,7 @@ def _nearest(path: Path) -> Path:
     return path
 
 
-def check_surroundings(args: Namespace) -> None:
+def check_environment(args: Namespace) -> None:
     """Refuses folders that overlap, and flags that ask for a package, a device or an image that is not there."""
     output.check_folders(args)
     needed = {
