@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints, hub, latents, lora, optimization, preflight, prior, resumable, run_config, setup, trackers
+from .base import open_base
 from .checkpoints import Checkpoints, Stateful
 from .data import DreamBoothDataset, PhotoTransform, SDXLDreamBoothDataset
 from .interruption import GracefulExit
@@ -87,7 +88,7 @@ class TrainingRun:
         self.graceful_exit = graceful_exit
         self.accelerator = setup.start_accelerator(args, *handlers)
         self.photos = find_photos(args)
-        self.base = preflight.open_base(args, self.accelerator, sdxl)
+        self.base = open_base(args, self.accelerator, sdxl)
         self.output, self.checkpoint, self.repo_id = preflight.open_output(args, self.accelerator, self.base)
         self.config = run_config.start(args, self.base, self.checkpoint)
         with loading(args):
