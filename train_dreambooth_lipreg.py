@@ -174,7 +174,10 @@ def probe_denoiser(
 def held_out_batch(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
 ) -> dict[str, Any]:
-    """Return crops of up to four photos as a batch of its own, which training never sees. Call it before `encode_prompts`."""
+    """Return a batch of close crops of up to four photos, which training never sees.
+
+    Call it before `TrainingRun.prepare`, which may free the VAE.
+    """
     pixels = data.held_out_crops([photo.open for photo in photos[:4]], args.resolution)
     batch = latents.encode_batch(models.vae, pixels, accelerator.device)
     return batch | {"prompts": [photo.prompt for photo in photos[:4]], "has_class_images": False}

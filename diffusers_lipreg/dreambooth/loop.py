@@ -1,4 +1,4 @@
-"""TrainingRun: all that both scripts do around an optimization step, which stays in view in each of them."""
+"""TrainingRun: everything that both scripts do before, between and after optimization steps. The step stays in view."""
 
 from __future__ import annotations
 
@@ -65,18 +65,17 @@ class TrainableModels:
 
 
 class TrainingRun:
-    """Start a run with every check that needs no model, and hold what both scripts do around their steps.
+    """Check what can be checked without a model, and do all that both scripts do around their optimization steps.
 
-    Call `prepare`, then `resume`; take the steps over `batches`, each followed by `after_step`; then `save` and `publish`.
+    Call `prepare`, then `resume`; make a step for each of `batches`, each followed by `after_step`; then `save` and `publish`.
 
     Args:
-        project: What trackers call the run.
         sdxl: Whether the base has to be an SDXL pipeline.
         handlers: Further settings for accelerate.
 
     Attributes:
-        photos, class_images: The images to train on, found or sampled.
-        transform: What makes pixels of them.
+        photos, class_images: The images to train on.
+        transform: Turns an image into pixels.
         global_step: Updates made so far.
 
     Raises:
@@ -175,7 +174,7 @@ class TrainingRun:
         self.checkpoints.check_finite(self.global_step, **quantities)
 
     def after_step(self, loss: Tensor) -> None:
-        """Log the step; after an update measure, save and validate where it is time, and end the run if it is told to."""
+        """Log the step. After an update, measure, save and validate if it is time, and end the run after a signal."""
         args, stopping = self.args, False
         if self.accelerator.sync_gradients:
             self.global_step += 1
@@ -206,11 +205,11 @@ class TrainingRun:
         """Write the result in place of an earlier one.
 
         Args:
-            save_weights: Writes what was trained of the models; it comes first, for nothing may cost that.
-            save_rest: Writes all else that belongs to the result, and returns what the model card says of it.
+            save_weights: Writes what was trained. It comes first, so that no later failure costs it.
+            save_rest: Writes everything else in the result, and returns rows of the model card.
 
         Returns:
-            What the model card says of the penalty and the result.
+            The rows of the model card on the penalty and the result.
         """
         self.accelerator.wait_for_everyone()
         self.regularizer.finish()

@@ -135,9 +135,9 @@ def create_adamw(
     """Create AdamW, in its fused form or bitsandbytes' 8-bit one, over parameters or groups of them."""
     optimizer_class: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True if fused else None)
     if args.use_8bit_adam:
-        import bitsandbytes
+        from bitsandbytes.optim import AdamW8bit
 
-        optimizer_class = bitsandbytes.optim.AdamW8bit
+        optimizer_class = AdamW8bit
     return optimizer_class(
         parameters,
         lr=args.learning_rate,
