@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import RunError, one_line
 from . import run_config
-from .output import CONFIG, OutputFolder, files, flush, remedy
+from .output import CONFIG, OutputFolder, files, fsync_folder, remedy
 
 logger = get_logger(__name__)
 SAMPLER_STATE = "sampler_state.pt"
@@ -111,7 +111,7 @@ def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return model._orig_mod if is_compiled_module(model) else model
 
 
-def whole(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+def gather_full_models(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
     """The bare models; in place of those that FSDP2 has divided whole copies in host memory, on the main process.
 
     Every process has to call it.
@@ -128,7 +128,7 @@ def whole(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> Mapping[
     return copies
 
 
-def write_models_with(
+def register_hooks(
     accelerator: Accelerator, save_models: Callable[[str], None], load_models: Callable[[str], None]
 ) -> None:
     """Makes accelerate's checkpoints hold what `save_models(folder)` writes in place of its own dump of the models.
@@ -193,7 +193,7 @@ def tensors_only() -> Iterator[None]:
         os.environ.update(before)
 
 
-def find(output_dir: str, wanted: str | None) -> Path | None:
+def find_checkpoint(output_dir: str, wanted: str | None) -> Path | None:
     """Return the checkpoint that `--resume_from_checkpoint` means: the latest, a name or a path; `None` to start anew.
 
     Raises:
@@ -276,7 +276,7 @@ class Checkpoints:
         Every process has to call it. Returns the checkpoint.
         """
         final = self.output.path / f"checkpoint-{step}"
-        with self.writing(final):
+        with self.disk_errors(final):
             partial = self._begin(final)
             self.accelerator.wait_for_everyone()
             self.accelerator.save_state(str(partial))
@@ -298,10 +298,10 @@ class Checkpoints:
         self, models: Mapping[str, nn.Module], save_models: Callable[[Mapping[str, nn.Module], str], None]
     ) -> None:
         """Write what `save_models(models, folder)` does to checkpoint-best, hidden until it is whole."""
-        models = whole(self.accelerator, models)
+        models = gather_full_models(self.accelerator, models)
         if self.accelerator.is_main_process:
             final = self.output.path / "checkpoint-best"
-            with self.writing(final):
+            with self.disk_errors(final):
                 partial = self._begin(final)
                 partial.mkdir()
                 save_models(models, str(partial))
@@ -322,7 +322,7 @@ class Checkpoints:
         """Give a checkpoint its name, when all of it is on the disk."""
         sizes = {name: (partial / name).stat().st_size for name in files(partial)}
         run_config.write(self.config, partial / CONFIG, files=sizes)
-        flush(partial)
+        fsync_folder(partial)
         if final.exists():
             final.replace(_hidden(final)[1])
         partial.replace(final)
@@ -341,7 +341,7 @@ class Checkpoints:
                 shutil.rmtree(hidden, ignore_errors=True)
 
     @contextmanager
-    def writing(self, target: str | Path) -> Iterator[None]:
+    def disk_errors(self, target: str | Path) -> Iterator[None]:
         """Turn what a full or broken disk raises in the block into one line, and remove the checkpoint in the making."""
         try:
             yield
@@ -391,7 +391,7 @@ class Checkpoints:
             checkpoint = self._load_or_before(checkpoint, updates_per_epoch, monitor)
             step, self.resumed_from = step_of(checkpoint), [checkpoint]
         if self.accelerator.is_main_process:
-            with self.writing(self.output.path / CONFIG):
+            with self.disk_errors(self.output.path / CONFIG):
                 self.output.claim()
                 self.output.write_result(CONFIG, lambda path: run_config.write(self.config, path))
         mine = self.of_this_run()

@@ -32,7 +32,7 @@ LONGEST_WAIT = 60.0
 PATIENCE = 120.0  # seconds after which no further attempt is made
 
 
-def patiently(request: Callable[[], T]) -> T:
+def with_retries(request: Callable[[], T]) -> T:
     """Make a request up to three times, where waiting may help. How long one takes is bounded by `hub_client`."""
     began = time.monotonic()
     for wait in WAITS:
@@ -64,9 +64,9 @@ def create_repository(args: Namespace) -> str:
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     api = HfApi(token=args.hub_token)
     try:
-        repo_id = patiently(lambda: api.create_repo(name, exist_ok=True).repo_id)
+        repo_id = with_retries(lambda: api.create_repo(name, exist_ok=True).repo_id)
         # Where the repository can be read, create_repo passes over a token that may not write.
-        patiently(lambda: api.auth_check(repo_id, write=True))
+        with_retries(lambda: api.auth_check(repo_id, write=True))
     except Exception as error:  # whatever answers at that address, and however
         raise RunError(
             f"--push_to_hub: cannot write to {name} on {api.endpoint} ({reason(error)}). Check --hub_token or "
@@ -112,8 +112,8 @@ def upload(args: Namespace, output: OutputFolder, repo_id: str) -> None:
     """Upload the result. If that fails it stays on disk, and the message says how to upload it by hand."""
     api, stale = HfApi(token=args.hub_token), list[str]()
     try:
-        stale = patiently(lambda: stale_files(api, repo_id, output))
-        patiently(
+        stale = with_retries(lambda: stale_files(api, repo_id, output))
+        with_retries(
             lambda: api.upload_folder(  # it sends no large file twice
                 repo_id=repo_id,
                 folder_path=output.path,

@@ -31,12 +31,12 @@ Weights = dict[str, dict[str, Tensor]]
 UNSCALED_WEIGHTS = "unscaled_lora_weights.safetensors"
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 MAGNITUDE = ".lora_magnitude_vector"
-TARGETS = {
+LORA_TARGET_MODULES = {
     "unet": ["to_k", "to_q", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
     "text_encoder_2": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }
-EXTRACTED = {
+EXTRACT_MODULES = {
     "unet": r"(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)\.weight$",
     "text_encoder": r"(q_proj|k_proj|v_proj|out_proj|fc1|fc2)\.weight$",
 }
@@ -65,7 +65,7 @@ def add_adapters(args: Namespace, models: Mapping[str, nn.Module]) -> None:
             lora_alpha=vars(args).get("lora_alpha") or args.rank,  # type: ignore[arg-type]  # PEFT says int, and divides what it is given
             lora_dropout=args.lora_dropout,
             init_lora_weights="gaussian",
-            target_modules=TARGETS[name],
+            target_modules=LORA_TARGET_MODULES[name],
             use_dora=args.use_dora,
         )
         inject_adapter_in_model(config, model)
@@ -83,7 +83,7 @@ def _warn_unless_loadable() -> None:
     config = CLIPTextConfig(hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1)
     with torch.random.fork_rng(devices=[]):  # the run's random numbers stay as the official scripts draw them
         trained, loaded = CLIPTextModel(config), CLIPTextModel(config)
-        inject_adapter_in_model(LoraConfig(r=1, target_modules=TARGETS["text_encoder"]), trained)
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=LORA_TARGET_MODULES["text_encoder"]), trained)
         weights = adapter_weights({"text_encoder": trained})["text_encoder"]
         weights = {f"text_encoder.{name}": tensor for name, tensor in weights.items()}
         try:
@@ -198,7 +198,7 @@ def extract_adapters(
         for name, parameter in model.named_parameters():
             change = parameter.float() - before[name].to(parameter.device, torch.float32)
             total += change.square().sum().item()
-            if not re.search(EXTRACTED[model_name], name):
+            if not re.search(EXTRACT_MODULES[model_name], name):
                 continue
             u, s, vh = torch.linalg.svd(change, full_matrices=False)
             u, s, vh = u[:, :rank], s[:rank], vh[:rank]

@@ -152,7 +152,7 @@ class OutputFolder:
         try:
             staged.mkdir()
             write_trained(staged)
-            flush(staged)
+            fsync_folder(staged)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)  # makes room
             raise
@@ -161,7 +161,7 @@ class OutputFolder:
             yield staged
             names = files(staged)
             (staged / NAMES).write_text(json.dumps(names), encoding="utf-8")
-            flush(staged)
+            fsync_folder(staged)
         except Exception as error:
             for name in set(files(staged)) - set(trained):
                 (staged / name).unlink()
@@ -281,7 +281,7 @@ def files(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def flush(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Have the system write the folder's files to the disk, so that its new name never stands for less than all."""
     for name in files(folder):
         with (folder / name).open("r+b") as file:  # some systems flush only what is open for writing

@@ -423,7 +423,7 @@ def open_output(
     if args.with_prior_preservation:
         check_folder(args.class_data_dir, "--class_data_dir")
     folder = output.OutputFolder(args.output_dir)
-    checkpoint = checkpoints.find(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if not accelerator.is_main_process:
         return folder, checkpoint, None
     folder.open(output.result_names(args, list(base.classes)))

@@ -33,7 +33,7 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None = None) -> None:
 
 
 @contextmanager
-def evaluating(pipeline: DiffusionPipeline) -> Iterator[None]:
+def eval_mode(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Put the pipeline's models in eval mode, and have its VAE decode in its own type, for a `with` block.
 
     An adapter's dropout is not for samples. Under autocast the VAE of SDXL, which is in float32, would compute in
@@ -78,7 +78,7 @@ def sample_images(
     try:
         pipeline = pipeline.to(accelerator.device)
         # Training may have compiled the models; compiling them again for these sizes would not pay.
-        with accelerator.autocast(), torch.compiler.set_stance("force_eager"), evaluating(pipeline):
+        with accelerator.autocast(), torch.compiler.set_stance("force_eager"), eval_mode(pipeline):
             return [pipeline(**prompt, **extra, generator=generator).images[0] for extra in inputs]
     except Exception as error:
         logger.warning(f"Validation failed, training goes on: {one_line(error)}")

@@ -113,16 +113,16 @@ def names(folder: Path) -> set[str]:
 def test_no_wish_and_nothing_saved_yet_start_a_new_run(
     output: Path, tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert checkpoints.find(str(output), None) is None
+    assert checkpoints.find_checkpoint(str(output), None) is None
     assert not caplog.records
     (tmp_path / "new" / "checkpoint-best").mkdir(parents=True)
-    assert checkpoints.find(str(tmp_path / "new"), "latest") is None
+    assert checkpoints.find_checkpoint(str(tmp_path / "new"), "latest") is None
     (record,) = caplog.records
     assert str(tmp_path / "new") in record.getMessage()
 
 
 def test_latest_of_the_official_script_is_the_highest_number(output: Path) -> None:
-    assert checkpoints.find(str(output), "latest") == output / "checkpoint-100"
+    assert checkpoints.find_checkpoint(str(output), "latest") == output / "checkpoint-100"
 
 
 @pytest.mark.parametrize(
@@ -130,36 +130,36 @@ def test_latest_of_the_official_script_is_the_highest_number(output: Path) -> No
     ["checkpoint-9", "checkpoint-9/", "{output}/checkpoint-9", "{output}/checkpoint-9/", "somewhere/checkpoint-9"],
 )
 def test_a_name_or_a_path_means_the_one_in_the_output_folder(output: Path, wanted: str) -> None:
-    assert checkpoints.find(str(output), wanted.format(output=output)) == output / "checkpoint-9"
+    assert checkpoints.find_checkpoint(str(output), wanted.format(output=output)) == output / "checkpoint-9"
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_a_path_elsewhere_is_taken_if_only_it_is_there(output: Path, tmp_path: Path, slash: str) -> None:
     elsewhere = official(tmp_path / "other" / "checkpoint-7")
-    assert checkpoints.find(str(output), f"{elsewhere}{slash}") == elsewhere
+    assert checkpoints.find_checkpoint(str(output), f"{elsewhere}{slash}") == elsewhere
 
 
 def test_a_path_that_is_there_is_not_exchanged_for_its_namesake(output: Path, tmp_path: Path) -> None:
     elsewhere = official(tmp_path / "other" / "checkpoint-9")
-    assert checkpoints.find(str(output), str(elsewhere)) == elsewhere
+    assert checkpoints.find_checkpoint(str(output), str(elsewhere)) == elsewhere
 
 
 @pytest.mark.parametrize("wanted", ["checkpoint-7", "checkpoint-best", "unet", "last", "/nowhere/checkpoint-7/"])
 def test_a_missing_checkpoint_is_an_error_that_lists_the_others(output: Path, wanted: str) -> None:
     with pytest.raises(RunError) as refused:
-        checkpoints.find(str(output), wanted)
+        checkpoints.find_checkpoint(str(output), wanted)
     assert f"--resume_from_checkpoint {wanted}: " in str(refused.value)
     assert "checkpoint-9, checkpoint-10, checkpoint-20, checkpoint-100." in str(refused.value)
 
 
 def test_a_missing_checkpoint_in_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="has none"):
-        checkpoints.find(str(tmp_path), "checkpoint-7")
+        checkpoints.find_checkpoint(str(tmp_path), "checkpoint-7")
 
 
 def test_a_file_is_no_checkpoint(output: Path) -> None:
     Path(output, "checkpoint-999").write_bytes(b"")
-    assert checkpoints.find(str(output), "latest") == output / "checkpoint-100"
+    assert checkpoints.find_checkpoint(str(output), "latest") == output / "checkpoint-100"
 
 
 def test_latest_is_of_the_run_that_wrote_last(output: Path, begin: Begin) -> None:
@@ -167,11 +167,15 @@ def test_latest_is_of_the_run_that_wrote_last(output: Path, begin: Begin) -> Non
     begin("earlier").save(300, Monitor())
     later = begin("later")
     for step in (7, 8, 7):
-        assert later.save(step, Monitor()) == checkpoints.find(str(output), "latest") == output / f"checkpoint-{step}"
+        assert (
+            later.save(step, Monitor())
+            == checkpoints.find_checkpoint(str(output), "latest")
+            == output / f"checkpoint-{step}"
+        )
     assert [path.name for path in later.of_this_run()] == ["checkpoint-8", "checkpoint-7"]
     newer = official(output / "checkpoint-200")  # the official script went on
     os.utime(newer, times=(2e9, 2e9))
-    assert checkpoints.find(str(output), "latest") == newer
+    assert checkpoints.find_checkpoint(str(output), "latest") == newer
 
 
 # Whole or not
@@ -182,10 +186,10 @@ def test_an_official_checkpoint_that_lacks_a_file_is_not_whole(
     output: Path, accelerator: Accelerator, file: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (output / "checkpoint-100" / file).unlink()
-    assert checkpoints.find(str(output), "latest") == output / "checkpoint-20"
+    assert checkpoints.find_checkpoint(str(output), "latest") == output / "checkpoint-20"
     assert f"{output / 'checkpoint-100'} is not whole" in caplog.text and "checkpoint-20 instead" in caplog.text
     with pytest.raises(RunError, match="checkpoint-100 is not whole: .* missing"):
-        checkpoints.find(str(output), "checkpoint-100")
+        checkpoints.find_checkpoint(str(output), "checkpoint-100")
 
 
 @pytest.mark.parametrize("fault", ["missing", "cut off"])
@@ -195,15 +199,15 @@ def test_ours_knows_its_files_and_their_sizes(output: Path, begin: Begin, fault:
         content = file.read_bytes()
         file.unlink() if fault == "missing" else file.write_bytes(content[: len(content) // 2])
         with pytest.raises(RunError, match=f"checkpoint-300 is not whole: {file.name} missing or cut off"):
-            checkpoints.find(str(output), "checkpoint-300")
+            checkpoints.find_checkpoint(str(output), "checkpoint-300")
         file.write_bytes(content)
-    assert checkpoints.find(str(output), "checkpoint-300") == saved
+    assert checkpoints.find_checkpoint(str(output), "checkpoint-300") == saved
 
 
 def test_where_none_is_whole_no_new_run_is_started(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(RunError, match="checkpoint-3 is not whole"):
-        checkpoints.find(str(tmp_path), "latest")
+        checkpoints.find_checkpoint(str(tmp_path), "latest")
 
 
 # Which are kept
@@ -265,14 +269,14 @@ def test_a_checkpoint_that_was_cut_off_is_never_found(
             run.save(200, Monitor())
     (left,) = names(output) - before
     assert before < names(output)  # the old ones are removed when the new one is whole, not before
-    assert checkpoints.find(str(output), "latest") == output / "checkpoint-150"
+    assert checkpoints.find_checkpoint(str(output), "latest") == output / "checkpoint-150"
     for wanted in (left, "checkpoint-200"):
         with pytest.raises(RunError):
-            checkpoints.find(str(output), wanted)
+            checkpoints.find_checkpoint(str(output), wanted)
 
     begin("run").save(200, Monitor())
     assert names(output) == before | {"checkpoint-200"}
-    assert checkpoints.find(str(output), "latest") == output / "checkpoint-200"
+    assert checkpoints.find_checkpoint(str(output), "latest") == output / "checkpoint-200"
 
 
 def test_a_checkpoint_that_was_half_removed_has_lost_its_name(
@@ -292,7 +296,7 @@ def test_a_checkpoint_that_was_half_removed_has_lost_its_name(
             run.save(200, Monitor())
     assert [path.name for path in run.of_this_run()] == ["checkpoint-200"]
     with pytest.raises(RunError, match="no such checkpoint"):
-        checkpoints.find(str(output), "checkpoint-150")
+        checkpoints.find_checkpoint(str(output), "checkpoint-150")
     begin("run", limit=1).save(201, Monitor())
     assert names(output) == before | {"checkpoint-201", ".lipreg"}
 
@@ -340,7 +344,7 @@ def test_models_are_saved_and_loaded_by_name(tmp_path: Path, accelerator: Accele
         "text_encoder": CLIPTextModel.from_pretrained(PARITY / "pipeline", subfolder="text_encoder"),
     }
     expected = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
-    checkpoints.write_models_with(
+    checkpoints.register_hooks(
         accelerator, partial(checkpoints.save_models, models), partial(checkpoints.load_models, models)
     )
     accelerator.prepare(models["text_encoder"], models["unet"])  # in another order
