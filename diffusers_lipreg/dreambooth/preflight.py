@@ -31,7 +31,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import RunError, one_line, read_lines
-from . import checkpoints, hub, optimization, output
+from . import checkpoint_files, hub, optimization, output
 from .data import open_image
 from .models import BASE_FLAGS, Base, find_weights, list_files, loading, parse_json, read_json
 from .output import INDEX
@@ -423,7 +423,7 @@ def open_output(
     if args.with_prior_preservation:
         check_folder(args.class_data_dir, "--class_data_dir")
     folder = output.OutputFolder(args.output_dir)
-    checkpoint = checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = checkpoint_files.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if not accelerator.is_main_process:
         return folder, checkpoint, None
     folder.open(output.result_names(args, list(base.classes)))
