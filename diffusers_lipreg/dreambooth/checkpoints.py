@@ -294,7 +294,6 @@ class Checkpoints:
             step, self.resumed_from = step_of(checkpoint), [checkpoint]
         if self.accelerator.is_main_process:
             with self.disk_errors(self.output.path / CONFIG):
-                self.output.claim()
                 self.output.write_result(CONFIG, lambda path: run_config.write(self.config, path))
         mine = self.of_this_run()
         if others := [path.name for path in list_checkpoints(self.output.path) if path not in mine]:
