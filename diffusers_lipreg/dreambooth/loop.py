@@ -1,4 +1,4 @@
-"""TrainingRun: everything that both scripts do before, between and after optimization steps. The step stays in view."""
+"""TrainingRun: what both scripts do before, between and after their optimization steps, which they write out."""
 
 from __future__ import annotations
 
@@ -67,15 +67,17 @@ class TrainableModels:
 class TrainingRun:
     """Check what can be checked without a model, and do all that both scripts do around their optimization steps.
 
-    Call `prepare`, then `resume`; make a step for each of `batches`, each followed by `after_step`; then `save` and `publish`.
+    Call `prepare`, then `start`; make a step for each of `batches`, each followed by `after_batch`; then `save` and `publish`.
 
     Args:
+        args: The parsed flags; `prepare` fills in the numbers of steps and epochs, and applies `--scale_lr`.
         sdxl: Whether the base has to be an SDXL pipeline.
         handlers: Further settings for accelerate.
 
     Attributes:
         photos, class_images: The images to train on.
         transform: Turns an image into pixels.
+        accelerator, base, checkpoints, optimizer, lr_scheduler: What the scripts use; the last three after `prepare`.
         global_step: Updates made so far.
 
     Raises:
@@ -129,8 +131,8 @@ class TrainingRun:
         self.optimizer, self.loader, self.lr_scheduler = prepared[len(names) :]
         self.checkpoints = Checkpoints(args, accelerator, self.output, self.config, self.loader, self.lr_scheduler)
 
-    def resume(self, regularizer: Regularizer, project: str) -> None:
-        """Go on from `--resume_from_checkpoint`, if it is given, and start the trackers under the name `project`."""
+    def start(self, regularizer: Regularizer, project: str) -> None:
+        """Load the checkpoint of `--resume_from_checkpoint`, if given; start the trackers and the progress bar."""
         self.regularizer = regularizer
         self.global_step, self.epochs = self.checkpoints.resume(
             self.checkpoint, self.num_update_steps_per_epoch, regularizer
@@ -146,7 +148,7 @@ class TrainingRun:
     def batches(self, validate: Validate) -> Iterator[dict[str, Any]]:
         """Yield the batches of all epochs, until the last update is made.
 
-        With `--validation_epochs` the models are validated between epochs, else by `after_step`.
+        With `--validation_epochs` the models are validated between epochs, else by `after_batch`.
         """
         self.graceful_exit.defer("finishing this update and writing a checkpoint")
         self.validate = validate
@@ -173,8 +175,8 @@ class TrainingRun:
         """Stop the run if one of the scalars is not finite, before the weights are changed."""
         self.checkpoints.check_finite(self.global_step, **quantities)
 
-    def after_step(self, loss: Tensor) -> None:
-        """Log the step. After an update, measure, save and validate if it is time, and end the run after a signal."""
+    def after_batch(self, loss: Tensor) -> None:
+        """Log the batch. After an update, measure, save and validate if it is time, and end the run after a signal."""
         args, stopping = self.args, False
         if self.accelerator.sync_gradients:
             self.global_step += 1
@@ -222,7 +224,7 @@ class TrainingRun:
         return metadata
 
     def publish(
-        self, *, license: str, tags: list[str], penalty: dict[str, str], validate: Validate | None = None
+        self, *, license: str, tags: list[str], card_rows: dict[str, str], validate: Validate | None = None
     ) -> None:
         """End the run: validate the result with `validate` if it is given, and upload it with `--push_to_hub`."""
         with hub.result_is_safe(self.output, self.repo_id):
@@ -237,8 +239,8 @@ class TrainingRun:
                     self.images,
                     self.graceful_exit.at_once,
                     license=license,
-                    tags=[*tags, *(["lipschitz-drift"] if "lipreg_reduction" in penalty else [])],
-                    penalty=penalty,
+                    tags=[*tags, *(["lipschitz-drift"] if "lipreg_reduction" in card_rows else [])],
+                    penalty=card_rows,
                     adapters=self.args.rank is not None,
                     commit=self.base.commit,
                 )

@@ -141,9 +141,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], torch.Tensor,
 def watch(script, batches: list, monkeypatch: pytest.MonkeyPatch) -> None:
     loss = script.denoising_loss
 
-    def denoising_loss(args, models, batch, prompt_embeds):
+    def denoising_loss(args, models, batch, embed_prompts):
         def recorded(prompts):
-            embeds = prompt_embeds(prompts)
+            embeds = embed_prompts(prompts)
             batches.append(
                 (prompts, batch["pixel_values"], embeds if script is train_dreambooth_lipreg else embeds[0])
             )

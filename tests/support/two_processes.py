@@ -59,14 +59,14 @@ ADAPTERS = (*FULL, "--max_train_steps", "2", "--train_text_encoder", "--lipreg_w
 
 
 def fixed_loss(
-    args: Namespace, models: train_dreambooth_lipreg.Models, batch: dict, prompt_embeds: Callable
+    args: Namespace, models: train_dreambooth_lipreg.Models, batch: dict, embed_prompts: Callable
 ) -> Tensor:
     """The script's loss, of noise and timesteps that belong to a photo and not to a process."""
     latents = batch["moments"].chunk(2, dim=1)[0]  # the photos are squares
     noise = latents.flip(-1)
     timesteps = torch.full((len(latents),), 500)
     noisy = models.noise_scheduler.add_noise(latents, noise, timesteps)
-    return mse_loss(models.unet(noisy, timesteps, prompt_embeds(batch["prompts"]), return_dict=False)[0], noise)
+    return mse_loss(models.unet(noisy, timesteps, embed_prompts(batch["prompts"]), return_dict=False)[0], noise)
 
 
 class Run:
