@@ -80,7 +80,7 @@ def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
 
 
 def _check_other_parts(args: Namespace, accelerator: Accelerator) -> dict[str, Path]:
-    """Check the parts that flags name outside of the pipeline; return the folder of its VAE, if that is one of them."""
+    """Check the parts that flags name outside of the pipeline; return the folder of the VAE if it is one."""
     tokenizer = vars(args).get("tokenizer_name")
     if tokenizer is not None and Path(tokenizer).is_dir():
         with loading(args, ("tokenizer_name",)):
@@ -106,7 +106,8 @@ def _find_index(args: Namespace, accelerator: Accelerator) -> tuple[Path, str | 
             raise ValueError(f"the folder holds no {INDEX}.")
         return path, None
     if path.is_file():
-        code = f"from diffusers import DiffusionPipeline as P; P.from_single_file({model!r}).save_pretrained({path.stem!r})"
+        load = f"from diffusers import DiffusionPipeline as P; P.from_single_file({model!r})"
+        code = f"{load}.save_pretrained({path.stem!r})"
         raise RunError(f"{model} is one file, not a folder. Make one of it: python -c {shlex.quote(code)}")
     try:
         commit: list[Any] = [None]
@@ -160,7 +161,7 @@ def _find_class(part: str, value: list[Any]) -> type:
 
 
 def _fetch_configurations(base: Base, parts: Sequence[str]) -> list[str]:
-    """Fetch everything but the weights; return the names of the repository's files, none if the Hub does not answer."""
+    """Fetch everything but the weights; return the repository's file names, none if the Hub does not answer."""
     try:
         found = HfApi().model_info(base.title, revision=base.commit).siblings
     except Exception as error:
