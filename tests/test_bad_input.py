@@ -722,19 +722,19 @@ class Malicious:
 
 
 @pytest.mark.parametrize(
-    ("more", "pattern"),
-    [(("--rank", "1"), "*.safetensors"), (("--train_text_encoder", "--drift_budget", "0.01"), "*")],
+    "more",
+    [("--rank", "1"), pytest.param(("--train_text_encoder", "--drift_budget", "0.01"), marks=pytest.mark.slow)],
     ids=["adapters", "whole"],
 )
 def test_a_checkpoint_runs_no_code(
-    run: Run, train: Callable[..., Path], out: Path, tmp_path: Path, more: tuple[str, ...], pattern: str
+    run: Run, train: Callable[..., Path], out: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     """None of its files, with the list of their sizes and without; nor one that accelerate would look for."""
     checkpoint = train(out, *more, "--checkpointing_steps", "1", "--max_train_steps", "1") / "checkpoint-1"
     torch.save(Malicious(tmp_path / "malicious"), tmp_path / "archive")
     pickled, archive = pickle.dumps(Malicious(tmp_path / "malicious")), (tmp_path / "archive").read_bytes()
     # config.json is not read (test_checkpoints.py), and config.yaml is no pickle (test_run_config.py).
-    files = [path for path in checkpoint.rglob(pattern) if path.is_file() and path.name[:7] != "config."]
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name[:7] != "config."]
     resume = (*more, "--max_train_steps", "2", "--resume_from_checkpoint", "checkpoint-1")
 
     def attack(file: Path, content: bytes) -> str:
