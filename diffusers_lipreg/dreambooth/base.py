@@ -44,8 +44,8 @@ CODE_SETTINGS = ("attn_implementation", "_attn_implementation", "quantization_co
 def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
     """Find the pipeline to train, fetch what the run needs of it, and check all of that.
 
-    Only configurations and the headers of weight files are read. A repository is fetched whole and at one commit, so
-    that the run no longer needs the Hub. Every process has to call this.
+    Of models, only configurations and the headers of weight files are read. All files of a repository come from one
+    commit, and the run needs the Hub no longer. Every process has to call this.
 
     Raises:
         RunError: The pipeline is missing, not whole, brings code, or is of a kind that the loss does not suit.
