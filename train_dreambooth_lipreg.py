@@ -240,7 +240,7 @@ def validate(
     global_step: int,
 ) -> list[Image.Image]:
     """Sample images from the current weights and log them; every process has to call it."""
-    full_models = checkpoints.whole(accelerator, models.unwrapped)
+    full_models = checkpoints.gather_full_models(accelerator, models.unwrapped)
     if not accelerator.is_main_process:
         return []
     parts = {"text_encoder": models.text_encoder, **full_models, "tokenizer": models.tokenizer}

@@ -96,7 +96,7 @@ class Models(TrainableModels):
         self.unet.requires_grad_(False).to(accelerator.device, dtype=self.weight_dtype)
         if args.enable_xformers_memory_efficient_attention:
             self.unet.enable_xformers_memory_efficient_attention()
-        self.trainable_names = list(lora.TARGETS) if args.train_text_encoder else ["unet"]
+        self.trainable_names = list(lora.LORA_TARGET_MODULES) if args.train_text_encoder else ["unet"]
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             if args.train_text_encoder:
@@ -269,7 +269,7 @@ def validate(
         return []
     parts = {"vae": load_vae(base) if latents.is_freed(models.vae) else models.vae}
     if not final:
-        for name in lora.TARGETS:
+        for name in lora.LORA_TARGET_MODULES:
             if getattr(models, name) is not None:
                 parts[name] = checkpoints.unwrap(accelerator, getattr(models, name))
     pipeline = base.pipeline(models.weight_dtype, **parts)

@@ -16,7 +16,8 @@ import pytest
 from support import runs
 from support.runs import ROOT, assert_equal_weights, flags
 
-from diffusers_lipreg.dreambooth.checkpoints import checkpoints, save_models
+from diffusers_lipreg.dreambooth.checkpoint_files import list_checkpoints
+from diffusers_lipreg.dreambooth.checkpoints import save_models
 from diffusers_lipreg.errors import RunError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -137,4 +138,4 @@ def test_a_run_killed_while_saving_leaves_whole_checkpoints(tmp_path):
 
 
 def _latest(output_dir: Path) -> int:
-    return max((int(path.name.split("-")[1]) for path in checkpoints(output_dir)), default=0)
+    return max((int(path.name.split("-")[1]) for path in list_checkpoints(output_dir)), default=0)

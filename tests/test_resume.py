@@ -125,7 +125,7 @@ def test_a_checkpoint_of_adapters_loads_at_full_strength(train, tmp_path):
 def test_a_checkpoint_of_the_official_script_resumes(script, request, tmp_path, logs):
     train = request.getfixturevalue(script)
     out = train(tmp_path, "--max_train_steps", "3", "--checkpointing_steps", "3")
-    for ours in ("sampler_state.pt", "monitor_state.json", "config.yaml"):
+    for ours in ("sampler_state.pt", "regularizer_state.json", "config.yaml"):
         (out / "checkpoint-3" / ours).unlink()
     logs.clear()
     train(out, "--max_train_steps", "4", "--resume_from_checkpoint", "checkpoint-3")

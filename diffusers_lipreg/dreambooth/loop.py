@@ -121,7 +121,7 @@ class TrainingRun:
             load: Hook = partial(checkpoints.load_models, models.unwrapped)
         else:
             save, load = lora.checkpoint_functions(models.lora_pipeline, models.unwrapped, lora.scale(args))
-        checkpoints.write_models_with(accelerator, save, load)
+        checkpoints.register_hooks(accelerator, save, load)
         names = models.trainable_names
         prepared = accelerator.prepare(*models.trainable.values(), optimizer, loader, lr_scheduler)
         for name, model in zip(names, prepared, strict=False):
@@ -213,10 +213,10 @@ class TrainingRun:
         """
         self.accelerator.wait_for_everyone()
         self.regularizer.finish()
-        full_models = checkpoints.whole(self.accelerator, self.models.unwrapped)
+        full_models = checkpoints.gather_full_models(self.accelerator, self.models.unwrapped)
         metadata = self.regularizer.card_metadata
         if self.accelerator.is_main_process:
-            with self.checkpoints.writing(self.args.output_dir):
+            with self.checkpoints.disk_errors(self.args.output_dir):
                 with self.output.result(partial(save_weights, full_models)) as folder:
                     metadata |= save_rest(full_models, folder)
         return metadata

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..errors import RunError, one_line, read_lines
-from . import checkpoints, hub, output
+from . import checkpoint_files, hub, output
 from .data import open_image
 from .models import Base
 
@@ -132,7 +132,7 @@ def open_output(
     if args.with_prior_preservation:
         check_folder(args.class_data_dir, "--class_data_dir")
     folder = output.OutputFolder(args.output_dir)
-    checkpoint = checkpoints.find(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = checkpoint_files.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if not accelerator.is_main_process:
         return folder, checkpoint, None
     folder.open(output.result_names(args, list(base.classes)))
