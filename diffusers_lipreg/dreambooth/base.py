@@ -44,8 +44,8 @@ CODE_SETTINGS = ("attn_implementation", "_attn_implementation", "quantization_co
 def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
     """Find the pipeline to train, fetch what the run needs of it, and check all of that.
 
-    Only configurations and the headers of weight files are read. A repository is fetched whole and at one commit, so
-    that the run no longer needs the Hub. Every process has to call this.
+    Of models, only configurations and the headers of weight files are read. All files of a repository come from one
+    commit, and the run needs the Hub no longer. Every process has to call this.
 
     Raises:
         RunError: The pipeline is missing, not whole, brings code, or is of a kind that the loss does not suit.
@@ -80,7 +80,7 @@ def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
 
 
 def _check_other_parts(args: Namespace, accelerator: Accelerator) -> dict[str, Path]:
-    """Check the parts that flags name outside of the pipeline; return the folder of its VAE, if that is one of them."""
+    """Check the parts that flags name outside of the pipeline; return the folder of the VAE if it is one."""
     tokenizer = vars(args).get("tokenizer_name")
     if tokenizer is not None and Path(tokenizer).is_dir():
         with loading(args, ("tokenizer_name",)):
@@ -106,7 +106,8 @@ def _find_index(args: Namespace, accelerator: Accelerator) -> tuple[Path, str | 
             raise ValueError(f"the folder holds no {INDEX}.")
         return path, None
     if path.is_file():
-        code = f"from diffusers import DiffusionPipeline as P; P.from_single_file({model!r}).save_pretrained({path.stem!r})"
+        load = f"from diffusers import DiffusionPipeline as P; P.from_single_file({model!r})"
+        code = f"{load}.save_pretrained({path.stem!r})"
         raise RunError(f"{model} is one file, not a folder. Make one of it: python -c {shlex.quote(code)}")
     try:
         commit: list[Any] = [None]
@@ -160,7 +161,7 @@ def _find_class(part: str, value: list[Any]) -> type:
 
 
 def _fetch_configurations(base: Base, parts: Sequence[str]) -> list[str]:
-    """Fetch everything but the weights; return the names of the repository's files, none if the Hub does not answer."""
+    """Fetch everything but the weights; return the repository's file names, none if the Hub does not answer."""
     try:
         found = HfApi().model_info(base.title, revision=base.commit).siblings
     except Exception as error:

@@ -99,7 +99,7 @@ def check_column(column: str, columns: Sequence[str], flag: str) -> None:
 
 
 def check_caption(caption: object, where: str) -> str:
-    """Return a caption, or "" for none and for one that is blank. Refuse what is no text; `where` is its file and row."""
+    """Return a caption, "" if it is None or blank. Refuse what is no text; `where` is its file and row."""
     try:
         text = "" if caption is None else caption.encode().decode()  # type: ignore[attr-defined]
     except (AttributeError, UnicodeError) as error:  # half of a surrogate pair is no text, either

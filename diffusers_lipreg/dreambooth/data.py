@@ -199,8 +199,8 @@ def find_instance_images(folder: str | Path, flag: str = "--instance_data_dir") 
 class PhotoTransform:
     """Resize the short side to `size`, crop a square, scale to [-1, 1]: a (3, size, size) float32 tensor.
 
-    A random crop draws its row, then its column from torch's default generator, and nothing if the resized photo is the
-    square already. torchvision does the same, and the official scripts' random numbers depend on that.
+    A random crop draws its row, then its column from torch's default generator, and nothing if the resized photo is
+    the square already. torchvision does the same, and the official scripts' random numbers depend on that.
     """
 
     size: int
@@ -357,8 +357,8 @@ def collate(
     """Stack items to a batch, all instance photos before all class images, whose prompt is `class_prompt`.
 
     Returns "pixel_values" (B, 3, size, size), or "moments" (B, 2C, h, w) if there are `layouts`: the memory format for
-    each number of images, in which noise will be drawn. "prompts" are B texts, "has_class_images" is a bool, and SDXL's
-    "time_ids" (B, 6) are the photos' for class images, too.
+    each number of images, in which noise will be drawn. "prompts" are B texts, and "has_class_images" is a bool. Class
+    images get the "time_ids" (B, 6) of the photos.
     """
     images = torch.stack([item[kind] for kind in ("instance", "class") for item in items if kind in item])
     batch: dict[str, Any] = {"pixel_values": images}

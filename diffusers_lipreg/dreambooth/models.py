@@ -71,7 +71,7 @@ class Base:
         return part
 
     def pipeline(self, dtype: torch.dtype, **parts: Any) -> Any:
-        """Load the whole pipeline with its models in `dtype`, except for `parts`, which replace its own or are `None`."""
+        """Load the whole pipeline, its models in `dtype`, with `parts` in place of its own; `None` leaves one out."""
         for name, part_class in self.classes.items():
             if name not in parts:
                 parts[name] = self.load(name, **({"dtype": dtype} if issubclass(part_class, nn.Module) else {}))
@@ -94,7 +94,7 @@ class Base:
 
 
 def limit_length(tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """Lower the tokenizer's longest prompt to the number of positions of the text encoder, and return the tokenizer."""
+    """Lower the tokenizer's longest prompt to the positions of the text encoder, and return the tokenizer."""
     limit = getattr(text_config, "max_position_embeddings", None)  # T5 has none
     if limit is not None and tokenizer.model_max_length > limit:
         tokenizer.init_kwargs["model_max_length"] = tokenizer.model_max_length = limit

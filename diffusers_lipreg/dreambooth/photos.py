@@ -28,7 +28,7 @@ def find_photos(args: Namespace) -> list[Photo]:
     Each is decoded once here; one that cannot be read is left out with a warning.
 
     Raises:
-        RunError: There is no such folder, data set or column, no image, a caption is no text, or a file lies elsewhere.
+        RunError: A folder, data set, column or image is missing, a caption is no text, or a file lies elsewhere.
     """
     if vars(args).get("dataset_name") is None:
         images = find_instance_images(args.instance_data_dir)
@@ -82,7 +82,7 @@ class Rows:
         return "" if column is None else captions.check_caption(self.rows[index][column], self.name(index))
 
     def source(self, index: int) -> Callable[[], str | BinaryIO]:
-        """Return what opens the image of a row: bytes in the row, a file of the data set, or a member of a zip file."""
+        """Return what opens the image of a row: its bytes, a file of the data set, or a member of a zip file."""
         image = self.rows[index][self.args.image_column] or {"bytes": b""}
         if image["bytes"] is not None:
             return partial(BytesIO, image["bytes"])

@@ -56,11 +56,11 @@ def check_processes(args: Namespace, accelerator: Accelerator) -> None:
 
 
 def check_precision(accelerator: Accelerator) -> None:
-    """Refuse a mixed precision that needs a GPU on a CPU, whether a flag, accelerate's configuration or its environment asks for it."""
+    """Refuse a mixed precision that needs a GPU on a CPU, whether it comes from a flag or from accelerate."""
     if accelerator.device.type == "cpu" and accelerator.mixed_precision not in ("no", "bf16"):
         raise RunError(
-            f"mixed precision {accelerator.mixed_precision} is for GPUs, and this run is on a CPU: add --mixed_precision "
-            "no or bf16, which goes before what `accelerate config` says."
+            f"mixed precision {accelerator.mixed_precision} is for GPUs, and this run is on a CPU: add "
+            "--mixed_precision no or bf16, which goes before what `accelerate config` says."
         )
 
 

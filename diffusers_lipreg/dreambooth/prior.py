@@ -32,10 +32,10 @@ def prior_dtype(precision: str | None, device: torch.device) -> torch.dtype:
 
 
 def ensure_class_images(args: Namespace, accelerator: Accelerator, base: Base) -> list[Path]:
-    """Return the class images to train on, and sample those that are missing; none without `--with_prior_preservation`.
+    """Return the class images to train on, if `--with_prior_preservation` asks for any; sample those that are missing.
 
-    Sampling draws nothing from the default generators, so that a run that samples and a later one that finds the images
-    are the same if both have the same `--seed`.
+    Sampling draws nothing from the default generators. A run that samples and a later one that finds the images are
+    therefore the same if both have the same `--seed`.
     """
     if not args.with_prior_preservation:
         return []

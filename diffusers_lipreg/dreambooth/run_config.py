@@ -26,8 +26,8 @@ logger = get_logger(__name__)
 NEVER_WRITTEN = ("hub_token", "resume_from_checkpoint")
 
 # What a resumed run does with a flag whose value differs from the checkpoint's. A flag is refused if the states in the
-# checkpoint fit its old value only. A warning tells of flags that change the training data or the random draws, so that
-# neither command alone would give the result.
+# checkpoint fit its old value only. A warning tells of flags that change the training data or the random draws:
+# neither command alone would then give the result.
 RULES = {
     "takes effect": """
         learning_rate text_encoder_lr scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm
@@ -60,8 +60,8 @@ RULES = {
 def start(args: Namespace, base: Base, checkpoint: Path | None) -> dict[str, Any]:
     """Return the configuration of a run, after comparing it with that of the checkpoint to resume from, if any.
 
-    Its items are the flags, and "run": the id that a run keeps when it is resumed, versions, the base (its commit on the
-    Hub, or a hash of the weights in a folder) and the SHA-256 of each photo. Call it before any flag is filled in.
+    Its items are the flags, and "run": the id that a run keeps when it is resumed, versions, the base (its commit on
+    the Hub, or a hash of the weights in a folder) and the SHA-256 of each photo. Call it before flags are changed.
 
     Raises:
         RunError: The checkpoint does not fit the flags, or its configuration cannot be read.
@@ -122,14 +122,14 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path
         )
         if not old & new and "instance_prompt" in changes:
             raise RunError(
-                f"--resume_from_checkpoint: {checkpoint} is of another subject: {changes['instance_prompt']}, and none of "
-                "the photos is the same. Choose another --output_dir, or leave --resume_from_checkpoint out."
+                f"--resume_from_checkpoint: {checkpoint} is of another subject: {changes['instance_prompt']}, and "
+                "none of the photos is the same. Choose another --output_dir, or leave --resume_from_checkpoint out."
             )
     found = {rule: ", ".join(changes[name] for name in names if name in changes) for rule, names in RULES.items()}
     if found["refused"]:
         raise RunError(
-            f"--resume_from_checkpoint: {checkpoint} does not fit: {found['refused']}. Give the old values, or start again "
-            "without --resume_from_checkpoint."
+            f"--resume_from_checkpoint: {checkpoint} does not fit: {found['refused']}. Give the old values, or start "
+            "again without --resume_from_checkpoint."
         )
     if found["warned"]:
         logger.warning(
