@@ -23,7 +23,7 @@ class RunError(Exception):
 class OneLineParser(argparse.ArgumentParser):
     """Answer a mistake with one line, without the usage of 66 flags, which would bury it."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse the arguments. An error repeats unknown flags, but not their values, which may be secrets."""
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:

@@ -20,7 +20,7 @@ def bound_waiting() -> None:
     hooks = client.event_hooks
     if _bound_answer in hooks["request"]:
         return
-    bounded = {"request": [*hooks["request"], _bound_answer], "response": [*hooks["response"], _bound_retry]}
+    bounded = {"request": hooks["request"] + [_bound_answer], "response": hooks["response"] + [_bound_retry]}
     # The class is httpx's or httpx2's, depending on the release of huggingface_hub.
     client_class, follow_redirects = type(client), client.follow_redirects
     set_client_factory(lambda: client_class(event_hooks=bounded, follow_redirects=follow_redirects))

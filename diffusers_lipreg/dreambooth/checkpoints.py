@@ -30,15 +30,15 @@ from torch.utils.data import DataLoader
 
 from ..errors import RunError, one_line
 from . import run_config
-from .checkpoint_files import fault_of, latest_run, list_checkpoints, runs_of_checkpoints, step_of
+from .checkpoint_files import last_whole, latest_run, runs_of_checkpoints, step_of
 from .output import CONFIG, OWN, OutputFolder, files, fsync_folder, remedy
+from .resumable import ResumableDataset
 
 logger = get_logger(__name__)
 SAMPLER_STATE = "sampler_state.pt"
 REGULARIZER_STATE = "regularizer_state.json"
 # The command line sets these items of an optimizer's groups. All others, such as Prodigy's estimates, are state.
-HYPERPARAMETERS = ["initial_lr", "betas", "beta3", "eps", "weight_decay"]
-HYPERPARAMETERS += ["decouple", "use_bias_correction", "safeguard_warmup"]
+HYPERPARAMETERS = "initial_lr betas beta3 eps weight_decay decouple use_bias_correction safeguard_warmup".split()
 
 
 class Stateful(Protocol):
@@ -51,7 +51,7 @@ class Stateful(Protocol):
 def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Return the model without the wrappers of `accelerator.prepare` and `torch.compile`."""
     model = accelerator.unwrap_model(model)
-    return model._orig_mod if is_compiled_module(model) else model
+    return model._orig_mod if is_compiled_module(model) else model  # type: ignore[return-value]
 
 
 def gather_full_models(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
@@ -66,7 +66,7 @@ def gather_full_models(accelerator: Accelerator, models: Mapping[str, nn.Module]
         weights = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
             with torch.device("meta"):  # where initial weights draw no random numbers
-                copies[name] = type(model).from_config(model.config)
+                copies[name] = type(model).from_config(model.config)  # type: ignore[attr-defined]
             copies[name].load_state_dict(weights, assign=True)
     return copies
 
@@ -97,7 +97,7 @@ def register_hooks(
 def save_models(models: Mapping[str, nn.Module], folder: str) -> None:
     """Write each unwrapped model to a subfolder of its name."""
     for name, model in models.items():
-        model.save_pretrained(os.path.join(folder, name))
+        model.save_pretrained(os.path.join(folder, name))  # type: ignore[operator]
 
 
 def load_models(models: Mapping[str, nn.Module], folder: str) -> None:
@@ -130,12 +130,9 @@ class Checkpoints:
     """Write, count, remove and load the checkpoints of one run.
 
     Args:
-        args: The flags of the script.
-        output: The folder that holds the checkpoints.
         config: What `run_config.start` returned.
         loader: The prepared loader of a `ResumableDataset`.
-        lr_scheduler: The prepared schedule. Until a checkpoint is loaded, it and its optimizer have the
-            hyperparameters of the command line.
+        lr_scheduler: The prepared schedule, before a checkpoint is loaded into it and its optimizer.
     """
 
     def __init__(
@@ -152,6 +149,7 @@ class Checkpoints:
         self.output = output
         self.config = config
         self.loader = loader
+        self.dataset: ResumableDataset = loader.dataset  # type: ignore[assignment]
         self.schedule = lr_scheduler.scheduler  # accelerate steps it once for each process
         self.base_lrs = list(self.schedule.base_lrs)
         groups = self.schedule.optimizer.param_groups
@@ -168,16 +166,13 @@ class Checkpoints:
         return [path for path in self.resumed_from if path not in mine and path.is_dir()] + mine
 
     def save(self, step: int, regularizer: Stateful) -> Path:
-        """Write checkpoint-`step` and return it; then remove the oldest of this run beyond the limit.
-
-        Every process has to call it.
-        """
+        """Write checkpoint-`step` and return it; remove the oldest beyond the limit. Every process has to call it."""
         final = self.output.path / f"checkpoint-{step}"
         with self.disk_errors(final):
             self._begin(final)
             self.accelerator.wait_for_everyone()
             self.accelerator.save_state(str(self.partial))
-            states = accelerate.utils.gather_object([self.loader.dataset.state_dict()])
+            states = accelerate.utils.gather_object([self.dataset.state_dict()])
             if self.accelerator.is_main_process:
                 torch.save(states, self.partial / SAMPLER_STATE)
                 (self.partial / REGULARIZER_STATE).write_text(json.dumps(regularizer.state_dict()), encoding="utf-8")
@@ -223,7 +218,7 @@ class Checkpoints:
         self._clear()
 
     def _remove_oldest(self, but: Path) -> None:
-        """Remove checkpoints of this run until `but` and as many as the limit allows beside it are left."""
+        """Remove the oldest checkpoints of this run beyond the limit, but not the newest, `but`."""
         owned = self.output.owned("checkpoint")
         older = [path for path in self.of_this_run() if path.name in owned and path != but]
         spared = max(1, self.args.checkpoints_total_limit) - 1
@@ -255,13 +250,9 @@ class Checkpoints:
         return f"--resume_from_checkpoint {shlex.quote(name)}"
 
     def check_finite(self, step: int, **quantities: Tensor) -> None:
-        """Stop the run if a loss or gradient is not finite, before it reaches the weights; say how to go on.
+        """Stop the run after `step` updates if one of the named scalars is not finite; say how to go on.
 
-        A gradient that overflows under the loss scale of fp16 stops nothing, for the scaler skips that update.
-
-        Args:
-            step: Number of updates made so far.
-            quantities: Scalars, by the names that the message gives them.
+        A gradient that overflows under the loss scale of fp16 stops nothing, since the scaler skips that update.
         """
         if self.accelerator.scaler is not None:
             quantities.pop("gradient", None)
@@ -283,11 +274,7 @@ class Checkpoints:
     def resume(
         self, checkpoint: Path | None, num_update_steps_per_epoch: int, regularizer: Stateful
     ) -> tuple[int, range]:
-        """Load a checkpoint, if there is one, and note the run's flags in the output folder.
-
-        Returns:
-            The number of updates made, and the epochs that are left.
-        """
+        """Load a checkpoint, if there is one; return the number of updates made and the epochs that are left."""
         step = 0
         if checkpoint is not None:
             checkpoint = self._load_or_before(checkpoint, num_update_steps_per_epoch, regularizer)
@@ -295,12 +282,6 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             with self.disk_errors(self.output.path / CONFIG):
                 self.output.write_result(CONFIG, lambda path: run_config.write(self.config, path))
-        mine = self.of_this_run()
-        if others := [path.name for path in list_checkpoints(self.output.path) if path not in mine]:
-            logger.warning(
-                f"{self.output.path} holds {', '.join(others)} of other runs, which --checkpoints_total_limit neither counts "
-                "nor removes. A checkpoint of the same number replaces one that a run of ours wrote; others are renamed."
-            )
         if step >= self.args.max_train_steps:
             logger.info(f"{checkpoint} has all {self.args.max_train_steps} updates: nothing is left to train.")
             return step, range(0)
@@ -319,17 +300,17 @@ class Checkpoints:
             ):
                 raise
             run = latest_run(self.output.path)
-            earlier = [path for path in run[: run.index(checkpoint)] if not fault_of(path)]
+            earlier = run[: run.index(checkpoint)]
             if not earlier:
                 raise
             logger.warning(f"{error} Going on from {earlier[-1].name} instead.")
-        return self._load_or_before(earlier[-1], num_update_steps_per_epoch, regularizer)
+        return self._load_or_before(last_whole(earlier), num_update_steps_per_epoch, regularizer)
 
     def load(self, checkpoint: Path, num_update_steps_per_epoch: int, regularizer: Stateful) -> None:
         """Restore the run, also in the middle of an epoch, with the hyperparameters of the command line.
 
-        A checkpoint of the official script, or of another number of processes, has no fitting states of the data set.
-        The rest of its epoch is then shuffled in another order.
+        A checkpoint of the official script or of another number of processes has no fitting states of the data set:
+        the rest of its epoch is shuffled in another order.
 
         Raises:
             RunError: The checkpoint cannot be read, or comes from a run with other flags.
@@ -354,7 +335,7 @@ class Checkpoints:
         self.schedule.last_epoch = self.schedule.last_epoch * processes // len(states) - 1
         self.schedule.step()  # computes the learning rates of this update from the base rates
         batches = step_of(checkpoint) % num_update_steps_per_epoch * self.accelerator.gradient_accumulation_steps
-        self.loader.dataset.resume(self.loader, batches, state)
+        self.dataset.resume(self.loader, batches, state)
 
     def _load_states(self, checkpoint: Path, regularizer: Stateful) -> list[dict[str, Any]]:
         """Load what a checkpoint holds, and return the states of the data set, one for each process."""

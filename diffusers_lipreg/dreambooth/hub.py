@@ -84,11 +84,8 @@ def _reason(error: Exception) -> str:
 
 
 def uploaded_files(output: OutputFolder) -> list[str]:
-    """Return the names of the result's files and of the manifest, with which the next push compares.
-
-    They do not include config.yaml, which names folders and photos of this machine.
-    """
-    result = [name for name in output.owned("result") if name != CONFIG]
+    """Return the names of the result's files and of the manifest, with which the next push compares."""
+    result = [name for name in output.owned("result") if name != CONFIG]  # it names folders and photos of this machine
     return [MANIFEST, *(name for name in result if (output.path / name).is_file())]
 
 
@@ -151,11 +148,7 @@ def publish(
     before_upload: Callable[[str], None],
     **card: Any,
 ) -> None:
-    """Write the images and the model card, pass `push_advice` to `before_upload`, and upload the result.
-
-    Args:
-        card: Arguments of `model_card`.
-    """
+    """Write the images and the `model_card(..., **card)`, pass `push_advice` to `before_upload`, and upload the result."""
     for number, image in enumerate(images):
         output.write_result(f"image_{number}.png", image.save)
     output.write_result("README.md", model_card(args, repo_id, images, **card).save)
@@ -174,13 +167,7 @@ def model_card(
     adapters: bool,
     commit: str | None = None,
 ) -> ModelCard:
-    """Return the model card.
-
-    Args:
-        penalty: Rows of the table about the penalty.
-        adapters: Whether the result is adapters to the base, and no whole pipeline.
-        commit: The commit of a base on the Hub.
-    """
+    """Return the model card of a pipeline, or of `adapters`; `penalty` is a table, `commit` that of a base on the Hub."""
     base = args.pretrained_model_name_or_path
     on_hub = not Path(base).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
     base_name = base if on_hub else Path(base).resolve().name
@@ -197,12 +184,12 @@ def model_card(
     )
     sections = [f"# DreamBooth - {repo_id}", _description(args, base_name, adapters, commit)]
     if penalty:
-        rows = "\n".join(f"| {name} | {value} |" for name, value in penalty.items())
+        paper = "[Preserve and Personalize](https://arxiv.org/abs/2505.19519)"
         sections.append(
-            "A penalty on the drift from the pretrained weights was part of the loss "
-            "([Preserve and Personalize](https://arxiv.org/abs/2505.19519); trained with diffusers-lipreg).\n\n"
-            f"| penalty | |\n|---|---|\n{rows}"
+            f"A penalty on the drift from the pretrained weights was part of the loss ({paper}; trained with diffusers-lipreg)."
         )
+        rows = [f"| {name} | {value} |" for name, value in penalty.items()]
+        sections.append("\n".join(["| penalty | |", "|---|---|", *rows]))
     if images:
         sections += [f"Images of `{prompt}`:", "\n".join(f"![image {i}](./image_{i}.png)" for i in range(len(images)))]
     sections += ["## Trigger words", f"Use `{args.instance_prompt}` in a prompt to call for the subject.", "## Use"]

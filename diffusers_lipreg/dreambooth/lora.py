@@ -41,14 +41,7 @@ EXTRACT_MODULES = {
     "text_encoder": r"(q_proj|k_proj|v_proj|out_proj|fc1|fc2)\.weight$",
 }
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-KOHYA_ENDINGS = {
-    ".lora.down.weight": ".lora_down.weight",
-    ".lora.up.weight": ".lora_up.weight",
-    ".lora_linear_layer.down.weight": ".lora_down.weight",
-    ".lora_linear_layer.up.weight": ".lora_up.weight",
-    f"{MAGNITUDE}.weight": ".dora_scale",
-    MAGNITUDE: ".dora_scale",
-}
+KOHYA_KINDS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude_vector": "dora_scale"}
 
 
 def scale(args: Namespace) -> float:
@@ -172,11 +165,11 @@ def to_kohya(weights: Weights) -> dict[str, Tensor]:
     renamed = {}
     for model_name, layers in weights.items():
         for name, tensor in layers.items():
-            ending = next(ending for ending in KOHYA_ENDINGS if name.endswith(ending))
-            module = f"{KOHYA_PREFIXES[model_name]}_{name.removesuffix(ending).replace('.', '_')}"
+            layer, _, kind = re.split(r"\.lora(_linear_layer)?[._]", name.removesuffix(".weight"))
+            module = f"{KOHYA_PREFIXES[model_name]}_{layer.replace('.', '_')}"
             # kohya stores DoRA's magnitudes, one for each output, as a column.
-            renamed[module + KOHYA_ENDINGS[ending]] = tensor[:, None] if tensor.ndim == 1 else tensor
-            if ending.endswith("down.weight"):
+            renamed[f"{module}.{KOHYA_KINDS[kind]}"] = tensor[:, None] if tensor.ndim == 1 else tensor
+            if kind == "down":
                 renamed[f"{module}.alpha"] = torch.tensor(float(len(tensor)))
     return renamed
 

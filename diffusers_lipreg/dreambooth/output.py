@@ -34,8 +34,8 @@ MANIFEST = f"{OWN}/manifest.json"
 NAMES = "names.json"  # lists the files of the result that it lies beside
 CONFIG = "config.yaml"  # holds the flags of the run, is written at its start and belongs to every result
 INDEX = DiffusionPipeline.config_name  # without this file no program takes the folder for a pipeline
-READ_FOLDERS = ("instance_data_dir", "dataset_name", "class_data_dir", "pretrained_model_name_or_path")
-READ_FOLDERS += ("pretrained_vae_model_name_or_path", "tokenizer_name")
+READ_FOLDERS = ["instance_data_dir", "dataset_name", "class_data_dir", "pretrained_model_name_or_path"]
+READ_FOLDERS += ["pretrained_vae_model_name_or_path", "tokenizer_name"]
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 Kind = Literal["result", "checkpoint"]
 
@@ -133,7 +133,7 @@ class OutputFolder:
             words.append("a result of an earlier run, which is replaced when the new one is whole")
         if checkpoints:
             span = f"{checkpoints[0]} to {checkpoints[-1]}"
-            words.append(f"{span}, of which only --checkpoints_total_limit removes any, and only ours")
+            words.append(f"{span}, of which --checkpoints_total_limit neither counts nor removes those of other runs")
         if others:
             example = f"{len(others)} other files or folders ({min(others)} is one)"
             words.append(f"{example}, which are not touched or uploaded")

@@ -31,7 +31,8 @@ class Tracker:
     def log_images(self, name: str, images: Sequence[Image.Image], prompt: str, step: int) -> None:
         """Log images under `name`, if the tracker is one to which the official scripts send them, too."""
         if self.name == "tensorboard":
-            self._attempt(lambda: self.tracker.log_images({name: np.stack(images)}, step=step, dataformats="NHWC"))
+            pixels = np.stack([np.asarray(image) for image in images])
+            self._attempt(lambda: self.tracker.log_images({name: pixels}, step=step, dataformats="NHWC"))
         elif self.name == "wandb":
             import wandb
 

@@ -81,7 +81,7 @@ def sample_images(
     with errors_as_warnings():
         pipeline.set_progress_bar_config(disable=True)
         generator = None if args.seed is None else torch.Generator(accelerator.device).manual_seed(args.seed)
-        inputs = [{"num_inference_steps": steps}] * args.num_validation_images
+        inputs: list[dict[str, Any]] = [{"num_inference_steps": steps}] * args.num_validation_images
         if paths := vars(args).get("validation_images"):  # the SD script's, for pipelines that take an image
             inputs = [{"image": Image.open(path)} for path in paths]
         pipeline = pipeline.to(accelerator.device)
