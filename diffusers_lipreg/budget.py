@@ -1,14 +1,14 @@
-"""A limit for output drift instead of a weight: the weight is found while training runs.
+"""DriftBudget: a limit for output drift, for which training finds the weight of the penalty.
 
-The weight lambda is 0 until the measured drift r comes near the limit b. It starts where the penalty's gradient is a
-fixed fraction of the loss's, which needs no knowledge of the model, its size or the reduction. From then on a controller
-with a proportional and an integral part sets its logarithm at every update. With e = log(r / b) - s and T updates in all,
+The weight lambda is 0 until the measured drift r comes near the limit b. It starts where the norm of the penalty's gradient
+is a fixed fraction of that of the loss. From then on a controller with a proportional and an integral part sets its
+logarithm at every update. With e = log(r / b) - s and T updates in all,
 
     I <- I + INTEGRAL e / T        log lambda <- I + e        (e at most 1 in I, log lambda moves by at most MAX_LOG_STEP)
 
-Between two measurements r grows as ||theta - theta_0||^2 does, which the penalty knows anyway. Overshoot is removed at the
-end by `scale_to_budget`, which shrinks theta - theta_0 (WiSE-FT, arXiv 2109.01903). Undershoot cannot be recovered, so the
-controller aims above the limit by the noise s of log r: its mean change between measurements.
+Between two measurements r is assumed to grow as ||theta - theta_0||^2, which the penalty computes at every update.
+Overshoot is removed at the end by `scale_to_budget`, which shrinks theta - theta_0 (WiSE-FT, arXiv 2109.01903). Undershoot
+cannot be recovered, so the controller aims above the limit by the noise s of log r: its mean change between measurements.
 """
 
 import math
@@ -24,15 +24,15 @@ from .sharding import all_reduce_sum, to_local
 # All are pure numbers: nothing here depends on the model.
 START_FRACTION = 0.25  # fraction of the limit at which the weight starts
 INITIAL_GRAD_RATIO = 0.3  # norm of the penalty's gradient at the start, relative to the loss's
-INTEGRAL = 40.0  # e-folds of the weight in a whole run, at one e-fold off the limit
+INTEGRAL = 40.0  # e-folds of the weight in a whole run if the drift is one e-fold off the limit
 EMA_WINDOW = 4  # measurements over which the noise is averaged
-MAX_LOG_STEP = 0.5  # e-folds of the weight in an update
-MEASUREMENTS = 20  # in a run, evenly spaced, in addition to those at its beginning
+MAX_LOG_STEP = 0.5  # largest change of the weight in an update, in e-folds
+MEASUREMENTS = 20  # evenly spaced measurements in a run, in addition to those at its beginning
 TOLERANCE = 0.02  # fraction of the limit that `scale_to_budget` may leave unused
 
 
 class WeightInterpolation:
-    """Put theta_0 + alpha (theta - theta_0) into parameters, with theta what they hold when this is built.
+    """Put theta_0 + alpha (theta - theta_0) into parameters; theta is copied from them when this is built.
 
     Args:
         pairs: Parameters with their values in theta_0.
@@ -55,8 +55,8 @@ def bisect_alpha(
 ) -> float:
     """Return the alpha in [0, 1] at which a growing `measure(alpha)` is at the limit, or below by a fraction `tolerance`.
 
-    Bisection, begun where a quadratic through the last point meets the limit. Returns 1 if that is within the limit, and
-    the largest alpha within it that was met if `steps` are not enough.
+    Each guess is where a quadratic through zero and the last point above the limit meets the limit; without progress it is
+    the middle. Returns 1 if `measure(1)` is within the limit, and the largest known alpha within it after `steps`.
     """
     low, high = 0.0, 1.0
     drift = measure(high)
@@ -78,24 +78,23 @@ def bisect_alpha(
 class DriftBudget:
     """Adapt the weight of penalties so that a run ends at or just below a limit for its output drift.
 
-    In a loop, after backward, whose gradients decide where the weight starts, and before the penalty adds its own, with
-    `step` updates made:
+    Call `update` between backward and the penalty's gradient, because the loss's gradients decide where the weight starts:
 
-        budget.update(probe.measure(denoiser).output_drift_relative if budget.due(step) else None)
+        budget.update(probe.measure(denoiser).output_drift_relative if budget.due(global_step) else None)
         drift_loss.add_gradient_(unet)
 
     After the last update call `budget.scale_to_budget(lambda: probe.measure(denoiser).output_drift_relative)`. Training
-    that stays below a quarter of the limit is left alone. Keep `state_dict()` in checkpoints. With several processes each
-    one calls it, with the same measurements, which `OutputProbe` gives.
+    that stays below a quarter of the limit is left alone. Keep `state_dict()` in checkpoints. Every process makes the same
+    calls with the same measurements, as `OutputProbe` returns them.
 
     Args:
-        limit: Of relative output drift (`OutputDrift.output_drift_relative`), above 0.
+        limit: Largest relative output drift (`OutputDrift.output_drift_relative`), above 0.
         steps: Updates in the run.
-        penalties: The module that each penalty holds. They all get the same weight, from 0.
+        penalties: The module that each penalty holds. All penalties get the same weight, 0 at first.
 
     Raises:
-        ValueError: A limit that is not above 0 and finite, no penalty, or one with `factors`, which is large where
-            nothing has changed and so says nothing of output drift.
+        ValueError: A limit that is not above 0 and finite, no penalty, or one with `factors`, which is large even where
+            nothing has changed.
     """
 
     def __init__(self, limit: float, steps: int, penalties: Mapping[LipschitzDriftLoss, nn.Module]) -> None:
@@ -115,8 +114,8 @@ class DriftBudget:
         self._integral: float | None = None  # None until the weight starts
         self._drift_per_sq_distance = 0.0  # at the last measurement
         self._measured = 0.0  # relative output drift at the last measurement
-        self._noise = 0.0  # of its logarithm
-        self._sq_distance = 0.0  # ||theta - theta_0||^2 that a checkpoint held
+        self._noise = 0.0  # mean change of its logarithm between measurements
+        self._sq_distance = 0.0  # ||theta - theta_0||^2 in the checkpoint that was loaded
         self._set_weight(0.0)
 
     @property
@@ -128,16 +127,16 @@ class DriftBudget:
         for penalty in self.penalties:
             penalty.weight = weight
 
-    def due(self, step: int) -> bool:
-        """Say whether the drift has to be measured after `step` updates: often at first, then evenly."""
-        return step in self._due
+    def due(self, global_step: int) -> bool:
+        """Say whether the drift has to be measured after `global_step` updates: often at first, then evenly."""
+        return global_step in self._due
 
     def update(self, drift: float | None, *, scale: float = 1.0) -> None:
         """Adapt the weights, once for each update.
 
         Args:
-            drift: Relative output drift as measured now, where `due` asks for it; else `None`.
-            scale: The loss scale that the gradients in place carry under fp16; they are those of the loss alone.
+            drift: Relative output drift of the current weights if `due` asks for it, else `None`.
+            scale: Loss scale that the loss's gradients still carry (fp16).
         """
         if drift is None:
             drift = self._drift_per_sq_distance * self._last_sq_distance()
@@ -150,6 +149,7 @@ class DriftBudget:
             self._start(error, scale)
 
     def _measure(self, drift: float) -> None:
+        """Learn from a measurement how drift depends on distance, and how noisy it is."""
         sq_distance = sum(
             penalty.measure(module).squared_distance.item() for penalty, module in self.penalties.items()
         )
@@ -160,13 +160,15 @@ class DriftBudget:
         self._measured = drift
 
     def _start(self, error: float, scale: float) -> None:
+        """Set the first weight, if there are gradients to compare."""
         ratio = gradient_norm_ratio(self.penalties, scale)
         if ratio is not None:
-            # At the limit the penalty's gradient is larger, as the distance is: with the root of the drift.
+            # The penalty's gradient grows with the distance, and so with the root of the drift, until the limit is reached.
             self._integral = math.log(INITIAL_GRAD_RATIO * ratio) + error / 2
             self._set_weight(math.exp(self._integral + min(0.0, error)))
 
     def _step(self, integral: float, error: float) -> None:
+        """Move the weight by the controller."""
         self._integral = integral + INTEGRAL * max(-1.0, min(1.0, error)) / self.steps
         change = self._integral + error - math.log(self.weight)
         self._set_weight(self.weight * math.exp(max(-MAX_LOG_STEP, min(MAX_LOG_STEP, change))))
@@ -176,17 +178,15 @@ class DriftBudget:
         return math.log(max(drift, 1e-6 * self.limit) / self.limit)
 
     def _last_sq_distance(self) -> float:
-        """Return ||theta - theta_0||^2 at the last gradient or measurement, or of the checkpoint before them."""
-        last = [
-            penalty.last_drift.squared_distance.item() for penalty in self.penalties if penalty.last_drift is not None
-        ]
-        return sum(last) if last else self._sq_distance
+        """Return ||theta - theta_0||^2 at the last gradient or measurement, or in the checkpoint before any."""
+        drifts = [penalty.last_drift for penalty in self.penalties if penalty.last_drift is not None]
+        return sum(drift.squared_distance.item() for drift in drifts) if drifts else self._sq_distance
 
     def scale_to_budget(self, measure: Callable[[], float]) -> float:
-        """End the run within the limit: scale theta - theta_0 of all modules by alpha, and return alpha.
+        """Scale theta - theta_0 of all modules by an alpha that brings the drift within the limit; return alpha.
 
         Args:
-            measure: Returns the relative output drift of the weights that are in place.
+            measure: Returns the relative output drift of the current weights.
         """
         snapshots: list[tuple[Any, nn.Module]] = [(loss.snapshot, module) for loss, module in self.penalties.items()]
         interpolation = WeightInterpolation(pair for snapshot, module in snapshots for pair in snapshot.pairs(module))
@@ -200,7 +200,7 @@ class DriftBudget:
         return self.alpha
 
     def state_dict(self) -> dict[str, float | None]:
-        """Return what a resumed run needs besides the weights, to go on as if nothing had happened."""
+        """Return the state that a resumed run needs besides the weights, as JSON can hold it."""
         return {
             "integral": self._integral,
             "drift_per_sq_distance": self._drift_per_sq_distance,
@@ -210,18 +210,19 @@ class DriftBudget:
             "sq_distance": self._last_sq_distance(),
         }
 
-    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
-        """Restore what `state_dict` returned."""
-        self._integral = state["integral"]
-        self._drift_per_sq_distance = state["drift_per_sq_distance"] or 0.0
-        self._measured = state["measured"] or 0.0
-        self._noise = state["noise"] or 0.0
-        self._sq_distance = state["sq_distance"] or 0.0
-        self._set_weight(state["weight"] or 0.0)
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
+        self._integral = state_dict["integral"]
+        self._drift_per_sq_distance = state_dict["drift_per_sq_distance"]
+        self._measured = state_dict["measured"]
+        self._noise = state_dict["noise"]
+        self._sq_distance = state_dict["sq_distance"]
+        self._set_weight(state_dict["weight"])
 
 
 def measurement_steps(steps: int) -> set[int]:
-    """Return 1, 2, 3, 4, 6, 9, ... and every twentieth of the run: a first step of Adam alone may use up a small limit."""
+    """Return 1, 2, 3, 4, 6, 9, ... up to a twentieth of the run, and then every twentieth."""
+    # The first measurements come early because the first step of Adam alone may use up a small limit.
     every = max(1, steps // MEASUREMENTS)
     due, step = set(range(every, steps, every)), 1
     while step < every:
@@ -230,27 +231,23 @@ def measurement_steps(steps: int) -> set[int]:
     return due
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    return all_reduce_sum(to_local(tensor).float().norm().square(), tensor).sqrt()
-
-
 @torch.no_grad()
 def gradient_norm_ratio(penalties: Mapping[LipschitzDriftLoss, nn.Module], scale: float = 1.0) -> float | None:
-    """Return the weight at which the penalty's gradient is as large as the one in place: the median over parameters.
+    """Return the weight at which the penalty's gradient is as large as the present one: the median over parameters.
 
-    Returns `None` where there is nothing to compare. Gradients are left as they are; one more set is in memory meanwhile.
+    A parameter counts by its elements. Returns `None` if there is nothing to compare. Gradients are left as they are; a
+    second set of them is in memory meanwhile.
     """
     ratios, sizes = [], []
     for penalty, module in penalties.items():
-        parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in parameters]
-        before, penalty.weight = penalty.weight, 1.0
-        for parameter in parameters:
+        gradients = [(parameter, parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
+        for parameter, _ in gradients:
             parameter.grad = None
+        before, penalty.weight = penalty.weight, 1.0
         penalty.add_gradient_(module)
         penalty.weight = before
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if parameter.grad is not None and gradient is not None:
+        for parameter, gradient in gradients:
+            if parameter.grad is not None:
                 ratios.append(_norm(gradient) / scale / _norm(parameter.grad))
                 sizes.append(parameter.numel())
             parameter.grad = gradient
@@ -261,5 +258,9 @@ def gradient_norm_ratio(penalties: Mapping[LipschitzDriftLoss, nn.Module], scale
     if not known.any():
         return None
     ratio, order = ratio[known].sort()
-    passed = size[known][order].cumsum(0)
-    return ratio[passed >= passed[-1] / 2][0].item()
+    elements = size[known][order].cumsum(0)
+    return ratio[elements >= elements[-1] / 2][0].item()
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return all_reduce_sum(to_local(tensor).float().norm().square(), tensor).sqrt()

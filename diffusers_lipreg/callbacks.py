@@ -1,6 +1,6 @@
-"""When the penalty acts in a training run: teacher before the first step, gradient before each, drift in the logs."""
+"""TeacherSnapshotCallback: the penalty in `transformers.Trainer`, or in a loop that calls the same events."""
 
-# Events require their model or logs by keyword, and the Trainer passes both:
+# The events require their model or logs by keyword, which the Trainer passes:
 # mypy: disable-error-code="override"
 from typing import Any
 
@@ -17,24 +17,25 @@ class TeacherSnapshotCallback(TrainerCallback):
 
     In a loop of your own, call `on_train_begin(model=unet)` before a checkpoint is loaded;
     `on_pre_optimizer_step(model=unet)` on each step that updates, after backward and before clipping;
-    `on_log(logs=logs)` on what will be logged; and `on_train_end(model=unet)` last.
+    `on_log(logs=logs)` before the logs are written; and `on_train_end(model=unet)` last.
 
     In `transformers.Trainer(callbacks=[...])` nothing else is needed. The snapshot is taken when the Trainer is built,
-    since the Trainer loads a checkpoint before `on_train_begin`. It clips **before** it calls `on_pre_optimizer_step`, so
-    the penalty's gradient is not clipped there; the scripts of this package add first, then clip the sum. It hands the
-    logs to its reporting integrations before other callbacks see them: the drift is in `state.log_history` and on the
-    console, not in TensorBoard. Under fp16 give it a `max_grad_norm`: old versions unscale gradients only when they clip.
+    since the Trainer loads a checkpoint before `on_train_begin`. The Trainer clips **before** it calls
+    `on_pre_optimizer_step`, so the penalty's gradient is not clipped there; the scripts of this package clip the sum. Its
+    reporting integrations get the logs before other callbacks do: the drift is in `state.log_history` and on the console,
+    not in TensorBoard. Under fp16 set `max_grad_norm`: old versions unscale gradients only when they clip.
 
-    The logs get the keys of `LipschitzDriftLoss.logs`, all from before the last update; `on_train_end` measures again.
+    The logs get the keys of `LipschitzDriftLoss.logs`, measured before the last update; `on_train_end` measures again.
 
     Args:
-        weight, reduction: As for `LipschitzDriftLoss`.
+        weight, reduction: The arguments of `LipschitzDriftLoss`.
         snapshot: The pretrained model. Default: an `AdapterSnapshot` for one of its reductions, else a `TeacherSnapshot`,
             taken of the model when the run begins.
-        prefix: Put before each key in the logs, to tell two models apart.
+        prefix: Prefix of each key in the logs, to tell two models apart.
 
     Raises:
-        ValueError: As from the two classes; a step without a snapshot; a run that resumes before one was taken.
+        ValueError: An argument that `LipschitzDriftLoss` or the snapshot refuses, a step without a snapshot, or a run that
+            resumes before one was taken.
     """
 
     def __init__(self, weight: float, reduction: str, *, snapshot: Snapshot | None = None, prefix: str = "") -> None:
@@ -43,14 +44,14 @@ class TeacherSnapshotCallback(TrainerCallback):
 
     @property
     def loss(self) -> LipschitzDriftLoss:
-        """The penalty, with its snapshot."""
+        """Return the penalty, with its snapshot."""
         if self._loss is None:
             raise ValueError("There is no teacher yet: call on_train_begin(model=...) before the first step.")
         return self._loss
 
     @property
     def logs(self) -> dict[str, float]:
-        """The logs of the penalty under the prefix; empty before the first step."""
+        """Return the penalty's logs under the prefix; nothing before the first step."""
         logs = {} if self._loss is None else self._loss.logs
         return {self.prefix + key: value for key, value in logs.items()}
 
@@ -72,11 +73,11 @@ class TeacherSnapshotCallback(TrainerCallback):
         self.on_init_end(model=model)
 
     def on_pre_optimizer_step(self, *_: Any, model: nn.Module, loss_scale: float = 1.0, **__: Any) -> None:
-        """Add the penalty's gradient. `loss_scale` is the factor that gradients still carry (in the Trainer, none)."""
+        """Add the penalty's gradient. `loss_scale` is the loss scale that gradients still carry; in the Trainer it is 1."""
         self.loss.add_gradient_(model, scale=loss_scale)
 
     def on_log(self, args: Any = None, state: TrainerState | None = None, *_: Any, logs: dict, **__: Any) -> None:
-        """Add the drift to `logs`, and to the Trainer's history, which has copied them already."""
+        """Add the drift to `logs`, and to the Trainer's history, which already holds a copy of them."""
         logs.update(self.logs)
         if state is not None:
             state.log_history[-1].update(self.logs)

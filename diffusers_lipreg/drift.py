@@ -35,14 +35,14 @@ class Slice(NamedTuple):
 
     parameter: Tensor
     teacher: Tensor
-    gradient: Tensor | None
+    gradient: Tensor | None = None
 
 
 def drift(pairs: Iterable[tuple[Tensor, Tensor]], reduction: str) -> Tensor:
     """Compute the drift of (parameter, teacher) pairs of equal shape: a scalar to differentiate."""
     pairs = list(pairs)
     terms = [
-        _coefficient(p, reduction) * (_upcast(to_local(p)) - _upcast(to_local(t).to(p.device))).square().sum()
+        _coefficient(p, reduction) * (upcast(to_local(p)) - upcast(to_local(t).to(p.device))).square().sum()
         for p, t in pairs
     ]
     return all_reduce_sum(total(terms), pairs[0][0])
@@ -55,11 +55,11 @@ def add_drift_gradient_(
     """Add d(weight * drift)/d(theta) to each parameter's `.grad`, in one pass without a graph, and return the drift.
 
     The gradient is 2 * weight * d_i for `sum` and 2 * weight * d_i / n_i for `tensor_mean`. A missing gradient is created.
-    Frozen parameters are only measured, and so is everything at weight 0. Parameters sharded by FSDP2 are handled where
-    they are, with one all-reduce of the sums.
+    Frozen parameters are only measured, and so are all at weight 0. Of parameters sharded by FSDP2, each process handles
+    its own part; one all-reduce adds up the sums.
 
     Args:
-        pairs: Parameters with their teachers. A teacher elsewhere, as in host memory, is copied chunk by chunk.
+        pairs: Parameters with their teachers. A teacher on another device is copied chunk by chunk.
         weight: The paper's lambda.
         scale: Factor on the gradient alone: the loss scale that the gradients in place still carry (fp16).
     """
@@ -91,21 +91,15 @@ def _chunks(
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             tensors.append(parameter.grad)
-        key = (
-            _coefficient(parameter, reduction),
-            len(tensors),
-            parameter.device,
-            parameter.dtype,
-            teacher.device,
-            teacher.dtype,
-        )
+        coefficient = _coefficient(parameter, reduction)
+        key = (coefficient, *((tensor.device, tensor.dtype) for tensor in tensors))
         for views in slices(*tensors):
             elements = views[0].numel()
             if key in groups and filled[key] + elements > _limit(views[0]):
-                yield key[0], groups.pop(key)
+                yield coefficient, groups.pop(key)
             if key not in groups:
                 groups[key], filled[key] = [], 0
-            groups[key].append(Slice(views[0], views[1], views[2] if len(views) > 2 else None))
+            groups[key].append(Slice(*views))
             filled[key] += elements
     for (coefficient, *_), group in groups.items():
         yield coefficient, group
@@ -146,10 +140,11 @@ def _limit(tensor: Tensor) -> int:
     return CPU_ELEMENTS if tensor.device.type == "cpu" else ELEMENTS
 
 
-def _upcast(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 or wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:
-    """Add up scalars, which are on several devices where a model is spread over them."""
+    """Add up scalars, which may be on several devices."""
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()

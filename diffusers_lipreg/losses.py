@@ -11,13 +11,13 @@ from .drift import Drift
 
 
 class Snapshot(Protocol):
-    """What the penalty needs to know of a snapshot."""
+    """The pretrained model, as the penalty uses it."""
 
     @property
-    def reductions(self) -> Mapping[str, str]: ...  # by name, what each is for
+    def reductions(self) -> Mapping[str, str]: ...  # the purpose of each, by name
 
     @property
-    def squared_norm(self) -> float: ...  # what a squared distance is relative to
+    def squared_norm(self) -> float: ...  # squared norm of the weights that drift, when pretrained
 
     def drift(self, module: nn.Module, reduction: str) -> Tensor: ...
 
@@ -25,20 +25,20 @@ class Snapshot(Protocol):
 
 
 class LipschitzDriftLoss(nn.Module):
-    """weight * drift(theta, theta_0), as a loss to differentiate or as a gradient to add after backward.
+    """Penalize weight * drift(theta, theta_0), as a loss to differentiate or as a gradient to add after backward.
 
     If eps_theta is Lipschitz in theta, the KL divergence of the fine-tuned from the pretrained model is at most a
     constant times ||theta - theta_0||^2 (Theorem 2), so this term bounds what is forgotten:
 
         L = || eps - eps_theta(z_t, t, c) ||^2 + weight * drift(theta, theta_0)          (Algorithm 1, line 9)
 
-    Two routes lead to the same update: as a loss, `(loss + drift_loss(unet)).backward()`; or in place, after backward and
-    before clipping, once per optimizer step, `drift_loss.add_gradient_(unet)`, which builds no graph.
+    Two routes lead to the same update: `(loss + drift_loss(unet)).backward()`, or `drift_loss.add_gradient_(unet)` once per
+    optimizer step, after backward and before clipping. The second builds no graph.
 
     Args:
         snapshot: The pretrained model: a `TeacherSnapshot`, or an `AdapterSnapshot` of a model with adapters.
-        weight: The paper's lambda: a finite number, 0 or more. It means nothing without its reduction: the published
-            500 is for `tensor_mean`; with `sum` it would be about a million times stronger on SD1.5.
+        weight: The paper's lambda: a finite number, 0 or more. Its scale depends on the reduction: the published 500 is
+            for `tensor_mean`; with `sum` it would be about a million times stronger on SD1.5.
         reduction: One of `snapshot.reductions`: `sum` or `tensor_mean` of a teacher, `product` or `factors` of adapters.
 
     Raises:
@@ -59,10 +59,10 @@ class LipschitzDriftLoss(nn.Module):
 
     @property
     def logs(self) -> dict[str, float]:
-        """The most recent drift for a tracker; empty before the first.
+        """Return the most recent drift for a tracker; nothing before the first.
 
         `drift` is as the reduction defines it, `loss_drift` is weight * drift, and `drift_relative` is the ratio of norms
-        ||theta - theta_0|| / ||theta_0||, of adapters that of the merged weights.
+        ||theta - theta_0|| / ||theta_0||, taken of the merged weights if there are adapters.
         """
         if self.last_drift is None:
             return {}
@@ -78,7 +78,7 @@ class LipschitzDriftLoss(nn.Module):
         return self.weight * self.snapshot.drift(module, self.reduction)
 
     def add_gradient_(self, module: nn.Module, *, scale: float = 1.0) -> Drift:
-        """Add the penalty's gradient to those of `module` and return the drift, which carries no weight.
+        """Add the penalty's gradient to those of `module` and return the drift, not multiplied by the weight.
 
         Call it after the last backward of an update and before clipping. `scale` is the loss scale that the gradients
         still carry: `scaler.get_scale()` under fp16 before unscaling.
@@ -87,6 +87,6 @@ class LipschitzDriftLoss(nn.Module):
         return self.last_drift
 
     def measure(self, module: nn.Module) -> Drift:
-        """Return the drift of `module`, without weight and without gradient."""
+        """Return the drift of `module`, not multiplied by the weight, and leave gradients alone."""
         self.last_drift = self.snapshot.add_gradient_(module, self.reduction, weight=0.0)
         return self.last_drift

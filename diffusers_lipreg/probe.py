@@ -1,13 +1,13 @@
 """Output drift: how far a model's predictions are from those of its pretrained self, measured on fixed probes.
 
-A probe is a noisy sample, a timestep and a prompt. Samples come from the pretrained model alone, no image is needed:
-one chain of denoising steps from noise for each prompt, of which a step in the middle of each bin of timesteps is kept,
-with what the model predicted there. With e_i the prediction for the i-th of the probes,
+A probe is a noisy sample, a timestep and a prompt. The pretrained model draws the samples, so no image is needed: one
+chain of denoising steps from noise for each prompt. From each bin of timesteps the chain keeps its middle step with the
+prediction there. With e_i the prediction for probe i and e_0,i the pretrained one,
 
     output_drift           mean over probes and elements of (e_i - e_0,i)^2
     output_drift_relative  output_drift / mean over probes and elements of e_0,i^2
 
-For a model that predicts noise the second is about the first, for noise has mean square 1.
+The two are about equal for a model that predicts noise, whose mean square is 1.
 """
 
 import math
@@ -36,19 +36,19 @@ PROMPTS = (
 class Denoiser(NamedTuple):
     """A conditional denoiser as the probe calls it, whatever it is made of.
 
-    `predict(sample, timestep, prompts)` takes noisy samples (B, ...) as the network sees them, one timestep as a scalar
-    tensor and B prompts, and returns the prediction (B, ...). It may encode the prompts anew, for a text encoder that
-    is trained, or look them up. Call bare modules in it: wrappers such as DDP synchronise where only some call them.
+    `predict(sample, timestep, prompts)` takes noisy samples (B, ...) as the network gets them, one timestep as a scalar
+    tensor and B prompts, and returns the prediction (B, ...). It may look prompts up, or encode them again if a text
+    encoder is trained. It should call unwrapped modules: wrappers such as DDP synchronize, and not every process calls.
 
-    `modules` are in eval mode while it is measured: dropout is no drift.
+    `modules` are in eval mode while the drift is measured, because dropout is no drift.
     """
 
     predict: Callable[[Tensor, Tensor, list[str]], Tensor]
     modules: Sequence[nn.Module]
 
     @contextmanager
-    def evaluating(self) -> Iterator[Callable[[Tensor, Tensor, list[str]], Tensor]]:
-        """`predict`, without gradients and in eval mode; every module is then put back into the mode it was in."""
+    def eval_mode(self) -> Iterator[Callable[[Tensor, Tensor, list[str]], Tensor]]:
+        """Yield `predict`, without gradients and with all modules in eval mode; restore their modes at the end."""
         modes = {part: part.training for module in self.modules for part in module.modules()}
         try:
             for module in self.modules:
@@ -63,7 +63,7 @@ class Denoiser(NamedTuple):
 
 
 def pipeline_denoiser(pipeline: Any) -> Denoiser:
-    """The denoiser of a Stable Diffusion or SDXL pipeline of diffusers, adapters and text encoders included."""
+    """Return the denoiser of a Stable Diffusion or SDXL pipeline of diffusers, adapters and text encoders included."""
     unet = pipeline.unet
     sdxl = "text_encoder_2" in pipeline.components
     encoders = [pipeline.text_encoder, *([pipeline.text_encoder_2] if sdxl else [])]
@@ -83,8 +83,8 @@ def pipeline_denoiser(pipeline: Any) -> Denoiser:
     return Denoiser(predict, [unet, *encoders])
 
 
-class Probe(NamedTuple):
-    """One call of the denoiser, and what the pretrained one answered to it."""
+class ProbePoint(NamedTuple):
+    """One call of the denoiser, with the prediction of the pretrained one."""
 
     sample: Tensor  # (B, ...)
     timestep: Tensor  # ()
@@ -93,45 +93,49 @@ class Probe(NamedTuple):
 
 
 class OutputDrift(NamedTuple):
-    """What a probe measured: mean squares for each bin of timesteps and each chain, (bins, chains), float64."""
+    """Measurement of a probe: mean squares for each bin of timesteps and each chain, (bins, chains), float64."""
 
     timesteps: list[float]  # one for each bin
-    differences: Tensor  # of the predictions from the pretrained ones
-    squares: Tensor  # of the pretrained ones
+    squared_error: Tensor  # differences from the pretrained predictions
+    squared_reference: Tensor  # pretrained predictions
 
     @property
     def output_drift(self) -> float:
-        """Mean squared difference per element."""
-        return self.differences.mean().item()
+        """Return the mean squared difference per element."""
+        return self.squared_error.mean().item()
 
     @property
     def output_drift_relative(self) -> float:
-        """The same, over the mean square of the pretrained predictions."""
-        return (self.differences.mean() / self.squares.mean()).item()
+        """Return `output_drift` divided by the mean square of the pretrained predictions."""
+        return (self.squared_error.mean() / self.squared_reference.mean()).item()
 
     @property
     def output_drift_percent(self) -> float:
-        """`output_drift_relative` in percent."""
+        """Return `output_drift_relative` in percent."""
         return 100 * self.output_drift_relative
 
     @property
     def standard_error(self) -> float:
-        """Of `output_drift_relative` as an estimate for all prompts and noise, at these timesteps; nan of one chain.
+        """Return the standard error of `output_drift_relative` over prompts and noise, at these timesteps.
 
-        Chains are independent, the steps of one chain are not. To first order the ratio varies as the differences do,
-        less their share of the squares.
+        Chains are independent, the steps of one chain are not. This is the delta method for a ratio of means over chains;
+        a single chain gives nan.
         """
-        residuals = (self.differences - self.output_drift_relative * self.squares).mean(dim=0) / self.squares.mean()
+        residuals = (self.squared_error - self.output_drift_relative * self.squared_reference).mean(
+            dim=0
+        ) / self.squared_reference.mean()
         return residuals.std().item() / math.sqrt(residuals.numel())
 
     @property
     def by_timestep(self) -> dict[float, float]:
-        """`output_drift_relative` of each bin of timesteps."""
-        return dict(zip(self.timesteps, (self.differences.mean(1) / self.squares.mean(1)).tolist(), strict=True))
+        """Return `output_drift_relative` of each bin of timesteps."""
+        return dict(
+            zip(self.timesteps, (self.squared_error.mean(1) / self.squared_reference.mean(1)).tolist(), strict=True)
+        )
 
     @property
     def logs(self) -> dict[str, float]:
-        """All of it, for trackers."""
+        """Return all numbers for trackers."""
         return {
             "output_drift": self.output_drift,
             "output_drift_percent": self.output_drift_percent,
@@ -140,36 +144,36 @@ class OutputDrift(NamedTuple):
         }
 
 
-def chain_scheduler(scheduler: Any) -> Any:
-    """A new scheduler that walks from noise to sample without further noise: DDIM where that fits, else its own class."""
+def sampling_scheduler(scheduler: Any) -> Any:
+    """Return a new scheduler that samples without further noise: DDIM if it is compatible, else one of the same class."""
     if DDIMScheduler in scheduler.compatibles or isinstance(scheduler, DDIMScheduler):
         return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-    fixed = {"use_dynamic_shifting": False} if _matches_flows(scheduler) else {}  # which would ask for a size
+    fixed = {"use_dynamic_shifting": False} if _is_flow_matching(scheduler) else {}  # which would ask for a size
     return type(scheduler).from_config(scheduler.config, **fixed)
 
 
-def _matches_flows(scheduler: Any) -> bool:
-    """Whether its samples go to the model as they are, and begin as noise of variance 1."""
+def _is_flow_matching(scheduler: Any) -> bool:
+    """Say whether samples go to the model unscaled, and begin as noise of variance 1."""
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
 
 
 class OutputProbe:
-    """The pretrained model's predictions on fixed probes; measures how far those of another model are from them.
+    """Record the pretrained model's predictions on fixed probes, and measure how far another model's are from them.
 
-    Take it while the model holds the pretrained weights, before any checkpoint is loaded. All its random numbers come
-    from a generator of its own, so that taking it and measuring change nothing else, and a resumed run takes the same
-    probes again. It keeps samples and predictions (2 MiB for the default probes at 512 pixels), no weights.
+    Take it while the model holds the pretrained weights, before any checkpoint is loaded. It has its own random generator:
+    neither recording nor measuring changes training, and a resumed run records the same probes again. It keeps samples
+    and predictions (2 MiB for the default probes at 512 pixels), no weights.
 
-    With torch.distributed, processes share the work, and every one of them has to measure; all get the same numbers.
+    With torch.distributed, all processes have to measure: they share the work and get the same numbers.
 
     Args:
-        denoiser: The pretrained model. What it predicts for equal input must not depend on anything but its weights.
+        denoiser: The pretrained model. Its predictions may depend on nothing but input and weights.
         scheduler: A diffusers scheduler that the model can be sampled with, or is trained with. It is not changed.
-        shape: Of one sample without the batch dimension, such as (4, 64, 64).
-        prompts: One chain each. What they say should have nothing to do with what is learned.
-        bins: Into how many bins of equal width the timesteps are divided. A chain has twice as many steps.
-        batch_size: Chains computed at a time.
-        device, seed: Where samples are, and what they are drawn from.
+        shape: Shape of one sample without the batch dimension, such as (4, 64, 64).
+        prompts: Prompts that have nothing to do with the subject, for one chain each.
+        bins: Number of timestep bins of equal width. A chain has twice as many steps.
+        batch_size: Chains that are computed together.
+        device, seed: Device of the samples, and seed of their noise.
 
     Raises:
         ValueError: No prompt.
@@ -189,12 +193,12 @@ class OutputProbe:
     ) -> None:
         if not prompts:
             raise ValueError("A probe needs at least one prompt, got none.")
-        scheduler = chain_scheduler(scheduler)
-        flow = _matches_flows(scheduler)
+        scheduler = sampling_scheduler(scheduler)
+        flow = _is_flow_matching(scheduler)
         noise = torch.randn((len(prompts), *shape), generator=torch.Generator().manual_seed(seed)).to(device)
         self.bins = bins
-        self._probes: list[Probe] = []
-        with denoiser.evaluating() as predict:
+        self._probes: list[ProbePoint] = []
+        with denoiser.eval_mode() as predict:
             for first in range(0, len(prompts), batch_size):
                 texts = list(prompts[first : first + batch_size])
                 scheduler.set_timesteps(2 * bins, device=device)
@@ -203,18 +207,18 @@ class OutputProbe:
                     seen = sample if flow else scheduler.scale_model_input(sample, timestep)
                     prediction = predict(seen, timestep, texts).float()
                     if step % 2 == 1:  # steps are half a bin apart, beginning at the edge
-                        self._probes.append(Probe(seen, timestep, texts, prediction))
+                        self._probes.append(ProbePoint(seen, timestep, texts, prediction))
                     sample = scheduler.step(prediction, timestep, sample).prev_sample
 
     def measure(self, denoiser: Denoiser) -> OutputDrift:
-        """The output drift of `denoiser`: exactly zero for the one that the probe was taken of."""
+        """Measure the output drift of `denoiser`, which is exactly zero for the recorded one."""
         rank, world = (
             (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
         )
         rows = [probe.prediction.new_zeros(len(probe.prompts)) for probe in self._probes]
-        with denoiser.evaluating() as predict:
+        with denoiser.eval_mode() as predict:
             for first in range(0, len(rows), world):
-                # All call the model equally often, also where none is left: one that is sharded they gather together.
+                # Every process makes the same number of forward passes: a sharded model needs all of them.
                 number = min(first + rank, len(rows) - 1)
                 probe = self._probes[number]
                 difference = predict(probe.sample, probe.timestep, probe.prompts).float() - probe.prediction
@@ -222,13 +226,13 @@ class OutputProbe:
                     rows[number] = _mean_squares(difference)
         differences = torch.cat(rows)
         if world > 1:
-            distributed.all_reduce(differences)  # of one number and zeros: no rounding, the same on all
+            distributed.all_reduce(differences)  # Each sum has one term that is not zero, so nothing is rounded.
         squares = torch.cat([_mean_squares(probe.prediction) for probe in self._probes])
         timesteps = [probe.timestep.item() for probe in self._probes[: self.bins]]
         return OutputDrift(timesteps, self._by_bin(differences), self._by_bin(squares))
 
     def _by_bin(self, rows: Tensor) -> Tensor:
-        """Rows in the order of the probes, batch by batch and in it bin by bin, as (bins, chains)."""
+        """Reorder rows, which come batch by batch and bin by bin, as (bins, chains)."""
         batches = [len(probe.prompts) * self.bins for probe in self._probes[:: self.bins]]
         return torch.cat([batch.unflatten(0, (self.bins, -1)) for batch in rows.cpu().double().split(batches)], dim=1)
 

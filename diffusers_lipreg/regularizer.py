@@ -66,7 +66,7 @@ class BestCheckpoint:
         device = self.accelerator.device
         devices = [] if device.type == "cpu" else [device.index or 0]
         kind = "cuda" if device.type == "cpu" else device.type
-        with self.denoiser.evaluating(), torch.random.fork_rng(devices, device_type=kind), torch.no_grad():
+        with self.denoiser.eval_mode(), torch.random.fork_rng(devices, device_type=kind), torch.no_grad():
             torch.manual_seed(0)
             return self.accelerator.gather(self.subject_loss()).mean().item()
 

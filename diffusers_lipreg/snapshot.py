@@ -1,6 +1,6 @@
 """The teacher: the pretrained parameters theta_0, frozen and kept by name."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,26 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace("_orig_mod.", ""): p for name, p in unwrap(module).named_parameters()}
 
 
+def trained_parameters(module: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+    """Return the parameters of these names. Default: all that require a gradient.
+
+    Raises:
+        ValueError: A name that the module does not have.
+    """
+    parameters = named_parameters(module)
+    if names is None:
+        return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    names = list(names)
+    if unknown := set(names) - parameters.keys():
+        raise ValueError(f"The module has no parameter named {abbreviate(unknown)}; it has {abbreviate(parameters)}.")
+    return {name: parameters[name] for name in names}
+
+
+def is_adapter_layer(part: nn.Module) -> bool:
+    """Say whether `part` is a layer of PEFT, which need not be imported for this."""
+    return hasattr(type(part), "get_base_layer")
+
+
 def abbreviate(names: Iterable[str]) -> str:
     """List the first three names in alphabetical order, and the number of the others."""
     names = sorted(names)
@@ -38,7 +58,7 @@ def abbreviate(names: Iterable[str]) -> str:
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:
     """Return the narrowest dtype that represents every value exactly: float16, bfloat16 or the tensor's own."""
-    # The processes of a sharded tensor might not agree, for each sees other values.
+    # A sharded tensor keeps its dtype: processes see different values, and so might choose different dtypes.
     if tensor.dtype == torch.float32 and to_local(tensor) is tensor:
         for half in (torch.float16, torch.bfloat16):
             if all(torch.equal(part.to(half).to(part.dtype), part) for (part,) in slices(tensor)):
@@ -46,25 +66,33 @@ def exact_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+@torch.no_grad()
 def rounding_error(tensor: Tensor, dtype: torch.dtype) -> float:
     """Compute the root mean square, over the tensor's elements, of the change that rounding to `dtype` makes."""
-    squares = _squared_norm(tensor, lambda part: part.to(dtype).float() - part.float())
+    squares = _sum_of_squares(tensor, (part.to(dtype).float() - part.float() for (part,) in slices(tensor)))
     return (squares / max(1, tensor.numel())) ** 0.5
 
 
-def _squared_norm(tensor: Tensor, change: Callable[[Tensor], Tensor] = Tensor.float) -> float:
-    """Compute ||change(tensor)||^2 in float32, slice by slice to save memory."""
+def _sum_of_squares(tensor: Tensor, parts: Iterable[Tensor]) -> float:
+    """Add up the squares of parts in float32, over all processes that share `tensor`."""
     squares = torch.zeros((), device=tensor.device)
-    for (part,) in slices(tensor):
-        squares += change(part).square().sum()
+    for part in parts:
+        squares += part.square().sum()
     return all_reduce_sum(squares, tensor).item()
 
 
-def tensors_equal(one: Tensor, other: Tensor) -> bool:
-    """Say whether two tensors have one shape and the same values, whatever their dtypes."""
-    wide = torch.promote_types(one.dtype, other.dtype)
-    return one.shape == other.shape and all(
-        torch.equal(a.to(wide), b.to(a.device, wide)) for a, b in slices(one, other)
+@torch.no_grad()
+def _stored(name: str, parameter: Tensor, state_dict: Mapping[str, Tensor]) -> Tensor:
+    """Return the tensor of a state dict, after a check that it has the parameter's values, in whatever dtype."""
+    if to_local(parameter) is not parameter:
+        raise ValueError(f"{name} is sharded: the whole tensors of a state_dict cannot be its teacher.")
+    stored = state_dict.get(name)
+    if stored is not None and stored.shape == parameter.shape:
+        wide = torch.promote_types(stored.dtype, parameter.dtype)
+        if all(torch.equal(a.to(wide), b.to(a.device, wide)) for a, b in slices(parameter, stored)):
+            return stored
+    raise ValueError(
+        f"{name}: state_dict does not have the module's weights: is it another model, or a converted one?"
     )
 
 
@@ -102,19 +130,12 @@ class TeacherSnapshot:
         device: torch.device | str | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        parameters = named_parameters(module)
-        self.strict = names is None
-        chosen = [n for n, p in parameters.items() if p.requires_grad] if names is None else list(names)
-        if unknown := set(chosen) - set(parameters):
-            raise ValueError(
-                f"The module has no parameter named {abbreviate(unknown)}; it has {abbreviate(parameters)}."
-            )
-        if not chosen:
+        parameters = trained_parameters(module, names)
+        if not parameters:
             raise ValueError("There is nothing to copy: no parameter requires a gradient and no names were given.")
-        # PEFT's layers say so themselves, and PEFT need not be imported to ask them.
-        tuners: list[Any] = [part for part in module.modules() if hasattr(type(part), "get_base_layer")]
+        tuners: list[Any] = [part for part in module.modules() if is_adapter_layer(part)]
         adapters = {attribute for tuner in tuners for attribute in tuner.adapter_layer_names}
-        if of_adapters := [name for name in chosen if adapters.intersection(name.split("."))]:
+        if of_adapters := [name for name in parameters if adapters.intersection(name.split("."))]:
             raise ValueError(f"{of_adapters[0]} is part of an adapter: use AdapterSnapshot.")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"Expected a floating-point dtype, got {dtype}.")
@@ -122,41 +143,29 @@ class TeacherSnapshot:
             raise ValueError(
                 "The weights of state_dict are held as they are: give a dtype or device, or state_dict, not both."
             )
+        self.strict = names is None
         self.dtype = dtype
+        self.device = None if device is None else torch.device(device)
         if state_dict is None:
-            self.device = None if device is None else torch.device(device)
-            self._teacher = {name: self._store(parameters[name]) for name in chosen}
+            self._teacher = {name: self._copy(parameter) for name, parameter in parameters.items()}
         else:
             self.device = torch.device("cpu")
-            self._teacher = {name: self._check_stored(name, parameters[name], state_dict) for name in chosen}
+            self._teacher = {name: _stored(name, parameter, state_dict) for name, parameter in parameters.items()}
 
     def __repr__(self) -> str:
         return f"TeacherSnapshot({len(self._teacher)} tensors)"
 
-    def _store(self, tensor: Tensor) -> Tensor:
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor to the snapshot's device and dtype, and pin it if it came from a GPU into host memory."""
         tensor = tensor.detach()
-        stored = tensor.to(device=self.device, dtype=self.dtype or exact_dtype(tensor), copy=True)
-        return (
-            stored.pin_memory()
-            if tensor.is_cuda and stored.device.type == "cpu" and to_local(stored) is stored
-            else stored
-        )
-
-    @staticmethod
-    @torch.no_grad()
-    def _check_stored(name: str, parameter: Tensor, state_dict: Mapping[str, Tensor]) -> Tensor:
-        if to_local(parameter) is not parameter:
-            raise ValueError(f"{name} is sharded: the whole tensors of a state_dict cannot be its teacher.")
-        if name not in state_dict or not tensors_equal(parameter, state_dict[name]):
-            raise ValueError(
-                f"{name}: state_dict does not have the module's weights: is it another model, or a converted one?"
-            )
-        return state_dict[name]
+        copy = tensor.to(device=self.device, dtype=self.dtype or exact_dtype(tensor), copy=True)
+        pin = tensor.is_cuda and copy.device.type == "cpu" and to_local(copy) is copy
+        return copy.pin_memory() if pin else copy
 
     @cached_property
     def squared_norm(self) -> float:
-        """||theta_0||^2, to which `drift_relative` compares."""
-        return sum(map(_squared_norm, self._teacher.values()))
+        """Return ||theta_0||^2, to which `drift_relative` compares."""
+        return sum(_sum_of_squares(t, (part.float() for (part,) in slices(t))) for t in self._teacher.values())
 
     def pairs(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each parameter of `module` with its teacher.
@@ -208,11 +217,6 @@ class TeacherSnapshot:
         """Move the stored tensors to `device`, where the snapshot stays if the module moves; return the snapshot."""
         self.device = torch.device(device)
         self._teacher = {name: teacher.to(self.device) for name, teacher in self._teacher.items()}
-        return self
-
-    def pin_memory(self) -> "TeacherSnapshot":
-        """Pin stored tensors in host memory, so that copying them to a GPU waits for nothing; return the snapshot."""
-        self._teacher = {name: teacher.pin_memory() for name, teacher in self._teacher.items()}
         return self
 
     def state_dict(self) -> dict[str, Tensor]:

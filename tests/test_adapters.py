@@ -197,31 +197,25 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-# One of each branch of a formula; the other starts are slow tests.
-BRANCHES = {
-    *(
-        "lora",
-        "all_layers",
-        "pissa",
-        "two_loras_one_continued",
-        "dora",
-        "dora_conv",
-        "dora_continued",
-        "dora_transposed",
-    ),
-    *("loha_random", "lokr", "lokr_conv", "two_lokrs"),
-}
-assert BRANCHES <= STARTS.keys()
-each_start = pytest.mark.parametrize(
-    "build",
-    [
-        pytest.param(build, id=name, marks=[] if name in BRANCHES else pytest.mark.slow)
+def starts(default: set[str]) -> pytest.MarkDecorator:
+    """Parametrize a test by all starts; those that are not in `default` are slow tests."""
+    assert default <= STARTS.keys()
+    params = [
+        pytest.param(build, id=name, marks=[] if name in default else pytest.mark.slow)
         for name, build in STARTS.items()
-    ],
+    ]
+    return pytest.mark.parametrize("build", params)
+
+
+FORMULAS = {"two_loras_one_continued", "dora_continued", "lokr"}
+each_formula = starts(FORMULAS)
+each_branch = starts(
+    FORMULAS
+    | {"lora", "all_layers", "pissa", "dora", "dora_conv", "dora_transposed", "loha_random", "lokr_conv", "two_lokrs"}
 )
 
 
-@each_start
+@each_branch
 def test_the_reference_is_pefts_merge(build):
     net = build().double()
     train_(net)
@@ -231,10 +225,17 @@ def test_the_reference_is_pefts_merge(build):
         torch.testing.assert_close(layer.get_base_layer().weight, expected[name])
 
 
-@each_start
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
-def test_product_and_its_gradient(build, dtype, tolerance):
-    net = build().to(dtype)
+@each_branch
+def test_product_and_its_gradient(build):
+    check_product(build(), torch.float32, 1e-5)
+
+
+@each_formula
+def test_product_and_its_gradient_in_float64(build):
+    check_product(build().double(), torch.float64, 1e-10)
+
+
+def check_product(net: Net, dtype: torch.dtype, tolerance: float) -> None:
     snapshot, reference = AdapterSnapshot(net), Reference(net)
     train_(net)
     value, expected = reference(net)
@@ -245,7 +246,7 @@ def test_product_and_its_gradient(build, dtype, tolerance):
     assert_close(gradients(net), expected, tolerance)
 
 
-@each_start
+@each_branch
 def test_zero_at_the_start_with_zero_gradient(build):
     """Not NaN either, though every LoRA starts where a norm has no derivative."""
     net = build()
@@ -256,7 +257,7 @@ def test_zero_at_the_start_with_zero_gradient(build):
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients(net).values())
 
 
-@each_start
+@each_branch
 def test_small_drifts_keep_their_digits(build):
     """To 1e-4, at a millionth of the weights' norm; the factors are the float32 that an optimizer would leave."""
     net = build()
@@ -280,7 +281,7 @@ def test_small_drifts_keep_their_digits(build):
 
 
 @pytest.mark.parametrize("reduction", AdapterSnapshot.reductions)
-@each_start
+@each_formula
 def test_the_gradient_in_place_is_that_of_autograd(build, reduction):
     net = build()
     snapshot, reference = AdapterSnapshot(net), Reference(net)
@@ -304,7 +305,7 @@ def test_the_gradient_in_place_is_that_of_autograd(build, reduction):
 
 
 @pytest.mark.parametrize("reduction", AdapterSnapshot.reductions)
-@each_start
+@each_formula
 def test_weight_zero_only_measures(build, reduction):
     net = build()
     snapshot = AdapterSnapshot(net)
@@ -411,7 +412,7 @@ def test_half_precision_neither_overflows_nor_underflows(dtype):
             assert_close({name: gradient}, {name: 1e6 * expected[name]}, 1e-2)
 
 
-@each_start
+@each_formula
 def test_half_precision_and_autocast_cost_no_digits(build):
     """The base weight in bf16, its adapters in bf16 too: the value is that of float64 on the same numbers."""
     net = build().bfloat16()

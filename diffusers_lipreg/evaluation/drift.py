@@ -220,8 +220,8 @@ class DriftMeter:
         drift = self.probe.measure(pipeline_denoiser(personalized))
         if not math.isfinite(drift.output_drift_relative):
             raise RunError("--personalized: its predictions are not numbers.")
-        chains = drift.differences.shape[1]
-        errors = drift.differences.std(dim=1) / math.sqrt(chains) / drift.squares.mean(dim=1)
+        chains = drift.squared_error.shape[1]
+        errors = drift.squared_error.std(dim=1) / math.sqrt(chains) / drift.squared_reference.mean(dim=1)
         return {
             "output_drift": drift.output_drift,
             "output_drift_relative": drift.output_drift_relative,
