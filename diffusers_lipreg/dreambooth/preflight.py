@@ -149,11 +149,12 @@ def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
     if vae is not None:
         with loading(args, ("pretrained_vae_model_name_or_path",)), accelerator.local_main_process_first():
             others["vae"] = _fetch_vae(vae)
-            _check_part(others["vae"], AutoencoderKL, args.variant)
+            check_part(others["vae"], AutoencoderKL, args.variant)
     with loading(args, BASE_FLAGS):
         folder, commit = _find_index(args, accelerator)
         index = read_json(folder / INDEX)
-        pipeline_class, classes = _read_index(index, sdxl)
+        pipeline_class, classes = find_classes(index)
+        _check_index(index, pipeline_class, classes, sdxl)
         title = folder.resolve().name if commit is None else args.pretrained_model_name_or_path
         folders = {name: folder / name for name in classes} | others
         base = Base(title, commit, args.variant, index, pipeline_class, classes, folders)
@@ -166,7 +167,7 @@ def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
             check_kind(base, args, sdxl)
             if files:
                 _fetch_weights(base, parts, files)
-        variants = {_check_part(folders[name], classes[name], args.variant) for name in parts}
+        variants = {check_part(folders[name], classes[name], args.variant) for name in parts}
         if args.variant not in variants:
             raise ValueError("no part has weight files of this variant.")
         for name in parts:
@@ -201,27 +202,39 @@ def _find_index(args: Namespace, accelerator: Accelerator) -> tuple[Path, str | 
         raise ValueError(f"no such folder, and not on the Hub: {one_line(error)}") from error
 
 
-def _read_index(index: dict[str, Any], sdxl: bool) -> tuple[type[DiffusionPipeline], dict[str, type]]:
-    """Return the class of the pipeline and of each of its parts: of diffusers and transformers, never of other code."""
+def find_classes(index: dict[str, Any]) -> tuple[type[DiffusionPipeline], dict[str, type]]:
+    """Return the class of a pipeline and of each of its parts, all from diffusers or transformers.
+
+    Raises:
+        ValueError: The index names a class that the installed libraries do not have, such as one in the pipeline's files.
+    """
     name = index.get("_class_name")
     pipeline_class = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)):
         raise ValueError(f"its {INDEX} names no pipeline of the installed diffusers (_class_name: {name}).")
-    expected = signature(pipeline_class).parameters
-    given = {part: index[part] for part in expected if isinstance(index.get(part), list) and index[part][:1] != [None]}
-    if "unet" not in given or "scheduler" not in given:
+    given = {part: index[part] for part in signature(pipeline_class).parameters if isinstance(index.get(part), list)}
+    return pipeline_class, {part: _find_class(part, value) for part, value in given.items() if value[:1] != [None]}
+
+
+def _check_index(
+    index: dict[str, Any], pipeline_class: type[DiffusionPipeline], classes: dict[str, type], sdxl: bool
+) -> None:
+    """Refuse a pipeline without the parts that training needs."""
+    name = pipeline_class.__name__
+    if "unet" not in classes or "scheduler" not in classes:
         raise ValueError(f"it is a {name}, without a UNet. These scripts train Stable Diffusion 1, 2 and XL.")
-    if ("text_encoder_2" in given) != sdxl:
+    if ("text_encoder_2" in classes) != sdxl:
         script = "train_dreambooth_lipreg.py" if sdxl else "train_dreambooth_lora_lipreg_sdxl.py"
         raise ValueError(f"it is a {name}, with another number of text encoders: use {script}.")
-    required = {part for part, value in expected.items() if value.default is Parameter.empty}
+    required = {
+        part for part, value in signature(pipeline_class).parameters.items() if value.default is Parameter.empty
+    }
     for part in (
         *(TRAINING_PARTS if sdxl else ("text_encoder", "tokenizer")),
         *required - {*pipeline_class._optional_components},
     ):
-        if part not in given and (part in TRAINING_PARTS or part not in index):
+        if part not in classes and (part in TRAINING_PARTS or part not in index):
             raise ValueError(f"it is a {name} without {part}, which training needs.")
-    return pipeline_class, {part: _find_class(part, value) for part, value in given.items()}
 
 
 def _find_class(part: str, value: Any) -> type:
@@ -272,8 +285,12 @@ def _fetch_vae(model: str) -> Path:
     return Path(snapshot_download(model, allow_patterns=["config.json", weights]))
 
 
-def _check_part(folder: Path, part_class: type, variant: str | None) -> str | None:
-    """Refuse a part that is not whole, or brings code; return the variant of its weights."""
+def check_part(folder: Path, part_class: type, variant: str | None) -> str | None:
+    """Refuse a part that is not whole, runs code, or reads files elsewhere; return the variant of its weights.
+
+    Args:
+        variant: The variant to prefer.
+    """
     name = folder.name
     if (folder / "adapter_config.json").exists():  # transformers would load them, and what they name
         raise ValueError(f"{name} holds adapters beside the model: merge them into it first.")
