@@ -174,7 +174,10 @@ def probe_denoiser(
 def held_out_batch(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
 ) -> dict[str, Any]:
-    """Return crops of up to four photos as a batch of its own, which training never sees. Call it before `encode_prompts`."""
+    """Return a batch of close crops of up to four photos, which training never sees.
+
+    Call it before `TrainingRun.prepare`, which may free the VAE.
+    """
     pixels = data.held_out_crops([photo.open for photo in photos[:4]], args.resolution)
     batch = latents.encode_batch(models.vae, pixels, accelerator.device)
     return batch | {"prompts": [photo.prompt for photo in photos[:4]], "has_class_images": False}
@@ -237,7 +240,7 @@ def validate(
     global_step: int,
 ) -> list[Image.Image]:
     """Sample images from the current weights and log them; every process has to call it."""
-    full_models = checkpoints.whole(accelerator, models.unwrapped)
+    full_models = checkpoints.gather_full_models(accelerator, models.unwrapped)
     if not accelerator.is_main_process:
         return []
     parts = {"text_encoder": models.text_encoder, **full_models, "tokenizer": models.tokenizer}

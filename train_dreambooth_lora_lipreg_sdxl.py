@@ -96,7 +96,7 @@ class Models(TrainableModels):
         self.unet.requires_grad_(False).to(accelerator.device, dtype=self.weight_dtype)
         if args.enable_xformers_memory_efficient_attention:
             self.unet.enable_xformers_memory_efficient_attention()
-        self.trainable_names = list(lora.TARGETS) if args.train_text_encoder else ["unet"]
+        self.trainable_names = list(lora.LORA_TARGET_MODULES) if args.train_text_encoder else ["unet"]
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             if args.train_text_encoder:
@@ -183,7 +183,10 @@ def probe_denoiser(
 def held_out_batch(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
 ) -> dict[str, Any]:
-    """Return crops of up to four photos as a batch of its own, which training never sees."""
+    """Return a batch of close crops of up to four photos, which training never sees.
+
+    Call it before `TrainingRun.prepare`, which may free the VAE.
+    """
     pixels = data.held_out_crops([photo.open for photo in photos[:4]], args.resolution)
     time_ids = torch.tensor([[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]])
     return latents.encode_batch(models.vae, pixels, accelerator.device) | {
@@ -266,7 +269,7 @@ def validate(
         return []
     parts = {"vae": load_vae(base) if latents.is_freed(models.vae) else models.vae}
     if not final:
-        for name in lora.TARGETS:
+        for name in lora.LORA_TARGET_MODULES:
             if getattr(models, name) is not None:
                 parts[name] = checkpoints.unwrap(accelerator, getattr(models, name))
     pipeline = base.pipeline(models.weight_dtype, **parts)
@@ -325,7 +328,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     held_out = held_out_batch(args, accelerator, models, run.photos) if args.keep_best else {}
     denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
     prompt_embeds, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
-    run.prepare(models, data.PreparedPhotos(run.photos, args.repeats, run.class_images, run.transform))
+    run.prepare(models, data.SDXLDreamBoothDataset(run.photos, args.repeats, run.class_images, run.transform))
 
     # Remember the pretrained model, then go on from a checkpoint.
     regularizer = DriftRegularizer.from_args(

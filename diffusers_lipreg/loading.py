@@ -26,9 +26,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import nn
 
+from .dreambooth.base import check_part, find_classes
 from .dreambooth.models import Base, read_json
 from .dreambooth.output import INDEX
-from .dreambooth.preflight import check_part, find_classes
 from .errors import RunError, as_run_error, one_line, read_lines
 from .probe import PROMPTS, OutputDrift, OutputProbe, pipeline_denoiser
 

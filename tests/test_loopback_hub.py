@@ -378,6 +378,7 @@ def push_and_pull_pipeline(folder: str) -> None:
     CLIPTextModel.from_pretrained("alice/full", subfolder="text_encoder")
 
 
+@pytest.mark.slow  # test_train_dreambooth_lipreg.py loads by name, too
 def test_diffusers_loads_a_pipeline_and_an_adapter_by_name(hub: LoopbackHub, tmp_path: Path) -> None:
     run_with(hub.environment(tmp_path / "home", token="hf_alice"), push_and_pull_pipeline, str(tmp_path / "out"))
     assert {"alice/full", "alice/lora"} == set(hub.repos)

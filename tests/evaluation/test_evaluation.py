@@ -123,19 +123,36 @@ def test_adapters_of_sdxl(evaluate, sdxl_lora):
     assert all("lora" not in name for name in subject["drift"]["parameters"]["unet"]["by_tensor"])
 
 
+def test_pipelines_from_the_hub(arguments, hub, lora, tmp_path):
+    """Base and adapters named by repository: the scores of the same things in folders."""
+    named = push(hub, base=PARITY / "pipeline", personalized=lora)
+    command.run([*arguments, *ONE, *named, "--output_dir", str(tmp_path / "elsewhere")])
+    command.run([*arguments, *ONE, "--personalized", str(lora)])
+    assert_same_report(tmp_path)
+
+
+@pytest.mark.slow
 def test_everything_from_the_hub(arguments, hub, lora, clip, dino, tmp_path):
-    """Base, adapters and encoders named by repository, in a new process: the scores of the same things in folders."""
+    """The encoders, too, in a new process."""
+    named = push(hub, base=PARITY / "pipeline", personalized=lora, clip=clip, dino=dino)
+    words = [*arguments, *ONE, *named, "--output_dir", str(tmp_path / "elsewhere")]
+    ran = execute("-m", "diffusers_lipreg.evaluation", *words, env=hub.environment(tmp_path / "home"))
+    assert ran.returncode == 0, ran.stderr
+    command.run([*arguments, *ONE, "--personalized", str(lora)])
+    assert_same_report(tmp_path)
+
+
+def push(hub, **folders) -> list[str]:
+    """Push each folder to a repository of its name, and return the flags that name the repositories."""
     api, named = HfApi(endpoint=hub.url, token="hf_alice"), []
-    for name, folder in {"base": PARITY / "pipeline", "personalized": lora, "clip": clip, "dino": dino}.items():
+    for name, folder in folders.items():
         repository = api.create_repo(f"alice/{folder.name}").repo_id
         api.upload_folder(repo_id=repository, folder_path=folder)
         named += [f"--{name}", repository]
-    named += ["--output_dir", str(tmp_path / "elsewhere")]
-    ran = execute(
-        "-m", "diffusers_lipreg.evaluation", *arguments, *ONE, *named, env=hub.environment(tmp_path / "home")
-    )
-    assert ran.returncode == 0, ran.stderr
-    command.run([*arguments, *ONE, "--personalized", str(lora)])
+    return named
+
+
+def assert_same_report(tmp_path) -> None:
     from_hub, from_folders = (
         json.loads((tmp_path / name / "report.json").read_text().replace("alice/", ""))["subjects"]["sks_dog"]
         for name in ("elsewhere", "out")
