@@ -131,6 +131,7 @@ def _none_if_nan(value: float) -> float | None:
 
 
 def _report_weights(changes: Mapping[str, WeightChange]) -> dict[str, Any]:
+    """Return the change of all tensors together, by block, and by tensor."""
     blocks: dict[str, list[WeightChange]] = {}
     for name, change in changes.items():
         block = re.findall(r".*?\.\d+(?=\.)|\w+", name)[0]  # "down_blocks.0", "conv_in"

@@ -1,4 +1,4 @@
-"""The command from its arguments to its reports, on tiny pipelines with tiny encoders; what it refuses, in one line."""
+"""Run the command from its arguments to its reports, on tiny pipelines with tiny encoders."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def evaluate(arguments, tmp_path, monkeypatch) -> Evaluate:
 
 @pytest.fixture
 def refuse(arguments, monkeypatch, capsys) -> Callable[..., str]:
-    """Runs the command to the one line that it ends with."""
+    """Return the one line that the command ends with."""
 
     def run(*more: str) -> str:
         capsys.readouterr()
@@ -62,7 +62,7 @@ def refuse(arguments, monkeypatch, capsys) -> Callable[..., str]:
 
 
 class Page(HTMLParser):
-    """Every address that a page refers to, and how often each tag is open at the end."""
+    """Collect the addresses and tags of a page, and count the tags that stay open."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def assert_same_report(tmp_path) -> None:
 
 
 def test_a_run_that_was_interrupted_goes_on(evaluate, arguments, tmp_path, monkeypatch, capsys):
-    """It says how, draws what is missing and nothing else, and reports what a run without interruption does."""
+    """It prints the command, then generates the missing images alone, and reports the same numbers."""
     whole = evaluate(*ONE)
     images = tmp_path / "out" / "images"
     times = {path: path.stat().st_mtime_ns for path in images.rglob("*.png")}

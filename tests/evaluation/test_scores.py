@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def noise_images(folder: Path, count: int, seed: int, size: tuple[int, int] = (48, 40)) -> list[Path]:
-    """Smooth random pictures: of pixel noise, resizing would leave one gray."""
+    """Smooth random pictures: resizing noise would leave one gray."""
     generator, paths = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
