@@ -54,7 +54,8 @@ def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
     with loading(args, BASE_FLAGS):
         folder, commit = _find_index(args, accelerator)
         index = read_json(folder / INDEX)
-        pipeline_class, classes = _read_index(index, sdxl)
+        pipeline_class, classes = find_classes(index)
+        _check_index(index, pipeline_class, classes, sdxl)
         title = folder.resolve().name if commit is None else args.pretrained_model_name_or_path
         folders = {name: folder / name for name in classes} | others
         base = Base(title, commit, args.variant, index, pipeline_class, classes, folders)
@@ -67,7 +68,7 @@ def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
             check_kind(base, args, sdxl)
             if files:
                 _fetch_weights(base, parts, files)
-        variants = {_check_part(folders[name], classes[name], args.variant) for name in parts}
+        variants = {check_part(folders[name], classes[name], args.variant) for name in parts}
         if args.variant not in variants:
             raise ValueError("no part has weight files of this variant.")
         for name in parts:
@@ -84,7 +85,7 @@ def _check_other_parts(args: Namespace, accelerator: Accelerator) -> dict[str, P
     tokenizer = vars(args).get("tokenizer_name")
     if tokenizer is not None and Path(tokenizer).is_dir():
         with loading(args, ("tokenizer_name",)):
-            _check_part(Path(tokenizer), PreTrainedTokenizerBase, None)
+            check_part(Path(tokenizer), PreTrainedTokenizerBase, None)
     vae = vars(args).get("pretrained_vae_model_name_or_path")
     if vae is None:
         return {}
@@ -93,7 +94,7 @@ def _check_other_parts(args: Namespace, accelerator: Accelerator) -> dict[str, P
         if not folder.is_dir():
             weights = f"{Path(SAFETENSORS_WEIGHTS_NAME).stem}*.safetensors*"
             folder = Path(snapshot_download(vae, allow_patterns=["config.json", weights]))
-        _check_part(folder, AutoencoderKL, args.variant)
+        check_part(folder, AutoencoderKL, args.variant)
     return {"vae": folder}
 
 
@@ -122,25 +123,34 @@ def _find_index(args: Namespace, accelerator: Accelerator) -> tuple[Path, str | 
         raise ValueError(f"no such folder, and not on the Hub: {one_line(error)}") from error
 
 
-def _read_index(index: dict[str, Any], sdxl: bool) -> tuple[type[DiffusionPipeline], dict[str, type]]:
-    """Return the class of the pipeline and those of its parts, which diffusers and transformers have to define."""
+def find_classes(index: dict[str, Any]) -> tuple[type[DiffusionPipeline], dict[str, type]]:
+    """Return the class of the pipeline and those of its parts, which diffusers and transformers have to define.
+
+    Raises:
+        ValueError: They do not define a class, such as one that comes with the pipeline.
+    """
     name = index.get("_class_name")
     pipeline_class: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)):
         raise ValueError(f"its {INDEX} names no pipeline of the installed diffusers (_class_name: {name}).")
-    expected = signature(pipeline_class).parameters
-    given = {part: index[part] for part in expected if isinstance(index.get(part), list) and index[part][:1] != [None]}
-    if "unet" not in given or "scheduler" not in given:
+    given = {part: index[part] for part in signature(pipeline_class).parameters if isinstance(index.get(part), list)}
+    return pipeline_class, {part: _find_class(part, value) for part, value in given.items() if value[:1] != [None]}
+
+
+def _check_index(index: dict[str, Any], pipeline_class: Any, classes: dict[str, type], sdxl: bool) -> None:
+    """Refuse a pipeline without the parts that training needs."""
+    name = pipeline_class.__name__
+    if "unet" not in classes or "scheduler" not in classes:
         raise ValueError(f"it is a {name}, without a UNet. These scripts train Stable Diffusion 1, 2 and XL.")
-    if ("text_encoder_2" in given) != sdxl:
+    if ("text_encoder_2" in classes) != sdxl:
         script = "train_dreambooth_lipreg.py" if sdxl else "train_dreambooth_lora_lipreg_sdxl.py"
         raise ValueError(f"it is a {name}, with another number of text encoders: use {script}.")
+    expected = signature(pipeline_class).parameters
     required = {part for part, value in expected.items() if value.default is Parameter.empty}
-    required -= {*pipeline_class._optional_components}  # type: ignore[attr-defined]
+    required -= {*pipeline_class._optional_components}
     for part in (*(TRAINING_PARTS if sdxl else ("text_encoder", "tokenizer")), *required):
-        if part not in given and (part in TRAINING_PARTS or part not in index):
+        if part not in classes and (part in TRAINING_PARTS or part not in index):
             raise ValueError(f"it is a {name} without {part}, which training needs.")
-    return pipeline_class, {part: _find_class(part, value) for part, value in given.items()}
 
 
 def _find_class(part: str, value: list[Any]) -> type:
@@ -186,8 +196,15 @@ def _fetch_weights(base: Base, parts: Sequence[str], files: Sequence[str]) -> No
 # Check its files
 
 
-def _check_part(folder: Path, part_class: type, variant: str | None) -> str | None:
-    """Refuse a part that is not whole or brings code; return the variant of its weights."""
+def check_part(folder: Path, part_class: type, variant: str | None) -> str | None:
+    """Refuse a part that is not whole, runs code or reads a file elsewhere; return the variant of its weights.
+
+    Args:
+        variant: The variant to prefer.
+
+    Raises:
+        ValueError: Says what is wrong with which file.
+    """
     name = folder.name
     if (folder / "adapter_config.json").exists():  # transformers would load the adapters and the base they name
         raise ValueError(f"{name} holds adapters beside the model: merge them into it first.")

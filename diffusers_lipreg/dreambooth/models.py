@@ -67,7 +67,8 @@ class Base:
         part = part_class.from_pretrained(folder)
         if isinstance(part, PreTrainedTokenizerBase):
             part.init_kwargs["name_or_path"] = part.name_or_path = self.title
-            limit_length(part, self.text_config(name.replace("tokenizer", "text_encoder")))
+            encoder = name.replace("tokenizer", "text_encoder")
+            limit_length(part, self.classes[encoder].config_class.from_pretrained(self.folders[encoder]))
         return part
 
     def pipeline(self, dtype: torch.dtype, **parts: Any) -> Any:
