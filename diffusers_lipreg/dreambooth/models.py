@@ -68,7 +68,8 @@ class Base:
         if isinstance(part, PreTrainedTokenizerBase):
             part.init_kwargs["name_or_path"] = part.name_or_path = self.title
             encoder = name.replace("tokenizer", "text_encoder")
-            limit_length(part, self.classes[encoder].config_class.from_pretrained(self.folders[encoder]))
+            encoder_class: Any = self.classes[encoder]
+            limit_length(part, encoder_class.config_class.from_pretrained(self.folders[encoder]))
         return part
 
     def pipeline(self, dtype: torch.dtype, **parts: Any) -> Any:
