@@ -50,7 +50,7 @@ from diffusers_lipreg.probe import PROMPTS
 from diffusers_lipreg.regularizer import DriftRegularizer, check_rounding
 
 logger = get_logger(__name__)
-PromptEmbeds = Callable[[Sequence[str]], Tensor]  # from a batch's prompts to (B, length, width)
+EmbedPrompts = Callable[[Sequence[str]], Tensor]  # from B prompts to prompt_embeds (B, length, width)
 
 
 def build_parser() -> OneLineParser:
@@ -97,7 +97,7 @@ class Models(TrainableModels):
         self.noise_scheduler = base.load("scheduler", DDPMScheduler)
         self.vae = base.load("vae") if "vae" in base.classes else None
         self.unet = base.load("unet")
-        self.in_channels = self.unet.config.in_channels  # the wrapped UNet has no configuration
+        self.in_channels = self.unet.config.in_channels  # DDP hides the configuration
         self.weight_dtype = setup.weight_dtype(accelerator)
         self.trainable_names = ["unet", "text_encoder"] if args.train_text_encoder else ["unet"]
         if args.enable_xformers_memory_efficient_attention:
@@ -117,6 +117,7 @@ class Models(TrainableModels):
             for model in self.trainable.values():
                 model.to(accelerator.device, dtype=self.weight_dtype)
             lora.add_adapters(args, self.trainable)
+        # With --pre_compute_text_embeddings the official script encodes on the CPU, in float32.
         if not args.train_text_encoder and not args.pre_compute_text_embeddings:
             self.text_encoder.to(accelerator.device, dtype=self.weight_dtype)
         if self.vae is not None:
@@ -126,13 +127,14 @@ class Models(TrainableModels):
 
 def encode_prompts(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
-) -> tuple[PromptEmbeds, dict[str, Any]]:
+) -> tuple[EmbedPrompts, dict[str, Any]]:
     """Return a lookup of prompt embeddings, and the inputs by which a pipeline samples the validation prompt.
 
     A text encoder that is not trained encodes everything here, and is freed.
     """
     encoder = models.prompt_encoder
     if args.train_text_encoder:
+        # The encoder is looked up at each step: what DDP wraps around it later averages its gradients.
         return lambda prompts: encoder.encode(models.text_encoder, prompts), {"prompt": args.validation_prompt}
     distinct = sorted({photo.prompt for photo in photos})
     class_prompt = [args.class_prompt] if args.with_prior_preservation else []
@@ -140,7 +142,7 @@ def encode_prompts(
         batches = [[prompt] for prompt in distinct + class_prompt]
     else:  # The official script encodes whole batches, and a batch of another size may round differently.
         batches = [distinct * args.train_batch_size + class_prompt * args.train_batch_size]
-    prompt_embeds = encoder.precompute(models.text_encoder, accelerator.device, batches)
+    embed_prompts = encoder.precompute(models.text_encoder, accelerator.device, batches)
     validation_inputs = {}
     if args.validation_prompt is not None:
         alone = encoder.precompute(models.text_encoder, accelerator.device, [[args.validation_prompt], [""]])
@@ -150,7 +152,7 @@ def encode_prompts(
         }
     models.text_encoder = models.tokenizer = None
     release_memory()
-    return prompt_embeds, validation_inputs
+    return embed_prompts, validation_inputs
 
 
 def probe_denoiser(
@@ -158,15 +160,15 @@ def probe_denoiser(
 ) -> Denoiser:
     """Return the unwrapped models as the probe calls them on its prompts. Call it before `encode_prompts`."""
     unet, text_encoder = models.unet, models.text_encoder
-    prompt_embeds: PromptEmbeds = partial(models.prompt_encoder.encode, text_encoder)
+    embed_prompts: EmbedPrompts = partial(models.prompt_encoder.encode, text_encoder)
     if not args.train_text_encoder:  # then the text encoder is freed
         batches = [[prompt] for prompt in prompts]
-        prompt_embeds = models.prompt_encoder.precompute(text_encoder, accelerator.device, batches)
+        embed_prompts = models.prompt_encoder.precompute(text_encoder, accelerator.device, batches)
 
     def denoise(noisy_latents: Tensor, timestep: Tensor, prompts: list[str]) -> Tensor:
-        embeds = torch.cat([prompt_embeds([prompt]) for prompt in prompts]).to(models.weight_dtype)
+        prompt_embeds = torch.cat([embed_prompts([prompt]) for prompt in prompts]).to(models.weight_dtype)
         timesteps = timestep.expand(len(noisy_latents))
-        return predict(args, models, unet, noisy_latents.to(models.weight_dtype), timesteps, embeds)
+        return predict(args, models, unet, noisy_latents.to(models.weight_dtype), timesteps, prompt_embeds)
 
     return Denoiser(denoise, list(models.trainable.values()))
 
@@ -174,7 +176,10 @@ def probe_denoiser(
 def held_out_batch(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
 ) -> dict[str, Any]:
-    """Return crops of up to four photos as a batch of its own, which training never sees. Call it before `encode_prompts`."""
+    """Return a batch of close crops of up to four photos; training sees the photos, but never these crops.
+
+    Call it before `TrainingRun.prepare`, which may free the VAE.
+    """
     pixels = data.held_out_crops([photo.open for photo in photos[:4]], args.resolution)
     batch = latents.encode_batch(models.vae, pixels, accelerator.device)
     return batch | {"prompts": [photo.prompt for photo in photos[:4]], "has_class_images": False}
@@ -195,20 +200,25 @@ def take_snapshot(args: argparse.Namespace, base: Base, models: Models, name: st
 
 
 def predict(
-    args: argparse.Namespace, models: Models, unet: nn.Module, noisy_latents: Tensor, timesteps: Tensor, embeds: Tensor
+    args: argparse.Namespace,
+    models: Models,
+    unet: nn.Module,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
 ) -> Tensor:
-    """Return the UNet's prediction (B, C, H, W) for noisy latents (B, C, H, W), timesteps (B,) and embeddings (B, L, D)."""
+    """Return the UNet's prediction (B, C, H, W) for noisy latents (B, C, H, W), timesteps (B,) and prompt_embeds (B, L, D)."""
     if models.in_channels == 2 * noisy_latents.shape[1]:  # an upscaler: it also sees the image to improve
         noisy_latents = torch.cat([noisy_latents, noisy_latents], dim=1)
     class_labels = timesteps if args.class_labels_conditioning == "timesteps" else None
-    model_pred = unet(noisy_latents, timesteps, embeds, class_labels=class_labels, return_dict=False)[0]
-    return model_pred.chunk(2, dim=1)[0] if model_pred.shape[1] == 6 else model_pred  # only the mean is trained
+    model_pred = unet(noisy_latents, timesteps, prompt_embeds, class_labels=class_labels, return_dict=False)[0]
+    return model_pred.chunk(2, dim=1)[0] if model_pred.shape[1] == 6 else model_pred  # IF also predicts a variance
 
 
 def denoising_loss(
-    args: argparse.Namespace, models: Models, batch: dict[str, Any], prompt_embeds: PromptEmbeds
+    args: argparse.Namespace, models: Models, batch: dict[str, Any], embed_prompts: EmbedPrompts
 ) -> Tensor:
-    """Return the loss || eps - eps_theta(z_t, t, c) ||^2 of a batch at random timesteps."""
+    """Return the DreamBooth loss of a batch at random timesteps: the squared error of model_pred for noise or velocity."""
     scheduler = models.noise_scheduler
     if models.vae is None:
         model_input = batch["pixel_values"].to(models.weight_dtype)
@@ -220,8 +230,9 @@ def denoising_loss(
     num_train_timesteps = scheduler.config.num_train_timesteps
     timesteps = torch.randint(0, num_train_timesteps, (len(model_input),), device=model_input.device)
     noisy_latents = scheduler.add_noise(model_input, noise, timesteps)
+    prompt_embeds = embed_prompts(batch["prompts"])
     return optimization.dreambooth_loss(
-        predict(args, models, models.unet, noisy_latents, timesteps, prompt_embeds(batch["prompts"])),
+        predict(args, models, models.unet, noisy_latents, timesteps, prompt_embeds),
         optimization.diffusion_target(scheduler, model_input, noise, timesteps),
         None if args.snr_gamma is None else optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma),
         args.prior_loss_weight if batch["has_class_images"] else None,
@@ -237,7 +248,7 @@ def validate(
     global_step: int,
 ) -> list[Image.Image]:
     """Sample images from the current weights and log them; every process has to call it."""
-    full_models = checkpoints.whole(accelerator, models.unwrapped)
+    full_models = checkpoints.gather_full_models(accelerator, models.unwrapped)
     if not accelerator.is_main_process:
         return []
     parts = {"text_encoder": models.text_encoder, **full_models, "tokenizer": models.tokenizer}
@@ -304,7 +315,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     # Encode what frozen models encode, and hand the rest to accelerate.
     held_out = held_out_batch(args, accelerator, models, run.photos) if args.keep_best else {}
     denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
-    prompt_embeds, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
+    embed_prompts, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
     run.prepare(models, data.DreamBoothDataset(run.photos, run.class_images, run.transform))
 
     # Remember the pretrained model, then go on from a checkpoint.
@@ -317,26 +328,26 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         noise_scheduler=models.noise_scheduler,
         shape=latents.latent_shape(models.vae, args.resolution),
         probe_prompts=probe_prompts,
-        subject_loss=partial(denoising_loss, args, models, held_out, prompt_embeds),
+        subject_loss=partial(denoising_loss, args, models, held_out, embed_prompts),
         save_best=partial(run.checkpoints.save_best, models.unwrapped, partial(save_weights, args)),
     )
-    run.resume(regularizer, "dreambooth")
+    run.start(regularizer, "dreambooth")
 
     for batch in run.batches(partial(validate, args, accelerator, run.base, models, validation_inputs)):
         with accelerator.accumulate(*models.trainable.values()):
-            loss = denoising_loss(args, models, batch, prompt_embeds)
+            loss = denoising_loss(args, models, batch, embed_prompts)
             run.check_finite(loss=loss)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                regularizer.add_gradient_()  # the new idea: + weight * d(drift)/d(theta)
+                regularizer.add_gradient_()  # the new line: it adds weight * d(drift)/d(theta)
                 run.clip_gradients()
             run.optimizer.step()
             run.lr_scheduler.step()
             run.optimizer.zero_grad(set_to_none=args.set_grads_to_none)
-        run.after_step(loss)
+        run.after_batch(loss)
 
-    penalty = run.save(partial(save_weights, args), partial(save_rest, args, run.base))
-    run.publish(penalty=penalty, **hub_metadata(args, models))
+    card_rows = run.save(partial(save_weights, args), partial(save_rest, args, run.base))
+    run.publish(card_rows=card_rows, **hub_metadata(args, models))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ from diffusers_lipreg.probe import PROMPTS
 from diffusers_lipreg.regularizer import DriftRegularizer
 
 logger = get_logger(__name__)
-PromptEmbeds = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # from a batch's prompts to embeddings and pooled ones
+EmbedPrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # from prompts to their embeddings, and pooled ones
 
 
 def build_parser() -> OneLineParser:
@@ -96,7 +96,7 @@ class Models(TrainableModels):
         self.unet.requires_grad_(False).to(accelerator.device, dtype=self.weight_dtype)
         if args.enable_xformers_memory_efficient_attention:
             self.unet.enable_xformers_memory_efficient_attention()
-        self.trainable_names = list(lora.TARGETS) if args.train_text_encoder else ["unet"]
+        self.trainable_names = list(lora.LORA_TARGET_MODULES) if args.train_text_encoder else ["unet"]
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             if args.train_text_encoder:
@@ -126,7 +126,7 @@ def load_vae(base: Base) -> AutoencoderKL:
 
 def encode_prompts(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
-) -> tuple[PromptEmbeds, dict[str, Any]]:
+) -> tuple[EmbedPrompts, dict[str, Any]]:
     """Return a lookup of prompt embeddings, and the inputs by which a pipeline samples the validation prompt.
 
     Text encoders that are not trained encode everything here, and are freed.
@@ -145,19 +145,19 @@ def encode_prompts(
         release_memory()
 
         def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-            embeds, pooled_embeds = zip(*(known[prompt] for prompt in prompts), strict=True)
-            return torch.cat(embeds), torch.cat(pooled_embeds)
+            prompt_embeds, pooled_prompt_embeds = zip(*(known[prompt] for prompt in prompts), strict=True)
+            return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds)
 
-    # With one prompt for all photos, the official script encodes it once and repeats the embeddings.
-    repeated = args.caption_column is None and len({photo.prompt for photo in photos}) == 1
+    # The official script encodes a prompt that all photos share once, and repeats the embeddings.
+    shared = args.caption_column is None and len({photo.prompt for photo in photos}) == 1
 
-    def prompt_embeds(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        encoded = list(dict.fromkeys(prompts)) if repeated else prompts
+    def embed_prompts(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        encoded = list(dict.fromkeys(prompts)) if shared else prompts
         repeats = len(prompts) // len(encoded)
-        embeds, pooled_embeds = encode(encoded)
-        return embeds.repeat_interleave(repeats, dim=0), pooled_embeds.repeat_interleave(repeats, dim=0)
+        prompt_embeds, pooled_prompt_embeds = encode(encoded)
+        return prompt_embeds.repeat_interleave(repeats, dim=0), pooled_prompt_embeds.repeat_interleave(repeats, dim=0)
 
-    return prompt_embeds, {"prompt": args.validation_prompt}
+    return embed_prompts, {"prompt": args.validation_prompt}
 
 
 def probe_denoiser(
@@ -172,10 +172,11 @@ def probe_denoiser(
 
     def denoise(noisy_latents: Tensor, timestep: Tensor, prompts: list[str]) -> Tensor:
         encoded = [encode((prompt,)) for prompt in prompts]
-        embeds, pooled_embeds = (torch.cat(parts).to(dtype) for parts in zip(*encoded, strict=True))
+        prompt_embeds, pooled_prompt_embeds = (torch.cat(parts).to(dtype) for parts in zip(*encoded, strict=True))
         time_ids = noisy_latents.new_tensor([[size, size, 0.0, 0.0, size, size]] * len(prompts), dtype=dtype)
-        conditions = {"time_ids": time_ids, "text_embeds": pooled_embeds}
-        return unet(noisy_latents.to(dtype), timestep, embeds, added_cond_kwargs=conditions, return_dict=False)[0]
+        conditions = {"time_ids": time_ids, "text_embeds": pooled_prompt_embeds}
+        noisy_latents = noisy_latents.to(dtype)
+        return unet(noisy_latents, timestep, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
 
     return Denoiser(denoise, list(models.trainable.values()))
 
@@ -183,7 +184,10 @@ def probe_denoiser(
 def held_out_batch(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
 ) -> dict[str, Any]:
-    """Return crops of up to four photos as a batch of its own, which training never sees."""
+    """Return a batch of close crops of up to four photos; training sees the photos, but never these crops.
+
+    Call it before `TrainingRun.prepare`, which may free the VAE.
+    """
     pixels = data.held_out_crops([photo.open for photo in photos[:4]], args.resolution)
     time_ids = torch.tensor([[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]])
     return latents.encode_batch(models.vae, pixels, accelerator.device) | {
@@ -198,8 +202,8 @@ def take_snapshot(args: argparse.Namespace, base: Base, models: Models, name: st
     return AdapterSnapshot(models.unwrapped[name])
 
 
-def sample_latents(args: argparse.Namespace, models: Models, batch: dict[str, Any]) -> Tensor:
-    """Sample latents (B, 4, H/8, W/8) of a batch, with the mean and scale that the UNet was trained on."""
+def sample_model_input(args: argparse.Namespace, models: Models, batch: dict[str, Any]) -> Tensor:
+    """Sample latents (B, 4, H/8, W/8) of a batch, and shift and scale them as the UNet expects."""
     model_input = latents.sample_latents(models.vae, batch)
     config = models.vae.config
     if config.latents_mean is not None and config.latents_std is not None:
@@ -209,15 +213,16 @@ def sample_latents(args: argparse.Namespace, models: Models, batch: dict[str, An
         )
         return ((model_input - mean) * config.scaling_factor / std).to(models.weight_dtype)
     model_input = model_input * config.scaling_factor
+    # The official script leaves the latents in float32 when another VAE is given.
     return model_input.to(models.weight_dtype) if args.pretrained_vae_model_name_or_path is None else model_input
 
 
 def denoising_loss(
-    args: argparse.Namespace, models: Models, batch: dict[str, Any], prompt_embeds: PromptEmbeds
+    args: argparse.Namespace, models: Models, batch: dict[str, Any], embed_prompts: EmbedPrompts
 ) -> Tensor:
     """Return the loss || eps - eps_theta(z_t, t, c) ||^2 of a batch at random timesteps, or EDM's loss."""
     scheduler = models.noise_scheduler
-    model_input = sample_latents(args, models, batch)
+    model_input = sample_model_input(args, models, batch)
     noise = torch.randn_like(model_input)
     num_train_timesteps = scheduler.config.num_train_timesteps
     if models.edm:
@@ -227,13 +232,13 @@ def denoising_loss(
     else:
         timesteps = torch.randint(0, num_train_timesteps, (len(model_input),), device=model_input.device)
     noisy_latents = scheduler.add_noise(model_input, noise, timesteps)
-    embeds, pooled_embeds = prompt_embeds(batch["prompts"])
+    prompt_embeds, pooled_prompt_embeds = embed_prompts(batch["prompts"])
     time_ids = batch["time_ids"].to(model_input.device, models.weight_dtype)
     model_pred = models.unet(
         optimization.edm_input(scheduler, noisy_latents, sigmas) if models.edm else noisy_latents,
         timesteps,
-        embeds,
-        added_cond_kwargs={"time_ids": time_ids, "text_embeds": pooled_embeds},
+        prompt_embeds,
+        added_cond_kwargs={"time_ids": time_ids, "text_embeds": pooled_prompt_embeds},
         return_dict=False,
     )[0]
     noise_weights = None
@@ -266,7 +271,7 @@ def validate(
         return []
     parts = {"vae": load_vae(base) if latents.is_freed(models.vae) else models.vae}
     if not final:
-        for name in lora.TARGETS:
+        for name in lora.LORA_TARGET_MODULES:
             if getattr(models, name) is not None:
                 parts[name] = checkpoints.unwrap(accelerator, getattr(models, name))
     pipeline = base.pipeline(models.weight_dtype, **parts)
@@ -324,8 +329,8 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     # Encode what frozen models encode, and hand the rest to accelerate.
     held_out = held_out_batch(args, accelerator, models, run.photos) if args.keep_best else {}
     denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
-    prompt_embeds, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
-    run.prepare(models, data.PreparedPhotos(run.photos, args.repeats, run.class_images, run.transform))
+    embed_prompts, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
+    run.prepare(models, data.SDXLDreamBoothDataset(run.photos, args.repeats, run.class_images, run.transform))
 
     # Remember the pretrained model, then go on from a checkpoint.
     regularizer = DriftRegularizer.from_args(
@@ -337,27 +342,27 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         noise_scheduler=models.noise_scheduler,
         shape=latents.latent_shape(models.vae, args.resolution),
         probe_prompts=probe_prompts,
-        subject_loss=partial(denoising_loss, args, models, held_out, prompt_embeds),
+        subject_loss=partial(denoising_loss, args, models, held_out, embed_prompts),
         save_best=partial(run.checkpoints.save_best, models.unwrapped, partial(save_weights, args)),
     )
-    run.resume(regularizer, "dreambooth-lora-playground" if models.playground else "dreambooth-lora-sd-xl")
+    run.start(regularizer, "dreambooth-lora-playground" if models.playground else "dreambooth-lora-sd-xl")
 
     validate_now = partial(validate, args, accelerator, run.base, models, validation_inputs)
     for batch in run.batches(validate_now):
         with accelerator.accumulate(*models.trainable.values()):
-            loss = denoising_loss(args, models, batch, prompt_embeds)
+            loss = denoising_loss(args, models, batch, embed_prompts)
             run.check_finite(loss=loss)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                regularizer.add_gradient_()  # the new idea: + weight * d(drift)/d(theta)
+                regularizer.add_gradient_()  # the new line: it adds weight * d(drift)/d(theta)
                 run.clip_gradients()
             run.optimizer.step()
             run.lr_scheduler.step()
             run.optimizer.zero_grad()
-        run.after_step(loss)
+        run.after_batch(loss)
 
-    penalty = run.save(partial(save_weights, args), partial(save_rest, args, run.base))
-    run.publish(penalty=penalty, validate=partial(validate_now, final=True), **hub_metadata(args, models))
+    card_rows = run.save(partial(save_weights, args), partial(save_rest, args, run.base))
+    run.publish(card_rows=card_rows, validate=partial(validate_now, final=True), **hub_metadata(args, models))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How every command of the package ends: with its result, or with one line that says what to mend."""
+"""End every command of the package with its result, or with one line that says what to mend."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-# A flag for a token, misspelled or not; and what looks like a token of the Hub.
+# TOKEN_FLAG finds flags for tokens, also misspelled ones; HUB_TOKEN finds words that look like tokens of the Hub.
 TOKEN_FLAG = re.compile(r"-{1,2}(hub(?![_-]?m)|[\w-]*token(?!iz))", re.I)
 HUB_TOKEN = re.compile(r"(?<![\w/.-])hf_\w+(?![\w/.-])")
 
 
 class RunError(Exception):
-    """A run that cannot start or go on. The message is one line: what is wrong and how to mend it."""
+    """An error that ends a run. The message is one line: what is wrong and how to mend it."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Answer a mistake with one line; the usage of 66 flags would bury it."""
+    """Answer a mistake with one line, without the usage of 66 flags, which would bury it."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Refuse unknown flags by name; what follows one may be a secret."""
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse the arguments. An error repeats unknown flags, but not their values, which may be secrets."""
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
             flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
@@ -35,7 +35,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)} (--help lists all flags)\n")
 
     def check_texts(self, args: argparse.Namespace) -> None:
-        """Refuse texts that are empty, prompts excepted, or no UTF-8, which files and models do not take."""
+        """Refuse values that are not UTF-8, and empty ones except prompts."""
         for name, text in vars(args).items():
             if text == "" and not name.endswith("prompt"):
                 self.error(f"--{name} is empty")
@@ -47,15 +47,15 @@ def run_cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace
     """Call `main(args)`. A `RunError` or `OSError` ends the process with one line on standard error and exit code 1.
 
     Args:
-        args: With `debug` set, the traceback is shown instead.
-        name: The command as the line names it; default: the file name of the script.
+        args: Its `debug` asks for the traceback instead.
+        name: The command that the line names; default: the file name of the script.
     """
-    from .hub_client import bound_waiting  # here, for only commands talk to the Hub
+    from .hub_client import bound_waiting  # imported late, since only commands talk to the Hub
 
     bound_waiting()
     try:
         main(args)
-    except (RunError, OSError) as error:  # the second of a disk or file that nothing nearer knew how to name
+    except (RunError, OSError) as error:  # an OSError comes from a disk or file that no other code has described
         if vars(args).get("debug"):
             raise
         sys.exit(f"{name or Path(sys.argv[0]).name}: error: {printable(str(error))}")
@@ -63,7 +63,7 @@ def run_cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace
 
 @contextmanager
 def as_run_error(describe: Callable[[Exception], str]) -> Iterator[None]:
-    """Turn whatever the block raises into a `RunError` with the line `describe(error)`; a `RunError` stays as it is."""
+    """Turn any exception in the block into a `RunError` with the line `describe(error)`. A `RunError` stays as it is."""
     try:
         yield
     except RunError:
@@ -73,15 +73,17 @@ def as_run_error(describe: Callable[[Exception], str]) -> Iterator[None]:
 
 
 def secrets() -> set[str]:
-    """Return what the command line may hold of tokens: what follows a flag for one, and what looks like one."""
-    flags = [TOKEN_FLAG.match(word) for word in sys.argv]
-    beside = [word.partition("=")[2] for word, flag in zip(sys.argv, flags, strict=True) if flag]
-    behind = [word for word, flag in zip(sys.argv[1:], flags, strict=False) if flag and not word.startswith("-")]
-    return {word for word in [*beside, *behind, *HUB_TOKEN.findall(" ".join(sys.argv))] if word}
+    """Return the words of the command line that may be tokens: values of flags for tokens, and what looks like one."""
+    found = set(HUB_TOKEN.findall(" ".join(sys.argv)))
+    for word, following in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+        if TOKEN_FLAG.match(word):
+            value = word.partition("=")[2] if "=" in word else following
+            found.add("" if value.startswith("-") else value)
+    return found - {""}
 
 
 def masked(text: str) -> str:
-    """Return the text with "***" for each token that it quotes: of the command line, the environment, or by its look."""
+    """Return the text with "***" in place of tokens: those of command line and environment, and what looks like one."""
     tokens = {*secrets(), os.environ.get("HF_TOKEN", ""), os.environ.get("HUGGING_FACE_HUB_TOKEN", "")}
     for token in sorted((token for token in tokens if len(token) > 3), key=len, reverse=True):
         text = text.replace(token, "***")
@@ -89,18 +91,21 @@ def masked(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message without line breaks and links to general advice, 300 characters at most."""
+    """Return an error's message in one line of at most 300 characters, without tokens and links to general advice."""
     text = re.sub(r"For more information check: \S+", "", masked(" ".join(str(error).split())))
     return text.strip()[:300] or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters, as a path may hold them, written out, and without tokens."""
+    """Return the text without tokens, and with control characters, which a path may hold, as escapes."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in masked(text))
 
 
 def read_lines(path: str | Path, flag: str) -> tuple[str, ...]:
-    """Read the lines of a text file, without empty ones. `flag` is what named the file.
+    """Return the lines of a text file without the empty ones.
+
+    Args:
+        flag: The flag that names the file, for errors.
 
     Raises:
         RunError: The file cannot be read as UTF-8, or holds no text.

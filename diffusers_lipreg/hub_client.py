@@ -1,4 +1,4 @@
-"""Bounded waiting for the Hub: its client has no time limit of its own, and waits as long as any server tells it to."""
+"""Bound the waits of the Hub's client, which has no time limit and waits as long as any server tells it to."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Any
 
 from huggingface_hub import get_session, set_client_factory
 
-ANSWER = 60.0  # seconds, for a connection and for each part of a request and its answer
+ANSWER = 60.0  # seconds for a connection, and for each part of a request and its answer
 RETRY_AFTER = 60  # seconds
 
 
 def bound_waiting() -> None:
-    """Give the client of huggingface_hub, which all downloads and uploads use, time limits; and Xet's, for large files."""
+    """Set time limits for all downloads and uploads of huggingface_hub, and for Xet, which moves large files."""
     os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{ANSWER:g}s")
     os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "2")
     client = get_session()
     hooks = client.event_hooks
     if _bound_answer in hooks["request"]:
         return
-    bounded = {"request": [*hooks["request"], _bound_answer], "response": [*hooks["response"], _bound_retry]}
-    kind, follow = type(client), client.follow_redirects  # httpx or httpx2, by the release of huggingface_hub
-    set_client_factory(lambda: kind(event_hooks=bounded, follow_redirects=follow))
+    bounded = {"request": hooks["request"] + [_bound_answer], "response": hooks["response"] + [_bound_retry]}
+    # The class is httpx's or httpx2's, depending on the release of huggingface_hub.
+    client_class, follow_redirects = type(client), client.follow_redirects
+    set_client_factory(lambda: client_class(event_hooks=bounded, follow_redirects=follow_redirects))
 
 
 def _bound_answer(request: Any) -> None:
@@ -32,9 +33,8 @@ def _bound_answer(request: Any) -> None:
 
 
 def _bound_retry(response: Any) -> None:
-    for header in ("Retry-After", "RateLimit"):  # the second says after how many seconds, as in "api";r=0;t=55
+    # A rate limit names its seconds as t: "api";r=0;t=55
+    for header, seconds in (("Retry-After", r"^\d+"), ("RateLimit", r"(?<=t=)\d+")):
         if header in response.headers:
-            seconds = re.compile(r"^\d+|(?<=t=)\d+")
-            response.headers[header] = seconds.sub(
-                lambda n: str(min(int(n[0]), RETRY_AFTER)), response.headers[header]
-            )
+            value = response.headers[header]
+            response.headers[header] = re.sub(seconds, lambda n: str(min(int(n[0]), RETRY_AFTER)), value)

@@ -1,17 +1,15 @@
-"""Less of a personalized model: theta_0 + alpha (theta - theta_0), for a given alpha or for a drift budget.
+"""Interpolate between base and personalized model: theta_0 + alpha (theta - theta_0), by alpha or by a drift budget.
 
     python -m diffusers_lipreg.interpolate --base MODEL --personalized sks-dog --output_dir sks-dog-0.7 --alpha 0.7
     python -m diffusers_lipreg.interpolate --base MODEL --personalized sks-dog --output_dir sks-dog-less --budget 0.02
 
-`--personalized` is a pipeline, or adapters of any tool: LoRA, LoHa and LoKr scale exactly; of DoRA the magnitudes are
+`--personalized` is a pipeline, or adapters of any tool. LoRA, LoHa and LoKr scale exactly; of DoRA the magnitudes are
 interpolated and the factors scaled. A file of adapters keeps its names and metadata, so that its own tool reads it.
-With `--budget`, alpha is found by bisection on the probe.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,24 +24,24 @@ from torch import Tensor
 from . import loading
 from .budget import WeightInterpolation, bisect_alpha
 from .dreambooth.lora import MAGNITUDE
-from .errors import OneLineParser, RunError, one_line, read_lines, run_cli
-from .probe import PROMPTS, OutputProbe, pipeline_denoiser
+from .errors import OneLineParser, RunError, one_line, run_cli
 
 NAME = "python -m diffusers_lipreg.interpolate"
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog=NAME, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--base", required=True, help="The pretrained pipeline: a folder or a Hub id.")
-    parser.add_argument("--revision", help="Its Git revision on the Hub.")
-    parser.add_argument("--variant", help="Variant of its weight files, for example fp16.")
-    parser.add_argument("--personalized", required=True, help="The personalized pipeline, or adapters for the base.")
-    parser.add_argument("--output_dir", required=True, help="Where the result goes: a new or an empty folder.")
+    flag = parser.add_argument
+    flag("--base", required=True, help="The pretrained pipeline: a folder or a Hub id.")
+    flag("--revision", help="Its Git revision on the Hub.")
+    flag("--variant", help="Variant of its weight files, for example fp16.")
+    flag("--personalized", required=True, help="The personalized pipeline, or adapters for the base.")
+    flag("--output_dir", required=True, help="Folder for the result, new or empty.")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--alpha", type=float, help="0 is the base, 1 the personalized model.")
-    target.add_argument("--budget", type=float, help="The largest relative output drift that is allowed.")
-    parser.add_argument("--probe_prompts", help="File with a prompt in each line to measure it on.")
-    parser.add_argument("--device", help="Default: the GPU, if there is one.")
+    target.add_argument("--budget", type=float, help="Largest output drift, a fraction: 0.02 is 2 %%.")
+    flag("--probe_prompts", help="File with a prompt in each line to measure the output drift on.")
+    flag("--device", help="Default: the GPU, if there is one.")
     args = parser.parse_args(arguments)
     parser.check_texts(args)
     if args.alpha is not None and not 0 <= args.alpha <= 2:
@@ -57,7 +55,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 @contextmanager
 def new_folder(name: str) -> Iterator[Path]:
-    """Yield a hidden folder to write into. It becomes `name` when the block is through, and is removed if that fails."""
+    """Yield a hidden folder to write into, which becomes `name` at the end of the block. An error removes it."""
     path = Path(name).resolve()
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -74,27 +72,24 @@ def new_folder(name: str) -> Iterator[Path]:
         raise RunError(f"--output_dir {name}: it cannot be written ({one_line(error)})") from error
 
 
-def choose_alpha(args: argparse.Namespace, base: Any, personalized: Callable[[float], Any]) -> float:
-    """Return `--alpha`, or the alpha at which the output drift of `personalized(alpha)`, a pipeline, is `--budget`."""
+def choose_alpha(args: argparse.Namespace, base: Any, set_alpha: Callable[[float], Any]) -> float:
+    """Return `--alpha`, or find the alpha at which the output drift is `--budget` by bisection.
+
+    Args:
+        set_alpha: Returns the personalized pipeline with the weights for an alpha.
+    """
     if args.budget is None:
         return args.alpha
-    loading.check_text_to_image(base)
-    config = base.unet.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    prompts = PROMPTS if args.probe_prompts is None else read_lines(args.probe_prompts, "--probe_prompts")
-    probe = OutputProbe(pipeline_denoiser(base), base.scheduler, shape, prompts=prompts, device=args.device)
+    probe = loading.record_probe(base, loading.read_probe_prompts(args.probe_prompts), args.device)
 
     def drift(alpha: float) -> float:
-        found = probe.measure(pipeline_denoiser(personalized(alpha))).output_drift_relative
-        if not math.isfinite(found):
-            raise RunError(f"--personalized {args.personalized}: its predictions are not numbers at alpha {alpha:g}.")
-        return found
+        return loading.measure_drift(probe, set_alpha(alpha), args.personalized).output_drift_relative
 
     return bisect_alpha(drift, args.budget)
 
 
 def interpolate_pipeline(args: argparse.Namespace, folder: Path) -> float:
-    """Write the pipeline between base and personalized into `folder`; return its alpha."""
+    """Write the pipeline between base and personalized into `folder` and return its alpha."""
     base = load_base(args)
     personalized = loading.load_pipeline("--personalized", args.personalized, torch.float32).to(args.device)
     loading.check_same_architecture(base, personalized, args.personalized)
@@ -105,52 +100,50 @@ def interpolate_pipeline(args: argparse.Namespace, folder: Path) -> float:
         for name, parameter in model.named_parameters()
     )
 
-    def at(alpha: float) -> Any:
+    def set_alpha(alpha: float) -> Any:
         change.set_alpha(alpha)
         return personalized
 
-    alpha = choose_alpha(args, base, at)
-    at(alpha).save_pretrained(folder)
+    alpha = choose_alpha(args, base, set_alpha)
+    set_alpha(alpha).save_pretrained(folder)
     return alpha
 
 
 def interpolate_adapters(args: argparse.Namespace, file: Path, folder: Path) -> float:
-    """Write the adapters between none and those of `file` into `folder`; return their alpha."""
+    """Write the adapters between none and those of `file` into `folder` and return their alpha."""
     with safe_open(file, "pt") as stored:
         weights, metadata = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()
     needs_base = args.budget is not None or any(MAGNITUDE in name for name in weights)
-    base = load_base(args) if needs_base else None
-    change = WeightInterpolation(pairs_of_adapters(weights, base))
+    base: Any = load_base(args) if needs_base else None
+    change = WeightInterpolation(pair_with_starts(weights, base))
     result = folder / file.name
 
     def write(alpha: float) -> None:
         change.set_alpha(alpha)
         save_file(weights, result, metadata=metadata)
 
-    def at(alpha: float) -> Any:
+    def set_alpha(alpha: float) -> Any:
         write(alpha)
         base.unload_lora_weights()
         loading.load_adapters(base, result, args.personalized)
         return base
 
-    alpha = choose_alpha(args, base, at)
+    alpha = choose_alpha(args, base, set_alpha)
     write(alpha)
     return alpha
 
 
 def load_base(args: argparse.Namespace) -> Any:
-    """Load the base in float32, ready to be measured."""
-    pipeline = loading.load_pipeline(
-        "--base", args.base, torch.float32, args.revision, args.variant, safety_checker=None
-    )
-    return pipeline.to(args.device)
+    """Load the base in float32 onto `args.device`, without a safety checker."""
+    options = {"revision": args.revision, "variant": args.variant, "safety_checker": None}
+    return loading.load_pipeline("--base", args.base, torch.float32, **options).to(args.device)
 
 
-def pairs_of_adapters(weights: dict[str, Tensor], base: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the adapter tensors to interpolate with what they start from.
+def pair_with_starts(weights: dict[str, Tensor], base: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the tensors of adapters to interpolate, each with its value at alpha 0.
 
-    The change is a product, so one factor of each layer is enough. DoRA's magnitudes start as the norms of the base
-    weight's rows.
+    The change of a layer is a product, so one factor of it is enough. DoRA's magnitudes are the norms of the base
+    weight's rows at alpha 0.
     """
     for name, tensor in weights.items():
         if loading.UP.search(name):
@@ -160,9 +153,10 @@ def pairs_of_adapters(weights: dict[str, Tensor], base: Any) -> Iterator[tuple[T
 
 
 def row_norms(base: Any, name: str, magnitudes: Tensor) -> Tensor:
-    """Return the norm of each row of the base weight that the magnitudes `name` are for, in their shape."""
+    """Return the norms of the rows of the base weight that the magnitudes `name` belong to, in their shape."""
     part, _, layer = name.partition(MAGNITUDE)[0].partition(".")
-    parameters = dict(loading.networks(base)[part].named_parameters()) if part in loading.networks(base) else {}
+    network = loading.networks(base).get(part)
+    parameters = {} if network is None else dict(network.named_parameters())
     for known in (f"{layer}.weight", f"{layer.removeprefix('text_model.')}.weight"):
         if known in parameters and len(parameters[known]) == magnitudes.numel():
             return parameters[known].detach().float().flatten(1).norm(dim=1).to(magnitudes).view_as(magnitudes)
@@ -170,6 +164,7 @@ def row_norms(base: Any, name: str, magnitudes: Tensor) -> Tensor:
 
 
 def interpolate(args: argparse.Namespace) -> None:
+    """Write the result to `--output_dir` and print its alpha."""
     loading.silence_libraries()
     args.device = loading.find_device(args.device)
     with new_folder(args.output_dir) as folder:

@@ -1,11 +1,13 @@
-"""What `evaluation` and `interpolate` load for a user: a pipeline, adapters of any tool for it, and a device.
+"""Load what a user of `evaluation` or `interpolate` names: a pipeline, adapters of any tool, a device.
 
-Whatever a loader raises becomes a `RunError` here. Weights are read from safetensors alone: a pickle can run code.
+A pipeline may be somebody else's. Its files are checked as training checks its base, and weights are read from
+safetensors alone, so that nothing in it runs code or names a file elsewhere. Every error becomes a `RunError`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from contextlib import AbstractContextManager
@@ -24,30 +26,33 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import nn
 
-from .errors import RunError, as_run_error, one_line
+from .dreambooth.base import check_part, find_classes
+from .dreambooth.models import Base, read_json
+from .dreambooth.output import INDEX
+from .errors import RunError, as_run_error, one_line, read_lines
+from .probe import PROMPTS, OutputDrift, OutputProbe, pipeline_denoiser
 
-INDEX = DiffusionPipeline.config_name
-# Between the name of a layer and those of its factors: PEFT's, diffusers' before it, kohya's and LyCORIS'.
+# Separates the name of a layer from those of its factors: PEFT's, diffusers' older ones, kohya's and LyCORIS'.
 FACTOR = re.compile(r"[._](?:lora[._]|lora_linear_layer\.|hada_|lokr_|alpha$)")
-# The one factor of a layer, or a bias beside it, that its change is proportional to.
+# Matches the one factor of a layer, and the bias, that its change is proportional to.
 UP = re.compile(r"(?:[._]up\.weight|\.lora_B\.(?:weight|bias)|\.hada_w1_a|\.lokr_w1(?:_a)?)$")
 
 
 def one_line_errors(what: str) -> AbstractContextManager[None]:
-    """Turn whatever the block raises into one line that begins with `what`."""
+    """Turn any error in the block into one line that begins with `what`."""
     return as_run_error(lambda error: f"{what} ({one_line(error)})")
 
 
 def silence_libraries() -> None:
-    """Silence the progress bars and warnings of diffusers and transformers, which tell a user nothing to act on."""
+    """Silence the progress bars and warnings of diffusers and transformers, on which a user cannot act."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the device of that name, or the one that accelerate would choose; refuse one that holds no numbers."""
-    default = PartialState().device  # accelerate's loggers need the state, too
+    """Return the device of that name, or the one that accelerate chooses; refuse a device that holds no numbers."""
+    default = PartialState().device  # accelerate's loggers need the state in any case
     with one_line_errors(f"--device {name}: it cannot be used"):
         device = default if name is None else torch.device(name)
         torch.zeros(1, device=device).item()
@@ -60,25 +65,28 @@ def load_pipeline(
     """Load a pipeline from a folder or the Hub.
 
     Args:
-        flag: The argument that named it.
-        parts: Parts to use in place of its own, as `safety_checker=None`, which would blacken images.
+        flag: The argument that names it.
+        parts: Replacements of its parts, such as `safety_checker=None`: a safety checker would blacken images.
 
     Raises:
-        RunError: It is no pipeline, or cannot be read.
+        RunError: It is not a pipeline, cannot be read, or holds settings that run code or name files elsewhere.
     """
     if os.path.isfile(model):
         convert = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
         raise RunError(f"{flag} {model}: expected a folder, not a file. diffusers converts one: {convert}")
-    if not os.path.isdir(model) and (os.path.isabs(model) or model.count("/") > 1):
+    is_folder = os.path.isdir(model)
+    if not is_folder and (os.path.isabs(model) or model.count("/") > 1):
         raise RunError(f"{flag} {model}: there is no such folder.")
     with one_line_errors(f"{flag} {model}: it cannot be loaded as a pipeline"):
-        index = DiffusionPipeline.load_config(model, revision=revision)
-        if "_class_name" not in index:
-            raise RunError(f"{flag} {model}: its {INDEX} names no pipeline.")
         source = {"revision": revision, "variant": variant, "use_safetensors": True}
-        pipeline = DiffusionPipeline.from_pretrained(
-            model, dtype=dtype, **source, **{name: part for name, part in parts.items() if name in index}
-        )
+        folder = Path(model if is_folder else DiffusionPipeline.download(model, **source, **parts))
+        index = read_json(folder / INDEX)
+        pipeline_class, classes = find_classes(index)
+        folders = {part: folder / part for part in classes}
+        if variant not in {check_part(folders[part], classes[part], variant) for part in classes.keys() - parts}:
+            raise RunError(f"{flag} {model}: no part has weight files of the variant {variant}.")
+        title = folder.resolve().name if is_folder else model
+        pipeline = Base(title, None, variant, index, pipeline_class, classes, folders).pipeline(dtype, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -86,48 +94,43 @@ def load_pipeline(
 def find_adapters(personalized: str) -> Path | None:
     """Return the file of adapters that `--personalized` names, or `None` if it names a whole pipeline.
 
-    Adapters may be a file, or a folder or repository of the Hub with diffusers' file or one other `.safetensors`.
+    Adapters may be a file, or a folder or Hub repository with diffusers' file or one other `.safetensors`.
 
     Raises:
-        RunError: Neither is there.
+        RunError: It names neither.
     """
-    what, path = f"--personalized {personalized}", Path(personalized)
-    if path.is_file():
-        return check_adapters(path)
-    if not os.path.isdir(personalized):  # unlike Path, it does not take "" for the current folder
-        return _find_on_hub(what, personalized)
-    if (path / INDEX).is_file():
-        return None
-    if (path / LORA_WEIGHT_NAME_SAFE).is_file():
-        return check_adapters(path / LORA_WEIGHT_NAME_SAFE)
-    return check_adapters(path / _only_adapters(what, [file.name for file in path.iterdir()]))
-
-
-def _find_on_hub(what: str, repo_id: str) -> Path | None:
+    if os.path.isfile(personalized):
+        return check_adapters(Path(personalized))
+    what = f"--personalized {personalized}"
     with one_line_errors(f"{what}: no such file or folder, and not to be had from the Hub"):
         for name in (INDEX, LORA_WEIGHT_NAME_SAFE):
-            try:
-                file = Path(hf_hub_download(repo_id, name))
-            except EntryNotFoundError:
-                continue
-            return None if name == INDEX else check_adapters(file)
-        return check_adapters(Path(hf_hub_download(repo_id, _only_adapters(what, HfApi().list_repo_files(repo_id)))))
-
-
-def _only_adapters(what: str, names: list[str]) -> str:
-    files = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-    if len(files) > 1:
-        raise RunError(f"{what}: it holds {', '.join(files)}: name one of these files.")
-    if not files:
+            if file := _get_file(personalized, name):
+                return None if name == INDEX else check_adapters(file)
+        is_folder = os.path.isdir(personalized)
+        names = os.listdir(personalized) if is_folder else HfApi().list_repo_files(personalized)
+        files = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+        if len(files) > 1:
+            raise RunError(f"{what}: it holds {', '.join(files)}: name one of these files.")
+        if files and (file := _get_file(personalized, files[0])):
+            return check_adapters(file)
         raise RunError(f"{what}: expected a pipeline ({INDEX}) or adapters ({LORA_WEIGHT_NAME_SAFE}).")
-    return files[0]
+
+
+def _get_file(source: str, name: str) -> Path | None:
+    """Return a file of a folder or of a Hub repository, `None` if it is not there."""
+    if os.path.isdir(source):
+        return Path(source, name) if Path(source, name).is_file() else None
+    try:
+        return Path(hf_hub_download(source, name))
+    except EntryNotFoundError:
+        return None
 
 
 def check_adapters(file: Path) -> Path:
-    """Return `file` if all of its layers are LoRA, LoHa or LoKr, in the names of any tool.
+    """Return `file` if all of its layers are LoRA, LoHa or LoKr, under the names of any tool.
 
     Raises:
-        RunError: It cannot be read as safetensors, or holds something else.
+        RunError: It cannot be read as safetensors, or holds anything else.
     """
     with one_line_errors(f"--personalized {file}: it cannot be read as safetensors"), safe_open(file, "pt") as tensors:
         names = list(tensors.keys())
@@ -140,10 +143,13 @@ def check_adapters(file: Path) -> Path:
 
 
 def load_adapters(pipeline: Any, file: Path, name: str) -> None:
-    """Load adapters onto the base with diffusers, which reads PEFT's, its own and kohya's files; errors say `name`.
+    """Load adapters onto the base with diffusers, which reads PEFT's, its own and kohya's files.
+
+    Args:
+        name: What `--personalized` says; errors begin with it.
 
     Raises:
-        RunError: They do not fit the pipeline, or only a part of them does.
+        RunError: They do not fit the pipeline, or only some of them do.
     """
     if not hasattr(pipeline, "load_lora_weights"):
         raise RunError(f"--personalized {name}: a {type(pipeline).__name__} takes no adapters.")
@@ -151,20 +157,17 @@ def load_adapters(pipeline: Any, file: Path, name: str) -> None:
     with one_line_errors(f"--personalized {name}: these adapters cannot be loaded onto --base with {versions}"):
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True)
     with safe_open(file, "pt") as tensors:
-        expected = len({FACTOR.split(name)[0] for name in tensors.keys()})
-    layers = [
-        name for part in networks(pipeline).values() for name, _ in part.named_modules() if name.endswith(".lora_B")
-    ]
-    if len(layers) < expected:  # diffusers warns of what it leaves out, and goes on
-        raise RunError(
-            f"--personalized {name}: {len(layers)} of its {expected} layers fit --base: is it the right base?"
-        )
+        expected = len({FACTOR.split(key)[0] for key in tensors.keys()})
+    modules = [module for network in networks(pipeline).values() for module, _ in network.named_modules()]
+    loaded = sum(module.endswith(".lora_B") for module in modules)
+    if loaded < expected:  # diffusers only warns of the layers that it leaves out
+        raise RunError(f"--personalized {name}: {loaded} of its {expected} layers fit --base: is it the right base?")
 
 
 def load_personalized(
     personalized: str, base: str, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
 ) -> Any:
-    """Load the personalized pipeline: a whole one, or adapters on the base; without a safety checker.
+    """Load the personalized pipeline, a whole one or adapters on the base, without a safety checker.
 
     `revision` and `variant` are the base's.
     """
@@ -177,17 +180,13 @@ def load_personalized(
 
 
 def networks(pipeline: Any) -> dict[str, nn.Module]:
-    """Return the networks of a pipeline that make images, by the names of its parts."""
+    """Return the networks of a pipeline that make images, by part."""
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     return {name: part for name, part in parts.items() if name not in ("safety_checker", "image_encoder")}
 
 
 def check_same_architecture(base: Any, personalized: Any, name: str) -> None:
-    """Refuse a personalized pipeline whose networks are not, tensor for tensor, shaped as the base's.
-
-    Raises:
-        RunError: Says which part or tensor is another.
-    """
+    """Refuse a personalized pipeline whose networks do not have the shapes of the base's, tensor by tensor."""
 
     def shapes(pipeline: Any) -> dict[str, tuple[int, ...]]:
         return {
@@ -209,8 +208,28 @@ def check_same_architecture(base: Any, personalized: Any, name: str) -> None:
             )
 
 
-def check_text_to_image(base: Any) -> None:
-    """Refuse a base that the output probe cannot call: it asks for Stable Diffusion or SDXL, from a prompt alone."""
-    plain = isinstance(base, (StableDiffusionPipeline, StableDiffusionXLPipeline))
-    if not plain or base.unet.config.in_channels != base.unet.config.out_channels:
+def read_probe_prompts(file: str | None) -> tuple[str, ...]:
+    """Return the lines of `--probe_prompts`, or the default prompts."""
+    return PROMPTS if file is None else read_lines(file, "--probe_prompts")
+
+
+def record_probe(base: Any, prompts: tuple[str, ...], device: torch.device, seed: int = 0) -> OutputProbe:
+    """Record predictions of the base.
+
+    Raises:
+        RunError: The base is not a Stable Diffusion or SDXL that makes images from a prompt alone.
+    """
+    is_text_to_image = isinstance(base, (StableDiffusionPipeline, StableDiffusionXLPipeline))
+    if not is_text_to_image or base.unet.config.in_channels != base.unet.config.out_channels:
         raise RunError(f"--base: it is a {type(base).__name__}; expected a text-to-image Stable Diffusion or SDXL.")
+    side = base.unet.config.sample_size
+    shape = (base.unet.config.in_channels, side, side)
+    return OutputProbe(pipeline_denoiser(base), base.scheduler, shape, prompts=prompts, device=device, seed=seed)
+
+
+def measure_drift(probe: OutputProbe, personalized: Any, name: str) -> OutputDrift:
+    """Return the output drift of a pipeline; refuse predictions that are not numbers."""
+    drift = probe.measure(pipeline_denoiser(personalized))
+    if not math.isfinite(drift.output_drift_relative):
+        raise RunError(f"--personalized {name}: its predictions are not numbers.")
+    return drift

@@ -47,7 +47,14 @@ class BestCheckpoint:
         save: Writes the current model.
     """
 
-    def __init__(self, denoiser: Denoiser, subject_loss: Callable[[], torch.Tensor], save: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        accelerator: Any,
+        denoiser: Denoiser,
+        subject_loss: Callable[[], torch.Tensor],
+        save: Callable[[], Any],
+    ) -> None:
+        self.accelerator = accelerator
         self.denoiser = denoiser
         self.subject_loss = subject_loss
         self.save = save
@@ -55,11 +62,13 @@ class BestCheckpoint:
         self.pretrained_loss = self.measure()
 
     def measure(self) -> float:
-        """Return the subject loss in eval mode, always with the same random numbers."""
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with self.denoiser.eval_mode(), torch.random.fork_rng(devices):
+        """Return the subject loss in eval mode, always with the same random numbers; it is the same on all processes."""
+        device = self.accelerator.device
+        devices = [] if device.type == "cpu" else [device.index or 0]
+        kind = "cuda" if device.type == "cpu" else device.type
+        with self.denoiser.eval_mode(), torch.random.fork_rng(devices, device_type=kind), torch.no_grad():
             torch.manual_seed(0)
-            return self.subject_loss().item()
+            return self.accelerator.gather(self.subject_loss()).mean().item()
 
     def update(self, global_step: int, output_drift_relative: float) -> dict[str, float]:
         """Save the model if it is the best so far; return its scores."""
@@ -98,6 +107,7 @@ class DriftRegularizer:
         probe: Predictions of the pretrained model; `None` to measure no output drift.
         denoiser: The model in training, for the probe.
         every: Updates between measurements.
+        last_step: The last update, after which there is a measurement, too.
         budget: Finds the weight of the penalties, and asks for more measurements.
         best: Saves the best model at each measurement.
     """
@@ -110,6 +120,7 @@ class DriftRegularizer:
         denoiser: Denoiser,
         every: int,
         *,
+        last_step: int | None = None,
         budget: DriftBudget | None = None,
         best: BestCheckpoint | None = None,
     ) -> None:
@@ -118,9 +129,9 @@ class DriftRegularizer:
         self.probe = probe
         self.denoiser = denoiser
         self.every = every
+        self.last_step = last_step
         self.budget = budget
         self.best = best
-        self._global_step = 0
         self._unused_drift: float | None = None  # last measurement not yet passed to the budget
         self._output_drift: OutputDrift | None = None  # of the current weights, if measured
         self._logs: dict[str, float] = {}
@@ -161,9 +172,10 @@ class DriftRegularizer:
             budget = DriftBudget(args.drift_budget, args.max_train_steps, held)
         if probe_prompts:
             probe = OutputProbe(denoiser, noise_scheduler, shape, prompts=probe_prompts, device=accelerator.device)
-        best = BestCheckpoint(denoiser, subject_loss, save_best) if args.keep_best else None
-        every = args.probe_steps or args.max_train_steps
-        return cls(accelerator, penalties, probe, denoiser, every, budget=budget, best=best)
+        best = BestCheckpoint(accelerator, denoiser, subject_loss, save_best) if args.keep_best else None
+        last_step = args.max_train_steps
+        every = args.probe_steps or last_step
+        return cls(accelerator, penalties, probe, denoiser, every, last_step=last_step, budget=budget, best=best)
 
     def add_gradient_(self) -> None:
         """Add the penalties' gradients to those of the loss: after backward, before clipping, on steps that update."""
@@ -177,10 +189,11 @@ class DriftRegularizer:
 
     def after_step(self, global_step: int) -> None:
         """Measure the output drift after update `global_step`, if it is time to."""
-        self._global_step, self._output_drift = global_step, None
+        self._output_drift = None
+        # Trackers draw this key at every update, so its last value stays.
         self._logs = {key: value for key, value in self._logs.items() if key == "output_drift_percent"}
-        due = global_step % self.every == 0 or (self.budget is not None and self.budget.due(global_step))
-        if self.probe is not None and due:
+        due = global_step % self.every == 0 or global_step == self.last_step
+        if self.probe is not None and (due or (self.budget is not None and self.budget.due(global_step))):
             self._output_drift = self.probe.measure(self.denoiser)
             self._unused_drift = self._output_drift.output_drift_relative
             self._logs = self._output_drift.logs
@@ -189,7 +202,7 @@ class DriftRegularizer:
 
     @property
     def logs(self) -> dict[str, float]:
-        """Return the drift before the last update and the output drift after it, or the one measured last."""
+        """Return each penalty's drift from before the last update, and the newest output drift."""
         logs = {key: value for penalty in self.penalties for key, value in penalty.logs.items()}
         if self.budget is not None:
             logs["lipreg_weight"] = self.budget.weight
@@ -223,7 +236,7 @@ class DriftRegularizer:
 
     @property
     def card_metadata(self) -> dict[str, str]:
-        """Return the rows of the model card, under the names of flags and log keys."""
+        """Return the rows of the model card."""
         metadata = {}
         for penalty in self.penalties:
             relative = f"{penalty.prefix}drift_relative"
@@ -241,7 +254,6 @@ class DriftRegularizer:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on as if it had not been interrupted."""
         return {
-            "step": self._global_step,
             "unused_drift": self._unused_drift,
             "logs": self._logs,
             "best": {} if self.best is None else self.best.best,
@@ -250,7 +262,7 @@ class DriftRegularizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._global_step, self._unused_drift = state["step"], state["unused_drift"]
+        self._unused_drift = state["unused_drift"]
         self._logs = dict(state["logs"])
         if self.best is not None:
             self.best.best = dict(state["best"])

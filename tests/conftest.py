@@ -1,5 +1,6 @@
 """Fixtures: both scripts run in this process, what they log, and a Hub on this machine."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -8,16 +9,19 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from accelerate import Accelerator
+from support import runs
 from support.hub_client import client_of_loopback_hub
 from support.loopback_hub import LoopbackHub
-from support.runs import flags, forget_accelerate
+from support.runs import forget_accelerate
 
-import train_dreambooth_lipreg
-import train_dreambooth_lora_lipreg_sdxl
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from what is imported by now: each `gc.collect()` of a run would take half a second."""
+    gc.freeze()
 
 
 @pytest.fixture
@@ -29,32 +33,15 @@ def fresh_accelerate():
 
 
 @pytest.fixture
-def train(fresh_accelerate):
-    """Runs the SD script in this process: `train(output_dir, *flags)` returns the output folder."""
-
-    def run(output_dir: Path, *more: str) -> Path:
-        forget_accelerate()
-        train_dreambooth_lipreg.main(train_dreambooth_lipreg.parse_args(flags(output_dir, *more)))
-        return output_dir
-
-    return run
+def train(fresh_accelerate) -> Callable[..., Path]:
+    """The SD script in this process: `train(output_dir, *flags)` returns the output folder."""
+    return runs.train
 
 
 @pytest.fixture
-def train_sdxl(fresh_accelerate):
-    """Runs the SDXL script in this process, as `train` does the other."""
-
-    def run(output_dir: Path, *more: str) -> Path:
-        forget_accelerate()
-        script = train_dreambooth_lora_lipreg_sdxl
-        arguments = flags(output_dir, *more, pipeline="pipeline_sdxl")
-        if "--dataset_name" in more:  # in place of the folder
-            at = arguments.index("--instance_data_dir")
-            del arguments[at : at + 2]
-        script.main(script.parse_args(arguments))
-        return output_dir
-
-    return run
+def train_sdxl(fresh_accelerate) -> Callable[..., Path]:
+    """The SDXL script in this process, as `train` is the other."""
+    return runs.train_sdxl
 
 
 @pytest.fixture

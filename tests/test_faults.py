@@ -5,6 +5,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,22 +13,39 @@ import time
 from pathlib import Path
 
 import pytest
+from support import runs
 from support.runs import ROOT, assert_equal_weights, flags
 
-from diffusers_lipreg.dreambooth.checkpoints import checkpoints, save_models
+from diffusers_lipreg.dreambooth.checkpoint_files import list_checkpoints
+from diffusers_lipreg.dreambooth.checkpoints import save_models
 from diffusers_lipreg.errors import RunError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 STEPS = ("--max_train_steps", "3", "--checkpointing_steps", "1")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of three updates, uninterrupted."""
+    return runs.train(tmp_path_factory.mktemp("faults") / "whole", *STEPS)
+
+
+@pytest.fixture(scope="module")
+def two_updates(tmp_path_factory) -> Path:
+    return runs.train(tmp_path_factory.mktemp("faults") / "cut", *STEPS[2:], "--max_train_steps", "2")
+
+
+@pytest.fixture
+def cut(two_updates, tmp_path) -> Path:
+    """A copy of a run that ended after two updates, to break."""
+    return shutil.copytree(two_updates, tmp_path / "cut")
+
+
 @pytest.mark.parametrize(
     ("file", "damage"), [(UNET, "cut off"), ("sampler_state.pt", "cut off"), ("optimizer.bin", "of the same length")]
 )
-def test_a_broken_latest_checkpoint_is_named_and_the_one_before_used(train, tmp_path, caplog, file, damage):
+def test_a_broken_latest_checkpoint_is_named_and_the_one_before_used(train, whole, cut, caplog, file, damage):
     """As by a disk that was full or is old, or a machine that was switched off."""
-    whole = train(tmp_path / "whole", *STEPS)
-    cut = train(tmp_path / "cut", *STEPS[2:], "--max_train_steps", "2")
     broken = cut / "checkpoint-2" / file
     half = broken.read_bytes()[: broken.stat().st_size // 2]
     broken.write_bytes(half if damage == "cut off" else half.ljust(broken.stat().st_size, b"\0"))
@@ -37,16 +55,14 @@ def test_a_broken_latest_checkpoint_is_named_and_the_one_before_used(train, tmp_
     assert_equal_weights(whole / UNET, cut / UNET)
 
 
-def test_a_broken_checkpoint_asked_for_by_name_is_an_error(train, tmp_path):
-    cut = train(tmp_path / "cut", *STEPS[2:], "--max_train_steps", "2")
+def test_a_broken_checkpoint_asked_for_by_name_is_an_error(train, cut):
     (cut / "checkpoint-2" / "optimizer.bin").write_bytes(b"")
     with pytest.raises(RunError, match="checkpoint-2 is not whole"):
         train(cut, *STEPS, "--resume_from_checkpoint", "checkpoint-2")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(train, tmp_path):
+def test_a_full_disk_leaves_the_checkpoint_before(train, whole, tmp_path):
     """A limit on the size of files fails writes as a full disk does."""
-    whole = train(tmp_path / "whole", *STEPS)
     cut = train(tmp_path / "cut", *STEPS[2:], "--max_train_steps", "1")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -72,15 +88,14 @@ def test_a_full_disk_at_the_end(train, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_the_advice_after_a_lost_loss_works(train, tmp_path, logs):
+def test_the_advice_after_a_lost_loss_works(train, cut, logs):
     """The rate of the command line takes effect: pasted with a lower one, the flags that are named train on."""
-    out = train(tmp_path, *STEPS[2:], "--max_train_steps", "2")
     with pytest.raises(RunError, match="the loss is (nan|inf) in the step after update 3") as lost:
-        train(out, "--max_train_steps", "5", "--resume_from_checkpoint", "latest", "--learning_rate", "1e30")
+        train(cut, "--max_train_steps", "5", "--resume_from_checkpoint", "latest", "--learning_rate", "1e30")
     advised = shlex.split(re.search(r"Start (--.*?)\.$", str(lost.value))[1])
     assert advised == ["--resume_from_checkpoint", "checkpoint-2", "--learning_rate", "1e+29"]
     logs.clear()
-    train(out, "--max_train_steps", "5", *advised[:-1], "1e-6")
+    train(cut, "--max_train_steps", "5", *advised[:-1], "1e-6")
     assert [(step, values["lr"]) for step, values in logs] == [(3, 1e-6), (4, 1e-6), (5, 1e-6)]
 
 
@@ -123,4 +138,4 @@ def test_a_run_killed_while_saving_leaves_whole_checkpoints(tmp_path):
 
 
 def _latest(output_dir: Path) -> int:
-    return max((int(path.name.split("-")[1]) for path in checkpoints(output_dir)), default=0)
+    return max((int(path.name.split("-")[1]) for path in list_checkpoints(output_dir)), default=0)

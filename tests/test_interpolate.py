@@ -1,5 +1,7 @@
 """python -m diffusers_lipreg.interpolate: pipelines and adapters, by alpha and by budget, and bad input."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,14 +22,16 @@ ADAPTERS = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
-def call(base: Path, tuned: Path, out: Path, *more: str) -> Path:
-    main(["--base", str(base), "--personalized", str(tuned), "--output_dir", str(out), "--device", "cpu", *more])
+def call(base: Path, personalized: Path, out: Path, *more: str) -> Path:
+    main(
+        ["--base", str(base), "--personalized", str(personalized), "--output_dir", str(out), "--device", "cpu", *more]
+    )
     return out
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tuned")
+def personalized(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("personalized")
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
     torch.manual_seed(0)
     for parameter in pipeline.unet.parameters():
@@ -59,16 +63,16 @@ def drift(out: Path) -> float:
     return probe.measure(pipeline_denoiser(DiffusionPipeline.from_pretrained(out))).output_drift_relative
 
 
-def test_a_pipeline_by_alpha(tuned, tmp_path):
-    out = call(BASE, tuned, tmp_path / "out", "--alpha", "0.7")
-    base, ours, full = (load(path / UNET) for path in (BASE, out, tuned))
+def test_a_pipeline_by_alpha(personalized, tmp_path):
+    out = call(BASE, personalized, tmp_path / "out", "--alpha", "0.7")
+    base, ours, full = (load(path / UNET) for path in (BASE, out, personalized))
     for name in base:
         torch.testing.assert_close(ours[name], base[name] + 0.7 * (full[name] - base[name]), rtol=1e-5, atol=1e-6)
 
 
-def test_a_pipeline_by_budget(tuned, tmp_path, capsys):
-    budget = drift(tuned) / 3
-    out = call(BASE, tuned, tmp_path / "out", "--budget", str(budget))
+def test_a_pipeline_by_budget(personalized, tmp_path, capsys):
+    budget = drift(personalized) / 3
+    out = call(BASE, personalized, tmp_path / "out", "--budget", str(budget))
     assert 0.97 * budget < drift(out) <= 1.001 * budget
     assert 0 < float(capsys.readouterr().out.split()[1].strip(":")) < 1
 
@@ -107,7 +111,7 @@ def refusal(*arguments: object, alpha: str = "0.5") -> str:
     return stopped.value.code.removeprefix("python -m diffusers_lipreg.interpolate: error: ")
 
 
-def test_bad_input_ends_in_one_line_and_leaves_nothing(tuned, tmp_path):
+def test_bad_input_ends_in_one_line_and_leaves_nothing(personalized, tmp_path):
     (tmp_path / "empty").mkdir()
     file = adapters(tmp_path / "lora") / ADAPTERS
     weights = load_file(file)
@@ -123,8 +127,11 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(tuned, tmp_path):
         ((BASE, tmp_path / "empty", out), "expected a pipeline (model_index.json) or adapters"),
         ((BASE, tmp_path, out), "it holds cut.safetensors, odd.safetensors, pickled.safetensors: name one"),
         ((BASE, tmp_path / "none", out), "no such file or folder, and not to be had from the Hub"),
-        ((tmp_path / "empty", tuned, out), f"--base {tmp_path / 'empty'}: it cannot be loaded as a pipeline"),
-        ((PARITY / "pipeline_sdxl", tuned, out), "it is a StableDiffusionPipeline, but --base is a StableDiffusionXL"),
+        ((tmp_path / "empty", personalized, out), f"--base {tmp_path / 'empty'}: it cannot be loaded as a pipeline"),
+        (
+            (PARITY / "pipeline_sdxl", personalized, out),
+            "it is a StableDiffusionPipeline, but --base is a StableDiffusionXL",
+        ),
         ((BASE, file, out, "--device", "attic"), "--device attic: it cannot be used"),
         ((BASE, file, out, "--device", "meta"), "--device meta: it cannot be used"),
         ((BASE, file, tmp_path / "lora"), "is there already and not empty"),
@@ -134,6 +141,45 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(tuned, tmp_path):
         assert set(tmp_path.iterdir()) == there
     if not torch.cuda.is_available():
         assert "--device cuda: it cannot be used" in refusal(BASE, file, out, "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "says"),
+    [
+        ("model_index.json", {"_class_name": ["evil", "Evil"]}, "names no pipeline of the installed diffusers"),
+        ("model_index.json", {"unet": ["evil", "Evil"]}, "its unet is a Evil of evil"),
+        (
+            "unet/config.json",
+            {"quantization_config": {"quant_method": "evil"}},
+            "sets quantization_config, by which code",
+        ),
+        ("tokenizer/tokenizer_config.json", {"vocab_file": "SECRET"}, "tokenizer_config.json names a file elsewhere"),
+        ("text_encoder/adapter_config.json", {"base_model_name_or_path": "evil/model"}, "text_encoder holds adapters"),
+    ],
+)
+def test_no_pipeline_runs_code_or_reads_files_elsewhere(file, settings, says, personalized, tmp_path):
+    copy, secret, out = tmp_path / "copy", tmp_path / "secret", tmp_path / "out"
+    secret.touch()
+    shutil.copytree(BASE, copy)
+    for name in ("evil.py", "unet/evil.py", "unet/diffusers.py", "tokenizer/transformers.py"):
+        (copy / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    content = json.loads((copy / file).read_text()) if (copy / file).exists() else {}
+    changed = json.dumps({**content, **settings}).replace("SECRET", str(secret))
+    (copy / file).write_text(changed)
+    for base, other, flag in ((copy, personalized, "--base"), (BASE, copy, "--personalized")):
+        line = refusal(base, other, out)
+        assert line.startswith(f"{flag} {copy}: it cannot be loaded as a pipeline") and says in line
+    assert not (tmp_path / "ran").exists() and not out.exists()
+
+
+def test_code_that_no_index_names_is_not_run_and_no_path_gets_into_the_result(personalized, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(personalized, copy)
+    for name in ("evil.py", "unet/diffusers.py", "tokenizer/transformers.py"):
+        (copy / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    out = call(BASE, copy, tmp_path / "out", "--alpha", "0.5")
+    assert not (tmp_path / "ran").exists()
+    assert all(str(tmp_path) not in path.read_text() for path in out.rglob("*.json"))
 
 
 def test_a_result_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
@@ -161,12 +207,12 @@ def test_adapters_of_another_base_are_refused_with_a_budget(tmp_path):
     assert "of its 16 layers fit --base" in stopped.value.code
 
 
-def test_the_bases_variant_and_revision_are_taken(tuned, tmp_path):
+def test_the_bases_variant_and_revision_are_taken(personalized, tmp_path):
     StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None).save_pretrained(
         tmp_path / "base", variant="fp16"
     )
     flags = ("--alpha", "0.5", "--variant", "fp16", "--revision", "main")
-    half = call(tmp_path / "base", tuned, tmp_path / "out", *flags)
+    half = call(tmp_path / "base", personalized, tmp_path / "out", *flags)
     assert (half / UNET).is_file()
 
 

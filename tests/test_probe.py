@@ -105,7 +105,7 @@ def test_its_standard_error_is_honest():
     base, tuned = tiny_unet(), tiny_unet()
     disturb(tuned, 0.05)
     readings = []
-    for seed in range(60):
+    for seed in range(30):
         prompts = [
             "x" * length for length in torch.randint(1, 500, (6,), generator=torch.Generator().manual_seed(seed))
         ]
@@ -113,7 +113,7 @@ def test_its_standard_error_is_honest():
         readings.append(probe.measure(denoiser(tuned)))
     scatter = torch.tensor([reading.output_drift_relative for reading in readings]).std().item()
     said = torch.tensor([reading.standard_error**2 for reading in readings]).mean().sqrt().item()
-    assert said == pytest.approx(scatter, rel=0.3)  # 60 readings know their scatter to 9 %
+    assert said == pytest.approx(scatter, rel=0.3)  # 30 readings know their scatter to 13 %
     assert scatter > 0.01 * readings[0].output_drift_relative
 
 

@@ -31,25 +31,26 @@ SCHEDULE = ("--lr_scheduler", "cosine", "--lr_warmup_steps", "2")
 # Four photos, two of which are not square, so that crops draw from the stream that noise draws from, too. Every update
 # leaves a checkpoint; the run goes on from each of those named: in mid-epoch, one batch before its end, in the second.
 VARIANTS = {
-    "whole UNet": ("train", (1, 3, 4, 5), SCHEDULE),
-    "accumulation that does not divide the epoch": ("train", (1, 3), ("--gradient_accumulation_steps", "3")),
-    "text encoder": ("train", (1, 3), ("--train_text_encoder", "--gradient_accumulation_steps", "2")),
+    "whole UNet": ("train", (3, 5), SCHEDULE),
+    "accumulation that does not divide the epoch": ("train", (1,), ("--gradient_accumulation_steps", "3")),
+    "text encoder": ("train", (3,), ("--train_text_encoder", "--gradient_accumulation_steps", "2")),
     "class images": ("train", (1,), (*PRIOR, "--train_batch_size", "2")),
     "cached images": ("train", (3,), (*PRIOR, "--train_batch_size", "2", "--center_crop", "--cache_latents")),
-    "workers": ("train", (2, 5), ("--dataloader_num_workers", "2")),
-    "SD adapters": ("train", (3,), ("--rank", "2", "--use_dora", "--train_text_encoder")),
-    "SD adapters with alpha": ("train", (3,), ("--rank", "3", "--lora_alpha", "5")),
-    "SDXL": ("train_sdxl", (3,), (*PRODUCT, *SCHEDULE, "--lora_dropout", "0.5")),
-    "SDXL DoRA": ("train_sdxl", (3,), (*PRODUCT, "--use_dora", "--gradient_accumulation_steps", "3")),
-    "SDXL text encoders": ("train_sdxl", (3,), (*PRODUCT, "--train_text_encoder", "--random_flip")),
+    "workers": ("train", (5,), ("--dataloader_num_workers", "2")),
+    "SD adapters": ("train", (3,), ("--rank", "3", "--lora_alpha", "5", "--use_dora", "--train_text_encoder")),
+    "SDXL": ("train_sdxl", (3,), (*PRODUCT, *SCHEDULE, "--lora_dropout", "0.5", "--gradient_accumulation_steps", "3")),
+    "SDXL DoRA": ("train_sdxl", (3,), (*PRODUCT, "--use_dora", "--train_text_encoder", "--random_flip")),
     "SDXL captions": (
         "train_sdxl", (3,), ("--dataset_name", str(PARITY / "captions"), "--caption_column", "text", "--repeats", "2"),
     ),
     "SDXL class images": ("train_sdxl", (1,), (*PRIOR, "--train_batch_size", "2", "--random_flip")),
 }  # fmt: skip
+SLOW = ("SDXL class images",)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in VARIANTS]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(variant, request, tmp_path, monkeypatch, logs):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     script, stops, more = VARIANTS[variant]
@@ -79,7 +80,7 @@ def test_a_finished_run_trains_no_more_and_says_so(train, tmp_path, logs, caplog
     finished = load_file(out / UNET)
     logs.clear()
     with caplog.at_level("INFO"):
-        for wanted in ("latest", "checkpoint-3", str(out / "checkpoint-3")):
+        for wanted in ("latest", str(out / "checkpoint-3")):
             train(out, "--max_train_steps", "3", "--resume_from_checkpoint", wanted)
             assert f"{out / 'checkpoint-3'} has all 3 updates: nothing is left to train." in caplog.text
             caplog.clear()
@@ -87,17 +88,17 @@ def test_a_finished_run_trains_no_more_and_says_so(train, tmp_path, logs, caplog
     assert all(torch.equal(tensor, finished[name]) for name, tensor in load_file(out / UNET).items())
 
 
-@pytest.mark.parametrize("given", [None, "2", "3"])
+@pytest.mark.parametrize("given", [None, "3"])
 def test_accumulation_of_the_environment(train, tmp_path, monkeypatch, logs, given):
     """accelerate follows its variable: so do the number of updates and the epochs, and a flag that contradicts it is refused."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    steps = ("--max_train_steps", "4", *(("--gradient_accumulation_steps", given) if given else ()))
+    steps = ("--max_train_steps", "2", *(("--gradient_accumulation_steps", given) if given else ()))
     if given == "3":
         with pytest.raises(RunError, match="--gradient_accumulation_steps is 3, but .* is 2"):
             train(tmp_path, *steps)
         return
     train(tmp_path, *steps)
-    assert max(step for step, _ in logs) == 4 and len(logs) == 8
+    assert max(step for step, _ in logs) == 2 and len(logs) == 4
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["gradient_accumulation_steps"] == 2
 
 
@@ -124,11 +125,11 @@ def test_a_checkpoint_of_adapters_loads_at_full_strength(train, tmp_path):
 def test_a_checkpoint_of_the_official_script_resumes(script, request, tmp_path, logs):
     train = request.getfixturevalue(script)
     out = train(tmp_path, "--max_train_steps", "3", "--checkpointing_steps", "3")
-    for ours in ("sampler_state.pt", "monitor_state.json", "config.yaml"):
+    for ours in ("sampler_state.pt", "regularizer_state.json", "config.yaml"):
         (out / "checkpoint-3" / ours).unlink()
     logs.clear()
-    train(out, "--max_train_steps", "6", "--resume_from_checkpoint", "checkpoint-3")
-    assert [step for step, _ in logs] == [4, 5, 6]
+    train(out, "--max_train_steps", "4", "--resume_from_checkpoint", "checkpoint-3")
+    assert [step for step, _ in logs] == [4]
 
 
 def official_accelerator(*models, parameters):

@@ -9,7 +9,7 @@ import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 
 SD, SDXL = train_dreambooth_lipreg, train_dreambooth_lora_lipreg_sdxl
-OWN = {"predict", "noise_scheduler_class", "load_vae", "sample_latents"}  # what only one of the pipelines has
+OWN = {"predict", "noise_scheduler_class", "load_vae", "sample_model_input"}  # what only one of the pipelines has
 
 
 def definitions(script) -> dict[str, ast.stmt]:
@@ -34,6 +34,6 @@ def test_main_is_short_and_shows_the_new_line_after_backward(script) -> None:
     main = definitions(script)["main"]
     lines = ast.unparse(main).splitlines()
     assert main.end_lineno - main.lineno < 60
-    assert len(script.main.__wrapped__.__code__.co_varnames) - len({"batch", "loss", "penalty"}) <= 12
+    assert len(script.main.__wrapped__.__code__.co_varnames) - len({"batch", "loss", "card_rows"}) <= 12
     after_backward = lines[next(number for number, line in enumerate(lines) if "accelerator.backward" in line) + 2]
     assert after_backward.strip() == "regularizer.add_gradient_()"

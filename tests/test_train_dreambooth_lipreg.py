@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from support.runs import PARITY, ROOT, assert_equal_weights, draw, load
 
@@ -233,7 +232,7 @@ def test_trained_pushed_and_loaded_elsewhere(train, hub, tmp_path, capfd):
         "| drift_relative | ",
     ):
         assert line in card
-    loaded = draw(snapshot_download("alice/sks-dog"))
+    loaded = draw("alice/sks-dog")
     assert loaded == draw(out)
     assert loaded != draw(PARITY / "pipeline")
 

@@ -1,15 +1,14 @@
-"""Checkpoints in the official scripts' layout, each whole or not there."""
+"""Write and load checkpoints in the official scripts' layout. Each is whole or not there."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,8 +19,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import DistributedType
-from accelerate.utils.constants import OPTIMIZER_NAME, RNG_STATE_NAME, SCHEDULER_NAME
+from accelerate.utils import DistributedType, patch_environment
+from accelerate.utils.constants import RNG_STATE_NAME
 from diffusers.utils.torch_utils import is_compiled_module
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,88 +30,32 @@ from torch.utils.data import DataLoader
 
 from ..errors import RunError, one_line
 from . import run_config
-from .output import CONFIG, OutputFolder, files, flush, remedy
+from .checkpoint_files import last_whole, latest_run, runs_of_checkpoints, step_of
+from .output import CONFIG, OWN, OutputFolder, files, fsync_folder, remedy
+from .resumable import ResumableDataset
 
 logger = get_logger(__name__)
 SAMPLER_STATE = "sampler_state.pt"
-MONITOR_STATE = "monitor_state.json"
-OFFICIAL_FILES = (f"{OPTIMIZER_NAME}.bin", f"{SCHEDULER_NAME}.bin", f"{RNG_STATE_NAME}_0.pkl")
-# Items of an optimizer's groups that the command line sets; the rest, such as Prodigy's estimates, are state.
-HYPERPARAMETERS = (
-    "initial_lr", "betas", "beta3", "eps", "weight_decay", "decouple", "use_bias_correction", "safeguard_warmup"
-)  # fmt: skip
+REGULARIZER_STATE = "regularizer_state.json"
+# The command line sets these items of an optimizer's groups. All others, such as Prodigy's estimates, are state.
+HYPERPARAMETERS = "initial_lr betas beta3 eps weight_decay decouple use_bias_correction safeguard_warmup".split()
 
 
 class Stateful(Protocol):
-    """What a checkpoint keeps as JSON."""
+    """An object whose state a checkpoint keeps as JSON."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoints in a folder by their number: others, such as checkpoint-best, are not among them."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if is_checkpoint(path)]
-    return sorted(found, key=step_of)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a path is a folder named checkpoint-NUMBER."""
-    return re.fullmatch(r"checkpoint-\d+", path.name) is not None and path.is_dir()
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the number of updates behind a checkpoint."""
-    return int(checkpoint.name.split("-")[1])
-
-
-def latest_run(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoints of the run that wrote the last one, in the order of writing.
-
-    Those without a config.yaml, as the official scripts write them, follow where they are newer; by number if all are so.
-    """
-    found = {path: _run(path) for path in checkpoints(output_dir)}
-    ours = sorted((path for path, run in found.items() if run), key=lambda path: found[path]["time"])
-    foreign = [path for path, run in found.items() if not run]
-    if not ours:
-        return foreign
-    last = found[ours[-1]]
-    same_run = [path for path in ours if found[path]["id"] == last["id"]]
-    return same_run + [path for path in foreign if path.stat().st_mtime > last["time"]]
-
-
-def _run(checkpoint: Path) -> dict[str, Any]:
-    """Return the "run" of a checkpoint's config.yaml; nothing of one that has none that can be read."""
-    try:
-        return (run_config.read(checkpoint) or {"run": {}})["run"]
-    except RunError:
-        return {}
-
-
-def fault_of(checkpoint: Path) -> str:
-    """Return what a checkpoint lacks to be whole, or nothing."""
-    try:
-        config = run_config.read(checkpoint)
-    except RunError as error:
-        return str(error)
-    if config is not None:
-        sizes = {Path(checkpoint, name): size for name, size in config["run"]["files"].items()}
-        wrong = [path.name for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size]
-        return f"{', '.join(wrong)} missing or cut off" if wrong else ""
-    missing = [name for name in OFFICIAL_FILES if not Path(checkpoint, name).is_file()]
-    if not [*checkpoint.rglob("*.safetensors"), *checkpoint.glob("pytorch_model*")]:
-        missing.append("the model")
-    return f"{', '.join(missing)} missing" if missing else ""
-
-
 def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The bare model behind what `accelerator.prepare` and `torch.compile` put around it."""
+    """Return the model without the wrappers of `accelerator.prepare` and `torch.compile`."""
     model = accelerator.unwrap_model(model)
-    return model._orig_mod if is_compiled_module(model) else model
+    return model._orig_mod if is_compiled_module(model) else model  # type: ignore[return-value]
 
 
-def whole(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
-    """The bare models; in place of those that FSDP2 has divided whole copies in host memory, on the main process.
+def gather_full_models(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+    """Return the unwrapped models; of models that FSDP2 divides, full copies in host memory on the main process.
 
     Every process has to call it.
     """
@@ -122,18 +65,18 @@ def whole(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> Mapping[
     for name, model in models.items():
         weights = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
-            with torch.device("meta"):  # which draws no random numbers
-                copies[name] = type(model).from_config(model.config)
+            with torch.device("meta"):  # where initial weights draw no random numbers
+                copies[name] = type(model).from_config(model.config)  # type: ignore[attr-defined]
             copies[name].load_state_dict(weights, assign=True)
     return copies
 
 
-def write_models_with(
+def register_hooks(
     accelerator: Accelerator, save_models: Callable[[str], None], load_models: Callable[[str], None]
 ) -> None:
-    """Makes accelerate's checkpoints hold what `save_models(folder)` writes in place of its own dump of the models.
+    """Have accelerate call `save_models(folder)` and `load_models(folder)` instead of its own dump of the models.
 
-    Not those of models that FSDP divides: accelerate gathers and divides them by itself.
+    Models that FSDP divides stay with accelerate, which gathers and divides them by itself.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         return
@@ -152,27 +95,25 @@ def write_models_with(
 
 
 def save_models(models: Mapping[str, nn.Module], folder: str) -> None:
-    """Write each bare model to a sub-folder of its name."""
+    """Write each unwrapped model to a subfolder of its name."""
     for name, model in models.items():
-        model.save_pretrained(os.path.join(folder, name))
+        model.save_pretrained(os.path.join(folder, name))  # type: ignore[operator]
 
 
 def load_models(models: Mapping[str, nn.Module], folder: str) -> None:
-    """Put what `save_models` wrote into the bare models.
+    """Load what `save_models` wrote into the unwrapped models.
 
-    The tensors alone are read, and no configuration or index, which could name files elsewhere, adapters or code.
+    It reads tensors alone. A configuration or an index could name files elsewhere, adapters or code.
 
     Raises:
-        ValueError: A model has weights that are not there.
+        ValueError: The files lack weights of a model.
     """
     for name, model in models.items():
-        stored = {
-            key: tensor
-            for file in sorted(Path(folder, name).glob("*.safetensors"))
-            for key, tensor in load_file(file).items()
-        }
+        stored: dict[str, Tensor] = {}
+        for file in sorted(Path(folder, name).glob("*.safetensors")):
+            stored |= load_file(file)
         own = model.state_dict()
-        # Newer transformers call CLIP's parts without the prefix that they have in files.
+        # Newer releases of transformers drop a prefix of CLIP's names in the model, but keep it in files.
         stored = {key if key in own else key.removeprefix("text_model."): tensor for key, tensor in stored.items()}
         tied = {own[key].data_ptr() for key in stored.keys() & own.keys()}
         if missing := [key for key in own.keys() - stored.keys() if own[key].data_ptr() not in tied]:
@@ -180,65 +121,18 @@ def load_models(models: Mapping[str, nn.Module], folder: str) -> None:
         model.load_state_dict(stored, strict=False)
 
 
-@contextmanager
-def tensors_only() -> Iterator[None]:
-    """Have `torch.load` refuse in the block, whoever calls it and how, pickles that would run code."""
-    forced, opposite = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch takes one alone
-    before = {name: os.environ.pop(name) for name in (forced, opposite) if name in os.environ}
-    os.environ[forced] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[forced]
-        os.environ.update(before)
-
-
-def find(output_dir: str, wanted: str | None) -> Path | None:
-    """Return the checkpoint that `--resume_from_checkpoint` means: the latest, a name or a path; `None` to start anew.
-
-    Raises:
-        RunError: There is no such checkpoint, or it is not whole.
-    """
-    if wanted is None:
-        return None
-    if wanted == "latest":
-        found = latest_run(output_dir)
-        if not found:
-            logger.warning(f"There is no checkpoint in {output_dir} yet: starting a new run.")
-            return None
-        return _whole_one(found)
-    # A name in the output folder; a path elsewhere; as in the official script, the last part of a path that is gone.
-    for checkpoint in (Path(output_dir, wanted), Path(wanted), Path(output_dir, Path(wanted).name)):
-        if is_checkpoint(checkpoint):
-            return _whole_one([checkpoint])
-    names = ", ".join(path.name for path in checkpoints(output_dir)) or "none"
-    raise RunError(f"--resume_from_checkpoint {wanted}: there is no such checkpoint; {output_dir} has {names}.")
-
-
-def _whole_one(found: list[Path]) -> Path:
-    """Return the last of the checkpoints that is whole, with a warning for those passed over."""
-    *before, checkpoint = found
-    fault = fault_of(checkpoint)
-    if not fault:
-        return checkpoint
-    if not before:
-        raise RunError(
-            f"{checkpoint} is not whole: {fault}. Choose another one, or start anew without --resume_from_checkpoint."
-        )
-    logger.warning(f"{checkpoint} is not whole: {fault}. Going on from {before[-1].name} instead.")
-    return _whole_one(before)
+def tensors_only() -> AbstractContextManager[None]:
+    """Return a context in which `torch.load` refuses pickles that would run code, whatever its caller asks for."""
+    return patch_environment(torch_force_weights_only_load="1", torch_force_no_weights_only_load="0")
 
 
 class Checkpoints:
     """Write, count, remove and load the checkpoints of one run.
 
     Args:
-        args: Of them `checkpoints_total_limit`, `resume_from_checkpoint`, `max_train_steps` and `num_train_epochs` are
-            used.
-        output: The folder they are in.
-        config: What `run_config.start` gave.
+        config: What `run_config.start` returned.
         loader: The prepared loader of a `ResumableDataset`.
-        lr_scheduler: As it is before a checkpoint is loaded, with the rates of the command line; so is its optimizer.
+        lr_scheduler: The prepared schedule, before a checkpoint is loaded into it and its optimizer.
     """
 
     def __init__(
@@ -255,41 +149,36 @@ class Checkpoints:
         self.output = output
         self.config = config
         self.loader = loader
-        self.schedule = lr_scheduler.scheduler  # it is stepped once for each process
+        self.dataset: ResumableDataset = loader.dataset  # type: ignore[assignment]
+        self.schedule = lr_scheduler.scheduler  # accelerate steps it once for each process
         self.base_lrs = list(self.schedule.base_lrs)
-        self.hyperparameters = [
-            {name: group[name] for name in HYPERPARAMETERS if name in group}
-            for group in self.schedule.optimizer.param_groups
-        ]
+        groups = self.schedule.optimizer.param_groups
+        self.hyperparameters = [{name: group[name] for name in HYPERPARAMETERS if name in group} for group in groups]
         self.resumed_from: list[Path] = []
+        # Both are hidden, so that no half-written and no half-removed checkpoint has the name of one.
+        self.partial = output.path / OWN / "checkpoint.partial"
+        self.removed = output.path / OWN / "checkpoint.removed"
 
     def of_this_run(self) -> list[Path]:
-        """Return the checkpoints of this run and of those it goes on from, in the order of writing."""
-        found = {path: _run(path) for path in checkpoints(self.output.path)}
-        mine = [path for path, run in found.items() if run and run["id"] == self.config["run"]["id"]]
-        mine.sort(key=lambda path: found[path]["time"])
+        """Return the checkpoint that this run was resumed from and those that it wrote, in the order of writing."""
+        run_id = self.config["run"]["id"]
+        mine = [path for path, run in runs_of_checkpoints(self.output.path).items() if run["id"] == run_id]
         return [path for path in self.resumed_from if path not in mine and path.is_dir()] + mine
 
-    def save(self, step: int, monitor: Stateful) -> Path:
-        """Write checkpoint-`step`, hidden until it is whole, then remove the oldest of this run beyond the limit.
-
-        Every process has to call it. Returns the checkpoint.
-        """
+    def save(self, step: int, regularizer: Stateful) -> Path:
+        """Write checkpoint-`step` and return it; remove the oldest beyond the limit. Every process has to call it."""
         final = self.output.path / f"checkpoint-{step}"
-        with self.writing(final):
-            partial = self._begin(final)
+        with self.disk_errors(final):
+            self._begin(final)
             self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(partial))
-            states = accelerate.utils.gather_object([self.loader.dataset.state_dict()])
+            self.accelerator.save_state(str(self.partial))
+            states = accelerate.utils.gather_object([self.dataset.state_dict()])
             if self.accelerator.is_main_process:
-                torch.save(states, partial / SAMPLER_STATE)
-                (partial / MONITOR_STATE).write_text(json.dumps(monitor.state_dict()), encoding="utf-8")
-                self._finish(partial, final)
+                torch.save(states, self.partial / SAMPLER_STATE)
+                (self.partial / REGULARIZER_STATE).write_text(json.dumps(regularizer.state_dict()), encoding="utf-8")
+                self._finish(final)
                 if self.args.checkpoints_total_limit is not None:
-                    owned = self.output.owned("checkpoint")
-                    older = [path for path in self.of_this_run() if path.name in owned and path != final]
-                    for old in older[: max(0, len(older) + 1 - max(1, self.args.checkpoints_total_limit))]:
-                        self._remove(old)
+                    self._remove_oldest(but=final)
         self.accelerator.wait_for_everyone()
         logger.info(f"Saved {final}.")
         return final
@@ -297,59 +186,63 @@ class Checkpoints:
     def save_best(
         self, models: Mapping[str, nn.Module], save_models: Callable[[Mapping[str, nn.Module], str], None]
     ) -> None:
-        """Write what `save_models(models, folder)` does to checkpoint-best, hidden until it is whole."""
-        models = whole(self.accelerator, models)
+        """Write checkpoint-best by `save_models(models, folder)`. Every process has to call it."""
+        models = gather_full_models(self.accelerator, models)
         if self.accelerator.is_main_process:
             final = self.output.path / "checkpoint-best"
-            with self.writing(final):
-                partial = self._begin(final)
-                partial.mkdir()
-                save_models(models, str(partial))
-                self._finish(partial, final)
+            with self.disk_errors(final):
+                self._begin(final)
+                self.partial.mkdir()
+                save_models(models, str(self.partial))
+                self._finish(final)
 
-    def _begin(self, final: Path) -> Path:
-        """Return the hidden name to write a checkpoint under. What no run of ours wrote under its own is renamed."""
-        if self.accelerator.is_main_process:
-            self._clear()
-            if final.exists() and final.name not in self.output.owned("checkpoint"):
-                kept = next(path for number in count(1) if not (path := Path(f"{final}.kept-{number}")).exists())
-                final.replace(kept)
-                logger.warning(f"{final} was not written by a run of ours: it is kept as {kept}.")
-            self.output.add("checkpoint", [final.name])
-        return _hidden(final)[0]
+    def _begin(self, final: Path) -> None:
+        """Make way for a checkpoint: rename what stands under its name, if no run of ours wrote that."""
+        if not self.accelerator.is_main_process:
+            return
+        self._clear()
+        if final.exists() and final.name not in self.output.owned("checkpoint"):
+            kept = next(path for number in count(1) if not (path := Path(f"{final}.kept-{number}")).exists())
+            final.replace(kept)
+            logger.warning(f"{final} was not written by a run of ours: it is kept as {kept}.")
+        self.output.add("checkpoint", [final.name])
 
-    def _finish(self, partial: Path, final: Path) -> None:
-        """Give a checkpoint its name, when all of it is on the disk."""
-        sizes = {name: (partial / name).stat().st_size for name in files(partial)}
-        run_config.write(self.config, partial / CONFIG, files=sizes)
-        flush(partial)
+    def _finish(self, final: Path) -> None:
+        """Give a checkpoint its name when all of it is on the disk."""
+        sizes = {name: (self.partial / name).stat().st_size for name in files(self.partial)}
+        run_config.write(self.config, self.partial / CONFIG, files=sizes)
+        fsync_folder(self.partial)
         if final.exists():
-            final.replace(_hidden(final)[1])
-        partial.replace(final)
+            final.replace(self.removed)
+        self.partial.replace(final)
         self._clear()
 
-    def _remove(self, checkpoint: Path) -> None:
-        """Remove a checkpoint, which has another name before the first of its files is gone."""
-        checkpoint.replace(_hidden(checkpoint)[1])
-        self._clear()
-        self.output.discard("checkpoint", [checkpoint.name])
+    def _remove_oldest(self, but: Path) -> None:
+        """Remove the oldest checkpoints of this run beyond the limit, but not the newest, `but`."""
+        owned = self.output.owned("checkpoint")
+        older = [path for path in self.of_this_run() if path.name in owned and path != but]
+        spared = max(1, self.args.checkpoints_total_limit) - 1
+        for checkpoint in older[: max(0, len(older) - spared)]:
+            checkpoint.replace(self.removed)
+            self._clear()
+            self.output.discard("checkpoint", [checkpoint.name])
 
     def _clear(self) -> None:
-        """Remove what is hidden of checkpoints that are half written or half removed."""
-        for name in self.output.owned("checkpoint"):
-            for hidden in _hidden(self.output.path / name):
-                shutil.rmtree(hidden, ignore_errors=True)
+        """Remove what is left of half-written and half-removed checkpoints."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        shutil.rmtree(self.removed, ignore_errors=True)
 
     @contextmanager
-    def writing(self, target: str | Path) -> Iterator[None]:
-        """Turn what a full or broken disk raises in the block into one line, and remove the checkpoint in the making."""
+    def disk_errors(self, target: str | Path) -> Iterator[None]:
+        """Turn errors of a full or broken disk into one line, and remove the half-written checkpoint."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
             self._clear()
             saved = self.of_this_run()
             go_on = f"go on with {self._flag(saved[-1])}" if saved else "start again"
-            advice = "See whether the disk is full" if isinstance(error, RuntimeError) else remedy(error)  # PyTorch's
+            # PyTorch raises a RuntimeError that does not say why.
+            advice = "See whether the disk is full" if isinstance(error, RuntimeError) else remedy(error)
             raise RunError(f"{target} cannot be written: {one_line(error)}. {advice}, then {go_on}.") from error
 
     def _flag(self, checkpoint: Path) -> str:
@@ -357,101 +250,82 @@ class Checkpoints:
         return f"--resume_from_checkpoint {shlex.quote(name)}"
 
     def check_finite(self, step: int, **quantities: Tensor) -> None:
-        """Stop a run whose loss or gradient is lost, before it reaches the weights; say how to go on.
+        """Stop the run after `step` updates if one of the named scalars is not finite; say how to go on.
 
-        Gradients that overflow under fp16's loss scale are not lost: the scaler leaves that update out.
-
-        Args:
-            step: Number of updates made so far.
-            quantities: Scalars, by what the message calls them.
+        A gradient that overflows under the loss scale of fp16 stops nothing, since the scaler skips that update.
         """
         if self.accelerator.scaler is not None:
             quantities.pop("gradient", None)
         for name, value in quantities.items():
             value = value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
-            if not value.isfinite():
-                # The weights of the checkpoint at this very step would give the same again, whatever the rate.
-                earlier = [path for path in self.of_this_run() if step_of(path) < step]
-                rates = ["learning_rate", *(["text_encoder_lr"] if self.config["train_text_encoder"] else [])]
-                lower = [f"--{rate} {self.config[rate] / 10:g}" for rate in rates if self.config.get(rate)]
-                words = [self._flag(earlier[-1])] if earlier else ["anew"]
-                precision = ", or in bf16 in place of fp16" if self.accelerator.mixed_precision == "fp16" else ""
-                raise RunError(
-                    f"the {name} is {value.item()} in the step after update {step}, at a learning rate of "
-                    f"{self.schedule.get_last_lr()[0]:g}. Start {' '.join([*words, *lower])}{precision}."
-                )
+            if value.isfinite():
+                continue
+            # A checkpoint of this very step holds the weights that have just failed, so it is left out.
+            earlier = [path for path in self.of_this_run() if step_of(path) < step]
+            words = [self._flag(earlier[-1]) if earlier else "anew"]
+            rates = ["learning_rate", "text_encoder_lr"] if self.config["train_text_encoder"] else ["learning_rate"]
+            words += [f"--{rate} {self.config[rate] / 10:g}" for rate in rates if self.config.get(rate)]
+            precision = ", or in bf16 in place of fp16" if self.accelerator.mixed_precision == "fp16" else ""
+            raise RunError(
+                f"the {name} is {value.item()} in the step after update {step}, at a learning rate of "
+                f"{self.schedule.get_last_lr()[0]:g}. Start {' '.join(words)}{precision}."
+            )
 
-    def resume(self, checkpoint: Path | None, updates_per_epoch: int, monitor: Stateful) -> tuple[int, range]:
-        """Return the number of updates made and the epochs left: of a new run, or of one that is put where it was.
-
-        Where the latest checkpoint is asked for and cannot be read, the one before it is used.
-        """
+    def resume(
+        self, checkpoint: Path | None, num_update_steps_per_epoch: int, regularizer: Stateful
+    ) -> tuple[int, range]:
+        """Load a checkpoint, if there is one; return the number of updates made and the epochs that are left."""
         step = 0
         if checkpoint is not None:
-            checkpoint = self._load_or_before(checkpoint, updates_per_epoch, monitor)
+            checkpoint = self._load_or_before(checkpoint, num_update_steps_per_epoch, regularizer)
             step, self.resumed_from = step_of(checkpoint), [checkpoint]
         if self.accelerator.is_main_process:
-            with self.writing(self.output.path / CONFIG):
-                self.output.claim()
+            with self.disk_errors(self.output.path / CONFIG):
                 self.output.write_result(CONFIG, lambda path: run_config.write(self.config, path))
-        mine = self.of_this_run()
-        if others := [path.name for path in checkpoints(self.output.path) if path not in mine]:
-            logger.warning(
-                f"{self.output.path} holds {', '.join(others)} of other runs, which --checkpoints_total_limit neither counts "
-                "nor removes. A checkpoint of the same number replaces one that a run of ours wrote; others are renamed."
-            )
         if step >= self.args.max_train_steps:
             logger.info(f"{checkpoint} has all {self.args.max_train_steps} updates: nothing is left to train.")
             return step, range(0)
-        return step, range(step // updates_per_epoch, self.args.num_train_epochs)
+        return step, range(step // num_update_steps_per_epoch, self.args.num_train_epochs)
 
-    def _load_or_before(self, checkpoint: Path, updates_per_epoch: int, monitor: Stateful) -> Path:
-        """Load a checkpoint, or, where it is the latest and cannot be read, the one before; return which."""
-        found = [checkpoint]
-        # Under FSDP the other processes would still be loading the broken one.
-        if self.args.resume_from_checkpoint == "latest" and self.accelerator.distributed_type != DistributedType.FSDP:
-            found = latest_run(self.output.path)
-            found = found[: found.index(checkpoint) + 1]
-        while True:
-            try:
-                self.load(found[-1], updates_per_epoch, monitor)
-                return found[-1]
-            except RunError as error:
-                found = [path for path in found[:-1] if not fault_of(path)]
-                if not found:
-                    raise
-                logger.warning(f"{error} Going on from {found[-1].name} instead.")
+    def _load_or_before(self, checkpoint: Path, num_update_steps_per_epoch: int, regularizer: Stateful) -> Path:
+        """Load a checkpoint and return it. If "latest" was asked for and it is damaged, take the one before."""
+        try:
+            self.load(checkpoint, num_update_steps_per_epoch, regularizer)
+            return checkpoint
+        except RunError as error:
+            # Under FSDP the other processes would still be loading the damaged one.
+            if (
+                self.args.resume_from_checkpoint != "latest"
+                or self.accelerator.distributed_type == DistributedType.FSDP
+            ):
+                raise
+            run = latest_run(self.output.path)
+            earlier = run[: run.index(checkpoint)]
+            if not earlier:
+                raise
+            logger.warning(f"{error} Going on from {earlier[-1].name} instead.")
+        return self._load_or_before(last_whole(earlier), num_update_steps_per_epoch, regularizer)
 
-    def load(self, checkpoint: Path, updates_per_epoch: int, monitor: Stateful) -> None:
-        """Put the run where it was, also inside an epoch, with the hyperparameters of the command line.
+    def load(self, checkpoint: Path, num_update_steps_per_epoch: int, regularizer: Stateful) -> None:
+        """Restore the run, also in the middle of an epoch, with the hyperparameters of the command line.
 
-        A checkpoint of the official script, or of another number of processes, has no states of the data set that fit:
-        the rest of an epoch is then another shuffle.
+        A checkpoint of the official script or of another number of processes has no fitting states of the data set:
+        the rest of its epoch is shuffled in another order.
 
         Raises:
-            RunError: The checkpoint cannot be read, or is not of a run with these flags.
+            RunError: The checkpoint cannot be read, or comes from a run with other flags.
         """
-        processes = self.accelerator.num_processes
-        sampler_state, monitor_state = Path(checkpoint, SAMPLER_STATE), Path(checkpoint, MONITOR_STATE)
-        random_state = Path(checkpoint, f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl")
         try:
-            with tensors_only():
-                if random_state.exists():
-                    accelerate.utils.load(random_state)  # load_state passes over one that it cannot read
-                self.accelerator.load_state(str(checkpoint))
-                states = torch.load(sampler_state, weights_only=True) if sampler_state.exists() else [{}] * processes
-            if monitor_state.exists():
-                monitor.load_state_dict(json.loads(monitor_state.read_text(encoding="utf-8")))
-            elif self.args.drift_budget is not None or self.args.keep_best:
-                logger.warning(f"{checkpoint} has no {MONITOR_STATE}: the budget and the best so far begin anew.")
-        except UnpicklingError as error:  # whose message says how to run it
+            states = self._load_states(checkpoint, regularizer)
+        except UnpicklingError as error:  # its own message says how to run the code
             raise RunError(f"{checkpoint} is not whole: a file in it is damaged, or would run code.") from error
-        except Exception as error:  # each library has its own way to fail at a damaged file
+        except Exception as error:  # each library fails in its own way at a damaged file
             raise RunError(
                 f"{checkpoint} is not whole, or not of a run with these flags: {one_line(error)}"
             ) from error
-        exact = len(states) == processes
-        if not exact:
+        processes = self.accelerator.num_processes
+        state = states[self.accelerator.process_index] if len(states) == processes else {}
+        if len(states) != processes:
             logger.warning(
                 f"{checkpoint} is of {len(states)} processes, not {processes}: the photos are shuffled anew."
             )
@@ -459,11 +333,23 @@ class Checkpoints:
             group.update(hyperparameters)
         self.schedule.base_lrs = list(self.base_lrs)
         self.schedule.last_epoch = self.schedule.last_epoch * processes // len(states) - 1
-        self.schedule.step()  # works the rates out anew
-        batches = step_of(checkpoint) % updates_per_epoch * self.accelerator.gradient_accumulation_steps
-        self.loader.dataset.resume(self.loader, batches, states[self.accelerator.process_index] if exact else {})
+        self.schedule.step()  # computes the learning rates of this update from the base rates
+        batches = step_of(checkpoint) % num_update_steps_per_epoch * self.accelerator.gradient_accumulation_steps
+        self.dataset.resume(self.loader, batches, state)
 
-
-def _hidden(checkpoint: Path) -> tuple[Path, Path]:
-    """Return the names that a checkpoint has while it is written and while it is removed."""
-    return checkpoint.with_name(f".{checkpoint.name}.partial"), checkpoint.with_name(f".{checkpoint.name}.removed")
+    def _load_states(self, checkpoint: Path, regularizer: Stateful) -> list[dict[str, Any]]:
+        """Load what a checkpoint holds, and return the states of the data set, one for each process."""
+        sampler_state, regularizer_state = checkpoint / SAMPLER_STATE, checkpoint / REGULARIZER_STATE
+        random_state = checkpoint / f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl"
+        states: list[dict[str, Any]] = [{}] * self.accelerator.num_processes
+        with tensors_only():
+            if random_state.exists():
+                accelerate.utils.load(random_state)  # load_state would ignore a file that it cannot read
+            self.accelerator.load_state(str(checkpoint))
+            if sampler_state.exists():
+                states = torch.load(sampler_state, weights_only=True)
+        if regularizer_state.exists():
+            regularizer.load_state_dict(json.loads(regularizer_state.read_text(encoding="utf-8")))
+        elif self.args.drift_budget is not None or self.args.keep_best:
+            logger.warning(f"{checkpoint} has no {REGULARIZER_STATE}: the budget and the best so far start again.")
+        return states

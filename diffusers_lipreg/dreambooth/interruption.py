@@ -1,4 +1,4 @@
-"""Signals end a run where nothing is lost, whatever has launched it."""
+"""End a run on a signal without losing anything, whatever has launched it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -24,17 +24,17 @@ from accelerate import Accelerator
 
 from ..errors import run_cli, secrets
 
-# A terminal and a launcher may both pass on one Ctrl-C: what comes so soon after is the same interruption.
+# A terminal and a launcher may both pass on one Ctrl-C. A signal so soon after the first is the same interruption.
 ECHO_SECONDS = 1.0
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-ELASTIC = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun's agent passes signals on and waits, other launchers do not
+ELASTIC = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun passes signals on and waits, other launchers do not
 
 
 class GracefulExit:
-    """Hear the signals that end a run, and end it where nothing is lost.
+    """Handle the signals that end a run.
 
-    Until `defer` and after `at_once` a signal ends the process at once; between them it is noted, for the loop to ask
-    about after each update. A second one always ends the process at once, and the end of the launcher counts as SIGTERM.
+    Until `defer` and after `at_once` a signal ends the process at once. In between it is noted, and the loop asks for it
+    after each update. A second signal always ends the process at once. The end of the launcher counts as SIGTERM.
 
     Attributes:
         signal: The number of the first signal; 0 if there was none.
@@ -48,19 +48,18 @@ class GracefulExit:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Hear signals in the block. Python hears them in the main thread only."""
+        """Handle signals in the block, if it runs in the main thread: Python has no handlers in others."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        # nohup has a run ignore that its terminal is closed. torchrun does not, and kills what goes on after that.
-        heard = [
-            number
-            for number in SIGNALS
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT or ELASTIC
-        ]
-        before = {number: signal.signal(number, self._on_signal) for number in heard}
+        before = {}
+        for number in SIGNALS:
+            # nohup has a run ignore that its terminal is closed. torchrun hears it all the same and kills what goes on.
+            ignored = signal.getsignal(number) == signal.SIG_IGN and number != signal.SIGINT
+            if ELASTIC or not ignored:
+                before[number] = signal.signal(number, self._on_signal)
         streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = map(_Deaf, streams)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = map(_UnreadStream, streams)  # type: ignore[assignment]
         launcher = find_launcher()
         if launcher is not None:
             threading.Thread(target=self._end_after, args=(launcher[0],), daemon=True).start()
@@ -72,17 +71,17 @@ class GracefulExit:
                 signal.signal(number, handler)
 
     def defer(self, activity: str) -> None:
-        """Have signals wait from here on. `activity` says for what, after "SIGTERM: "."""
+        """Have signals wait from here on. The answer to one names the `activity` that it waits for."""
         self._deferred_for = activity
 
     def at_once(self, last_words: str) -> None:
-        """Have signals end the process at once from here on, with `last_words`; end it here if there was one."""
+        """Have signals end the process from here on, with `last_words`. An earlier signal ends it now."""
         self._deferred_for, self._last_words = "", last_words
         if self.signal:
             self._leave()
 
     def requested(self, accelerator: Accelerator) -> bool:
-        """Return whether any process of the run was told to end; every process has to ask."""
+        """Return whether any process of the run has received a signal. Every process has to call it."""
         received = torch.tensor([self.signal], device=accelerator.device)
         anywhere = int(accelerator.gather(received).max())
         if anywhere and not self.signal:  # the signal may still be on its way to this process
@@ -90,7 +89,7 @@ class GracefulExit:
         return anywhere > 0
 
     def exit(self, accelerator: Accelerator, checkpoint: str | os.PathLike[str]) -> NoReturn:
-        """End the run, the trackers first, with the command that goes on from its checkpoint."""
+        """End the trackers and the run, and print the command that goes on from the checkpoint."""
         accelerator.end_training()
         if not accelerator.is_main_process:
             sys.exit(128 + self.signal)
@@ -100,7 +99,7 @@ class GracefulExit:
 
     def _leave(self) -> NoReturn:
         _say(f"Interrupted. {self._last_words}")
-        sys.exit(128 + self.signal)  # the shell's exit code: 143 for SIGTERM, 130 for Ctrl-C
+        sys.exit(128 + self.signal)  # the exit code of a shell: 143 for SIGTERM, 130 for Ctrl-C
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -113,7 +112,7 @@ class GracefulExit:
             self._end_process(number, f"Stopped by a second {name}.")
 
     def _end_process(self, number: int, message: str) -> NoReturn:
-        """End without unwinding, which would wait for downloads, uploads and workers, and may be caught on its way."""
+        """End without unwinding. An exception would wait for downloads, uploads and workers, or be caught on its way."""
         _say(message)
         for worker in multiprocessing.active_children():
             worker.terminate()
@@ -121,7 +120,7 @@ class GracefulExit:
         os._exit(128 + number)
 
     def _end_after(self, launcher: int) -> None:
-        """Take the end of the launcher for SIGTERM: nobody would see or stop this run."""
+        """Wait for the end of the launcher, after which nobody could see or stop this run, and send it SIGTERM."""
         while os.getppid() == launcher:
             time.sleep(0.5)
         if not self.signal:
@@ -129,7 +128,7 @@ class GracefulExit:
 
 
 def guarded(main: Callable[[argparse.Namespace, GracefulExit], None]) -> Callable[[argparse.Namespace], None]:
-    """Run `main(args, graceful_exit)` under the guard of its `GracefulExit`."""
+    """Run `main(args, graceful_exit)` under the guard of a new `GracefulExit`."""
 
     @functools.wraps(main)
     def run(args: argparse.Namespace) -> None:
@@ -141,7 +140,7 @@ def guarded(main: Callable[[argparse.Namespace, GracefulExit], None]) -> Callabl
 
 
 def run_script(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
-    """Run a training script as `run_cli` does, so that a launcher does not print a token that is in its command line."""
+    """Run a training script by `run_cli`, and keep its launcher from printing a token in its command line."""
     try:
         args = parse_args()
         warn_of_launcher()
@@ -154,10 +153,10 @@ def run_script(main: Callable[[argparse.Namespace], None], parse_args: Callable[
 
 @functools.cache
 def find_launcher() -> tuple[int, list[str]] | None:
-    """Return number and command line of the Python process that started this one as that command line says.
+    """Return the process number and command line of the launcher, or `None` if there is none.
 
-    That of `accelerate launch --cpu train.py --seed 0` ends with the arguments of `python train.py --seed 0`. What was
-    found first stays, for a launcher may end before this process.
+    A launcher is the Python process that started this one and has the same last arguments: `accelerate launch --cpu
+    train.py --seed 0` starts `python train.py --seed 0`. The answer is cached, since a launcher may end before this process.
     """
     parent, own = os.getppid(), sys.argv[1:]
     try:
@@ -169,7 +168,7 @@ def find_launcher() -> tuple[int, list[str]] | None:
 
 
 def warn_of_launcher() -> None:
-    """Say what a launcher that does not wait cannot keep of README's promises."""
+    """Warn of what a launcher that does not wait for its process may do."""
     if ELASTIC or find_launcher() is None:
         return
     script = Path(sys.argv[0]).name
@@ -181,14 +180,14 @@ def warn_of_launcher() -> None:
 
 
 def silence_launcher() -> None:
-    """End a launcher that is about to print its command line with a token in it, since this process has failed."""
+    """End a launcher that would print its command line, with a token in it, since this process has failed."""
     launcher = find_launcher()
     if launcher is not None and launcher[0] == os.getppid() and not ELASTIC and secrets():
         os.kill(launcher[0], signal.SIGTERM)
 
 
 def resume_command(checkpoint: str | os.PathLike[str]) -> str:
-    """Return the command line of this run, its launcher's if it has one, to go on from a checkpoint; without the token."""
+    """Return the command line of this run or its launcher, without the token, to go on from a checkpoint."""
     launcher = find_launcher()
     words = iter([sys.executable, *sys.orig_argv[1:]] if launcher is None else launcher[1])
     kept = []
@@ -201,9 +200,10 @@ def resume_command(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def ignore_signals(worker_id: int) -> None:
-    """Have a worker of a `DataLoader` live through signals to its process group: the main process ends it.
+    """Have a worker of a `DataLoader` ignore signals to its process group, so that the main process can finish.
 
-    What the main process ends it with is SIGTERM, too: where the system says who sent a signal, others' are ignored.
+    The main process ends its workers by SIGTERM, too. Where the system names the sender of a signal, only those of other
+    processes are ignored.
     """
     for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
@@ -218,8 +218,8 @@ def _end_by(main_process: int) -> None:
     os._exit(0)
 
 
-class _Deaf:
-    """A stream that goes on when nobody reads it: a closed terminal, a `tee` that Ctrl-C ended, a full disk."""
+class _UnreadStream:
+    """A stream that does not fail when nobody reads it: a closed terminal, a `tee` that Ctrl-C ended, a full disk."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -228,23 +228,17 @@ class _Deaf:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            return len(text)
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
+        with suppress(OSError):
             self._stream.flush()
-        except OSError:
-            pass
 
 
 def _say(message: str) -> None:
-    """Write a message below the progress bar; not by `print`, which a signal may find in the middle of another."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # all processes of a machine hear the same
-        return
-    try:
-        os.write(2, f"\n{message}\n".encode())
-    except OSError:
-        pass
+    """Write a message below the progress bar, without `print`, which a signal may interrupt in another message."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine receive the same signal
+        with suppress(OSError):
+            os.write(2, f"\n{message}\n".encode())

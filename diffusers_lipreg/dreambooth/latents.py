@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import RunError
-from .data import DreamBoothDataset, Layouts, PhotoTransform, PreparedPhotos, first_random_crop
+from .data import DreamBoothDataset, Layouts, PhotoTransform, SDXLDreamBoothDataset, first_random_crop
 
 
 def latent_shape(vae: AutoencoderKL | None, size: int) -> tuple[int, int, int]:
@@ -60,24 +60,27 @@ def should_cache_latents(
     Raises:
         RunError: `--cache_latents` is given and would change the run.
     """
-    if args.cache_latents is False or (args.cache_latents is None and not has_vae):
+    if args.cache_latents is False:
         return False
     if not has_vae:
-        raise RunError("--cache_latents: this pipeline diffuses pixels, it has no latents. Leave the flag out.")
-    moving = first_random_crop(cropped, transform)
-    if args.cache_latents and moving is not None:
-        raise RunError(
-            f"--cache_latents: {moving} is no square, and cropped at random whenever it is seen. Add --center_crop, or "
-            "leave the flag out: what can be kept without changing the run is kept anyway."
-        )
-    if args.cache_latents or args.max_train_steps is None:  # epochs see every image
-        return moving is None
-    images_seen = args.max_train_steps * args.gradient_accumulation_steps * images_per_batch(args)
-    return moving is None and number <= images_seen
+        if args.cache_latents:
+            raise RunError("--cache_latents: this pipeline diffuses pixels, it has no latents. Leave the flag out.")
+        return False
+    random_crop = first_random_crop(cropped, transform)
+    if random_crop is not None:
+        if args.cache_latents:
+            raise RunError(
+                f"--cache_latents: {random_crop} is no square, and cropped at random whenever it is seen. Add "
+                "--center_crop, or leave the flag out: what can be kept without changing the run is kept anyway."
+            )
+        return False
+    if args.cache_latents or args.max_train_steps is None:  # whole epochs see every image
+        return True
+    return number <= args.max_train_steps * args.gradient_accumulation_steps * images_per_batch(args)
 
 
 def cache_latents(
-    args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBoothDataset | PreparedPhotos
+    args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBoothDataset | SDXLDreamBoothDataset
 ) -> Layouts:
     """Replace the data set's pixels by moments in host memory, and free the VAE's weights; its configuration stays.
 

@@ -1,4 +1,4 @@
-"""TrainingRun: all that both scripts do around an optimization step, which stays in view in each of them."""
+"""TrainingRun: what both scripts do before, between and after their optimization steps, which they write out."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints, hub, latents, lora, optimization, preflight, prior, resumable, run_config, setup, trackers
+from .base import open_base
 from .checkpoints import Checkpoints, Stateful
-from .data import DreamBoothDataset, PhotoTransform, PreparedPhotos
+from .data import DreamBoothDataset, PhotoTransform, SDXLDreamBoothDataset
 from .interruption import GracefulExit
 from .models import loading
 from .photos import find_photos
@@ -64,18 +65,19 @@ class TrainableModels:
 
 
 class TrainingRun:
-    """Start a run with every check that needs no model, and hold what both scripts do around their steps.
+    """Check what can be checked without a model, and do all that both scripts do around their optimization steps.
 
-    Call `prepare`, then `resume`; take the steps over `batches`, each followed by `after_step`; then `save` and `publish`.
+    Call `prepare`, then `start`; make a step for each of `batches`, each followed by `after_batch`; then `save` and `publish`.
 
     Args:
-        project: What trackers call the run.
+        args: The parsed flags; `prepare` fills in the numbers of steps and epochs, and applies `--scale_lr`.
         sdxl: Whether the base has to be an SDXL pipeline.
         handlers: Further settings for accelerate.
 
     Attributes:
-        photos, class_images: The images to train on, found or sampled.
-        transform: What makes pixels of them.
+        photos, class_images: The images to train on.
+        transform: Turns an image into pixels.
+        accelerator, base, checkpoints, optimizer, lr_scheduler: What the scripts use; the last three after `prepare`.
         global_step: Updates made so far.
 
     Raises:
@@ -87,7 +89,7 @@ class TrainingRun:
         self.graceful_exit = graceful_exit
         self.accelerator = setup.start_accelerator(args, *handlers)
         self.photos = find_photos(args)
-        self.base = preflight.open_base(args, self.accelerator, sdxl)
+        self.base = open_base(args, self.accelerator, sdxl)
         self.output, self.checkpoint, self.repo_id = preflight.open_output(args, self.accelerator, self.base)
         self.config = run_config.start(args, self.base, self.checkpoint)
         with loading(args):
@@ -105,7 +107,7 @@ class TrainingRun:
         self.global_step = 0
         self.images: list[Image.Image] = []  # of the last validation, on the main process
 
-    def prepare(self, models: TrainableModels, dataset: DreamBoothDataset | PreparedPhotos) -> None:
+    def prepare(self, models: TrainableModels, dataset: DreamBoothDataset | SDXLDreamBoothDataset) -> None:
         """Create loader, optimizer and schedule, and have accelerate prepare them with the models."""
         args, accelerator, self.models = self.args, self.accelerator, models
         memory_formats = latents.cache_latents(args, accelerator, models.vae, dataset) if self.caches_latents else None
@@ -121,7 +123,7 @@ class TrainingRun:
             load: Hook = partial(checkpoints.load_models, models.unwrapped)
         else:
             save, load = lora.checkpoint_functions(models.lora_pipeline, models.unwrapped, lora.scale(args))
-        checkpoints.write_models_with(accelerator, save, load)
+        checkpoints.register_hooks(accelerator, save, load)
         names = models.trainable_names
         prepared = accelerator.prepare(*models.trainable.values(), optimizer, loader, lr_scheduler)
         for name, model in zip(names, prepared, strict=False):
@@ -129,8 +131,8 @@ class TrainingRun:
         self.optimizer, self.loader, self.lr_scheduler = prepared[len(names) :]
         self.checkpoints = Checkpoints(args, accelerator, self.output, self.config, self.loader, self.lr_scheduler)
 
-    def resume(self, regularizer: Regularizer, project: str) -> None:
-        """Go on from `--resume_from_checkpoint`, if it is given, and start the trackers under the name `project`."""
+    def start(self, regularizer: Regularizer, project: str) -> None:
+        """Load the checkpoint of `--resume_from_checkpoint`, if given; start the trackers and the progress bar."""
         self.regularizer = regularizer
         self.global_step, self.epochs = self.checkpoints.resume(
             self.checkpoint, self.num_update_steps_per_epoch, regularizer
@@ -146,7 +148,7 @@ class TrainingRun:
     def batches(self, validate: Validate) -> Iterator[dict[str, Any]]:
         """Yield the batches of all epochs, until the last update is made.
 
-        With `--validation_epochs` the models are validated between epochs, else by `after_step`.
+        With `--validation_epochs` the models are validated between epochs, else by `after_batch`.
         """
         self.graceful_exit.defer("finishing this update and writing a checkpoint")
         self.validate = validate
@@ -173,8 +175,8 @@ class TrainingRun:
         """Stop the run if one of the scalars is not finite, before the weights are changed."""
         self.checkpoints.check_finite(self.global_step, **quantities)
 
-    def after_step(self, loss: Tensor) -> None:
-        """Log the step; after an update measure, save and validate where it is time, and end the run if it is told to."""
+    def after_batch(self, loss: Tensor) -> None:
+        """Log the batch. After an update, measure, save and validate if it is time, and end the run after a signal."""
         args, stopping = self.args, False
         if self.accelerator.sync_gradients:
             self.global_step += 1
@@ -205,24 +207,24 @@ class TrainingRun:
         """Write the result in place of an earlier one.
 
         Args:
-            save_weights: Writes what was trained of the models; it comes first, for nothing may cost that.
-            save_rest: Writes all else that belongs to the result, and returns what the model card says of it.
+            save_weights: Writes what was trained. It comes first, so that no later failure costs it.
+            save_rest: Writes everything else in the result, and returns rows of the model card.
 
         Returns:
-            What the model card says of the penalty and the result.
+            The rows of the model card on the penalty and the result.
         """
         self.accelerator.wait_for_everyone()
         self.regularizer.finish()
-        full_models = checkpoints.whole(self.accelerator, self.models.unwrapped)
+        full_models = checkpoints.gather_full_models(self.accelerator, self.models.unwrapped)
         metadata = self.regularizer.card_metadata
         if self.accelerator.is_main_process:
-            with self.checkpoints.writing(self.args.output_dir):
+            with self.checkpoints.disk_errors(self.args.output_dir):
                 with self.output.result(partial(save_weights, full_models)) as folder:
                     metadata |= save_rest(full_models, folder)
         return metadata
 
     def publish(
-        self, *, license: str, tags: list[str], penalty: dict[str, str], validate: Validate | None = None
+        self, *, license: str, tags: list[str], card_rows: dict[str, str], validate: Validate | None = None
     ) -> None:
         """End the run: validate the result with `validate` if it is given, and upload it with `--push_to_hub`."""
         with hub.result_is_safe(self.output, self.repo_id):
@@ -237,8 +239,8 @@ class TrainingRun:
                     self.images,
                     self.graceful_exit.at_once,
                     license=license,
-                    tags=[*tags, *(["lipschitz-drift"] if "lipreg_reduction" in penalty else [])],
-                    penalty=penalty,
+                    tags=[*tags, *(["lipschitz-drift"] if "lipreg_reduction" in card_rows else [])],
+                    penalty=card_rows,
                     adapters=self.args.rank is not None,
                     commit=self.base.commit,
                 )

@@ -1,4 +1,4 @@
-"""LoRA adapters on a pipeline's models: added, saved under the names that other tools read, loaded back."""
+"""Add LoRA adapters to a pipeline's models, save them under the names that other tools read, and load them back."""
 
 from __future__ import annotations
 
@@ -27,68 +27,60 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ..errors import one_line
 
 logger = get_logger(__name__)
-Weights = dict[str, dict[str, Tensor]]
+Weights = dict[str, dict[str, Tensor]]  # by model and by name in it
 UNSCALED_WEIGHTS = "unscaled_lora_weights.safetensors"
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 MAGNITUDE = ".lora_magnitude_vector"
-TARGETS = {
+LORA_TARGET_MODULES = {
     "unet": ["to_k", "to_q", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
     "text_encoder_2": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }
-EXTRACTED = {
+EXTRACT_MODULES = {
     "unet": r"(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)\.weight$",
     "text_encoder": r"(q_proj|k_proj|v_proj|out_proj|fc1|fc2)\.weight$",
 }
-KOHYA_ENDINGS = {
-    ".lora.down.weight": ".lora_down.weight",
-    ".lora.up.weight": ".lora_up.weight",
-    ".lora_linear_layer.down.weight": ".lora_down.weight",
-    ".lora_linear_layer.up.weight": ".lora_up.weight",
-    f"{MAGNITUDE}.weight": ".dora_scale",
-    MAGNITUDE: ".dora_scale",
-}
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+KOHYA_KINDS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude_vector": "dora_scale"}
 
 
 def scale(args: Namespace) -> float:
-    """Return alpha / rank, by which the output of adapters is multiplied."""
+    """Return alpha / rank, the factor of the adapters' output."""
     return (vars(args).get("lora_alpha") or args.rank) / args.rank
 
 
 def add_adapters(args: Namespace, models: Mapping[str, nn.Module]) -> None:
-    """Freeze the models and add adapters by PEFT alone, in float32 always, so that small updates count."""
+    """Freeze the models and add trainable adapters in float32. PEFT alone does it, without the libraries' mixins."""
     for name, model in models.items():
         model.requires_grad_(False)
         config = LoraConfig(
             r=args.rank,
-            lora_alpha=vars(args).get("lora_alpha") or args.rank,  # type: ignore[arg-type]  # PEFT says int, and divides what it is given
+            lora_alpha=vars(args).get("lora_alpha") or args.rank,  # type: ignore[arg-type]  # PEFT divides any number
             lora_dropout=args.lora_dropout,
             init_lora_weights="gaussian",
-            target_modules=TARGETS[name],
+            target_modules=LORA_TARGET_MODULES[name],
             use_dora=args.use_dora,
         )
         inject_adapter_in_model(config, model)
-        cast_training_params(model, dtype=torch.float32)
-        model.train(model.training)  # dropout is on in what PEFT has added, also where the model is to be sampled from
+        cast_training_params(model, dtype=torch.float32)  # half precision would round small updates away
+        model.train(model.training)  # new layers are in training mode, even in a model that is not
     if models.keys() != {"unet"}:
         _warn_unless_loadable()
 
 
 def _warn_unless_loadable() -> None:
-    """Name the installed releases if `pipe.load_lora_weights` cannot read a text encoder's adapters with them.
+    """Warn if `pipe.load_lora_weights` cannot load a text encoder's adapters with the installed releases.
 
-    It calls transformers, which does not work with every release of PEFT; a tiny text encoder shows it.
+    It calls transformers, which works with some releases of PEFT only. A tiny text encoder shows whether it does.
     """
     config = CLIPTextConfig(hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1)
-    with torch.random.fork_rng(devices=[]):  # the run's random numbers stay as the official scripts draw them
+    with torch.random.fork_rng(devices=[]):  # keeps the run's random numbers those of the official scripts
         trained, loaded = CLIPTextModel(config), CLIPTextModel(config)
-        inject_adapter_in_model(LoraConfig(r=1, target_modules=TARGETS["text_encoder"]), trained)
-        weights = adapter_weights({"text_encoder": trained})["text_encoder"]
-        weights = {f"text_encoder.{name}": tensor for name, tensor in weights.items()}
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=LORA_TARGET_MODULES["text_encoder"]), trained)
+        weights = _with_prefix(adapter_weights({"text_encoder": trained}))
         try:
             StableDiffusionPipeline.load_lora_into_text_encoder(weights, None, loaded)
-        except Exception as error:  # whatever releases that do not know each other may raise
+        except Exception as error:  # releases that do not fit may raise anything
             logger.warning_once(
                 f"transformers {transformers.__version__} cannot load adapters of text encoders with PEFT "
                 f"{peft.__version__} ({one_line(error)}). The training is not affected; before "
@@ -96,40 +88,50 @@ def _warn_unless_loadable() -> None:
             )
 
 
-def _released_name(model_name: str, name: str) -> str:
-    # Newer transformers call CLIP's parts without the text_model. that released checkpoints and other tools have.
-    return name if model_name == "unet" or name.startswith("text_model.") else f"text_model.{name}"
-
-
 def adapter_weights(models: Mapping[str, nn.Module], scale: float = 1.0) -> Weights:
-    """The adapters of bare models in float32, by model and under diffusers' names.
+    """Return the adapters of unwrapped models in float32, under diffusers' names.
 
-    Not every tool reads an alpha that differs from the rank; `scale` = alpha / rank, multiplied into the up
-    projections, takes its place.
+    Args:
+        scale: alpha / rank, which is multiplied into the up projections, since some tools ignore a separate alpha.
     """
     weights: Weights = {}
     for model_name, model in models.items():
-        weights[model_name] = {}
+        layers = weights[model_name] = {}
         for name, tensor in convert_state_dict_to_diffusers(get_peft_model_state_dict(model)).items():
             name = _released_name(model_name, name)
             if model_name != "unet" and name.endswith(MAGNITUDE):
-                name = f"{name}.weight"  # transformers, which loads these, does not add it as PEFT does for the UNet
+                name = f"{name}.weight"  # PEFT adds this ending when it loads a UNet, transformers does not
             tensor = tensor.detach().float().cpu().contiguous()
-            weights[model_name][name] = tensor * scale if name.endswith(".up.weight") and scale != 1.0 else tensor
+            layers[name] = tensor * scale if name.endswith(".up.weight") and scale != 1.0 else tensor
     return weights
 
 
+def _released_name(model_name: str, name: str) -> str:
+    # Newer releases of transformers drop a prefix of CLIP's names, which released checkpoints and other tools have.
+    return name if model_name == "unet" or name.startswith("text_model.") else f"text_model.{name}"
+
+
+def _with_prefix(weights: Weights) -> dict[str, Tensor]:
+    """Return the weights of all models in one dictionary."""
+    return {f"{model}.{name}": tensor for model, layers in weights.items() for name, tensor in layers.items()}
+
+
 def save_adapters(pipeline_class: type[DiffusionPipeline], folder: str | Path, weights: Weights) -> None:
-    """Writes the file that `pipe.load_lora_weights(folder)` looks for."""
+    """Write the file that `pipe.load_lora_weights(folder)` loads."""
     pipeline_class.save_lora_weights(folder, **{f"{name}_lora_layers": layers for name, layers in weights.items()})
 
 
 def load_adapters(folder: str | Path, models: Mapping[str, nn.Module]) -> None:
-    """Put the adapters of a checkpoint into the bare models that have theirs already."""
+    """Load the adapters of a checkpoint into unwrapped models to which `add_adapters` has added theirs.
+
+    Raises:
+        ValueError: A model lacks an adapter of the checkpoint.
+    """
     unscaled = Path(folder, UNSCALED_WEIGHTS)
     weights = load_file(unscaled if unscaled.exists() else Path(folder, LORA_WEIGHT_NAME_SAFE))
     for model_name, model in models.items():
-        own = {k.removeprefix(f"{model_name}."): v for k, v in weights.items() if k.startswith(f"{model_name}.")}
+        prefix = f"{model_name}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         if model_name == "unet":
             own = convert_unet_state_dict_to_peft(own)
         else:
@@ -144,40 +146,36 @@ def load_adapters(folder: str | Path, models: Mapping[str, nn.Module]) -> None:
 def checkpoint_functions(
     pipeline_class: type[DiffusionPipeline], models: Mapping[str, nn.Module], scale: float = 1.0
 ) -> tuple[Callable[[str], None], Callable[[str], None]]:
-    """Return how a checkpoint writes and reads the adapters of the bare models.
+    """Return the functions `save(folder)` and `load(folder)` for the adapters of unwrapped models.
 
-    The file that other tools load has `scale` = alpha / rank multiplied in, which rounds. So where it is not 1, the
-    adapters as they are lie beside it.
+    The file that other tools load has `scale` = alpha / rank multiplied in, which rounds. A second file keeps the exact
+    adapters unless `scale` is 1.
     """
 
     def save(folder: str) -> None:
-        weights = adapter_weights(models)
-        save_adapters(pipeline_class, folder, weights if scale == 1.0 else adapter_weights(models, scale))
+        save_adapters(pipeline_class, folder, adapter_weights(models, scale))
         if scale != 1.0:
-            unscaled = {
-                f"{model}.{name}": tensor for model, layers in weights.items() for name, tensor in layers.items()
-            }
-            save_file(unscaled, Path(folder, UNSCALED_WEIGHTS))
+            save_file(_with_prefix(adapter_weights(models)), Path(folder, UNSCALED_WEIGHTS))
 
     return save, partial(load_adapters, models=models)
 
 
 def to_kohya(weights: Weights) -> dict[str, Tensor]:
-    """The same adapters under the names of kohya's tools and of web UIs, with alpha = rank."""
+    """Return the adapters under the names of kohya's tools and of web UIs, with alpha = rank."""
     renamed = {}
     for model_name, layers in weights.items():
         for name, tensor in layers.items():
-            ending = next(ending for ending in KOHYA_ENDINGS if name.endswith(ending))
-            module = f"{KOHYA_PREFIXES[model_name]}_{name.removesuffix(ending).replace('.', '_')}"
-            # DoRA's magnitudes, one for each output, are a column there.
-            renamed[module + KOHYA_ENDINGS[ending]] = tensor[:, None] if tensor.ndim == 1 else tensor
-            if ending.endswith("down.weight"):
+            layer, _, kind = re.split(r"\.lora(_linear_layer)?[._]", name.removesuffix(".weight"))
+            module = f"{KOHYA_PREFIXES[model_name]}_{layer.replace('.', '_')}"
+            # kohya stores DoRA's magnitudes, one for each output, as a column.
+            renamed[f"{module}.{KOHYA_KINDS[kind]}"] = tensor[:, None] if tensor.ndim == 1 else tensor
+            if kind == "down":
                 renamed[f"{module}.alpha"] = torch.tensor(float(len(tensor)))
     return renamed
 
 
 def save_kohya(folder: str | Path, weights: Weights) -> None:
-    """Writes the adapters in kohya's format beside the others."""
+    """Write the adapters in kohya's format."""
     save_file(to_kohya(weights), Path(folder, KOHYA_WEIGHTS), metadata={"format": "pt"})
 
 
@@ -185,26 +183,29 @@ def save_kohya(folder: str | Path, weights: Weights) -> None:
 def extract_adapters(
     models: Mapping[str, nn.Module], pretrained: Mapping[str, nn.Module], rank: int
 ) -> tuple[Weights, float]:
-    """Adapters that say of a full fine-tune what rank `rank` can: the truncated SVD of each layer's change.
+    """Extract LoRA from a full fine-tune: the truncated SVD of each layer's weight change.
 
-    Taken of the linear layers in attention and feed-forward blocks, where it is the best approximation of that rank
-    (Eckart and Young, 1936). Returns the adapters and the share of the models' whole squared drift that they keep.
+    It is the best approximation of that rank (Eckart and Young, 1936). Only linear layers in attention and feed-forward
+    blocks take part.
+
+    Returns:
+        The adapters, and the share of the models' squared drift that they keep.
     """
     weights: Weights = {}
     kept = total = 0.0
     for model_name, model in models.items():
         layers = weights[model_name] = {}
+        kind = "lora" if model_name == "unet" else "lora_linear_layer"
         before = dict(pretrained[model_name].named_parameters())
         for name, parameter in model.named_parameters():
             change = parameter.float() - before[name].to(parameter.device, torch.float32)
             total += change.square().sum().item()
-            if not re.search(EXTRACTED[model_name], name):
+            if not re.search(EXTRACT_MODULES[model_name], name):
                 continue
             u, s, vh = torch.linalg.svd(change, full_matrices=False)
             u, s, vh = u[:, :rank], s[:rank], vh[:rank]
             kept += s.square().sum().item()
-            module = _released_name(model_name, name.removesuffix(".weight"))
-            kind = "lora" if model_name == "unet" else "lora_linear_layer"
-            layers[f"{module}.{kind}.down.weight"] = (s.sqrt()[:, None] * vh).cpu().contiguous()
-            layers[f"{module}.{kind}.up.weight"] = (u * s.sqrt()).cpu().contiguous()
+            module = f"{_released_name(model_name, name.removesuffix('.weight'))}.{kind}"
+            layers[f"{module}.down.weight"] = (s.sqrt()[:, None] * vh).cpu().contiguous()
+            layers[f"{module}.up.weight"] = (u * s.sqrt()).cpu().contiguous()
     return weights, kept / total if total else 1.0

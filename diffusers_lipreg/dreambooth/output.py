@@ -1,7 +1,7 @@
-"""The output folder of a run. What the manifest lists is the run's to replace, delete and upload; nothing else is.
+"""The output folder of a run. Its manifest lists the files that the run may replace, delete and upload.
 
-A result is written whole into `.lipreg/result.partial`, which is renamed to `.lipreg/result` and then moved into place
-file by file. A run that is killed in between leaves `.lipreg/result`, and the next run into the folder moves the rest.
+A result is written to `.lipreg/result.partial`, which is renamed to `.lipreg/result` when it is whole. Its files are then
+moved into place one by one. If a run is killed in between, the next run into the folder moves the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -30,20 +31,23 @@ from .lora import KOHYA_WEIGHTS
 logger = get_logger(__name__)
 OWN = ".lipreg"
 MANIFEST = f"{OWN}/manifest.json"
-NAMES = "names.json"  # of the files of the result beside it
-CONFIG = "config.yaml"  # the flags of the run, written at its start: part of every result
-INDEX = DiffusionPipeline.config_name  # without it nothing takes the folder for a pipeline
+NAMES = "names.json"  # lists the files of the result that it lies beside
+CONFIG = "config.yaml"  # holds the flags of the run, is written at its start and belongs to every result
+INDEX = DiffusionPipeline.config_name  # without this file no program takes the folder for a pipeline
+READ_FOLDERS = ["instance_data_dir", "dataset_name", "class_data_dir", "pretrained_model_name_or_path"]
+READ_FOLDERS += ["pretrained_vae_model_name_or_path", "tokenizer_name"]
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-Kind = Literal["result", "checkpoint", "log"]
+Kind = Literal["result", "checkpoint"]
 
 
 class OutputFolder:
-    """Keep the manifest of an output folder: names relative to it, with "/" between their parts, by kind.
+    """Keep the manifest and the lock of an output folder, and replace its result.
 
-    The manifest is read from the disk each time, so that several objects for one folder agree.
+    The manifest lists names relative to the folder, by kind, with "/" between their parts. It is read from the disk each
+    time, so that several objects for one folder agree.
 
     Raises:
-        RunError: The folder has a manifest that cannot be read, or names files outside of the folder.
+        RunError: The manifest cannot be read, or names files outside of the folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -52,29 +56,29 @@ class OutputFolder:
         self._read()
 
     def owned(self, kind: Kind) -> list[str]:
-        """Return the names that runs into this folder wrote as `kind`, in the order in which they were added."""
+        """Return the names that runs into this folder added as `kind`, in that order."""
         return self._read().get(kind, [])
 
     def add(self, kind: Kind, names: Iterable[str]) -> None:
-        """Note names as written by a run. Call it before they appear, so that nothing of a killed run is a stranger's."""
+        """Add names to the manifest. Call it before the files appear, so that a killed run leaves no unlisted file."""
         self._write(kind, [*self.owned(kind), *names])
 
     def discard(self, kind: Kind, names: Iterable[str]) -> None:
-        """Strike names out. Call it when they are gone."""
-        gone = set(names)
-        self._write(kind, [name for name in self.owned(kind) if name not in gone])
+        """Remove names from the manifest. Call it when the files are gone."""
+        self._write(kind, [name for name in self.owned(kind) if name not in set(names)])
 
     def claim(self) -> None:
-        """Take the lock, which ends with the process, and finish what a run that was killed left half done.
+        """Take the lock, which ends with the process, and move what a killed run left of its result into place.
 
         Raises:
-            RunError: Another run has the lock, or a file of the user is in the way of the result to be moved.
+            RunError: Another run has the lock, or a file of the user is in the way of the result.
         """
         if self.lock is not None:
             return
-        (self.path / OWN).mkdir(parents=True, exist_ok=True)
-        lock = FileLock((self.path / OWN / "lock").resolve(), timeout=0, is_singleton=True)  # one for the process
-        holder = self.path / OWN / "holder"
+        own = self.path / OWN
+        own.mkdir(parents=True, exist_ok=True)
+        lock = FileLock((own / "lock").resolve(), timeout=0, is_singleton=True)  # one for the process
+        holder = own / "holder"
         try:
             lock.acquire()
         except Timeout as error:
@@ -92,7 +96,7 @@ class OutputFolder:
     def open(self, needed: Iterable[str]) -> None:
         """Refuse a folder that another run uses, or that holds other files under the names that a result needs.
 
-        It writes nothing into a new folder: a run that fails at once leaves no trace.
+        It writes nothing into a new folder, so that a run that fails at once leaves no trace.
         """
         if (self.path / OWN).is_dir():
             self.claim()
@@ -103,7 +107,7 @@ class OutputFolder:
             )
 
     def strangers(self, names: Iterable[str]) -> list[str]:
-        """Return what stands under these names, or in folders of these names, and is no result of our runs."""
+        """Return the files under these names, or in folders of these names, that no run has written."""
         owned = set(self.owned("result"))
         found: list[str] = []
         for name in names:
@@ -116,32 +120,31 @@ class OutputFolder:
         return [name for name in found if name not in owned]
 
     def contents(self, logging_dir: str) -> str:
-        """Say in words what is in the folder, but for logs, and what a run does to it; nothing if it is empty."""
+        """Say in words what the folder holds apart from logs, and what a run does to it; an empty string for nothing."""
         if not self.path.is_dir():
             return ""
-        ours = {PurePosixPath(name).parts[0] for name in self.owned("result") if (self.path / name).exists()}
-        found = {path.name for path in self.path.iterdir()} - {OWN, *Path(logging_dir).parts[:1]}
-        checkpoints = sorted((n for n in found if re.fullmatch(r"checkpoint-\d+", n)), key=lambda n: int(n[11:]))
-        others = found - ours - set(checkpoints)
+        names = {path.name for path in self.path.iterdir()} - {OWN, *Path(logging_dir).parts[:1]}
+        ours = names & {PurePosixPath(name).parts[0] for name in self.owned("result")}
+        checkpoints = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
+        checkpoints.sort(key=lambda name: int(name.split("-")[1]))
+        others = names - ours - set(checkpoints)
         words = []
         if ours - {CONFIG}:
             words.append("a result of an earlier run, which is replaced when the new one is whole")
         if checkpoints:
-            words.append(
-                f"{checkpoints[0]} to {checkpoints[-1]}, of which only --checkpoints_total_limit removes any, and only ours"
-            )
+            span = f"{checkpoints[0]} to {checkpoints[-1]}"
+            words.append(f"{span}, of which --checkpoints_total_limit neither counts nor removes those of other runs")
         if others:
-            words.append(
-                f"{len(others)} other files or folders ({min(others)} is one), which are not touched or uploaded"
-            )
+            example = f"{len(others)} other files or folders ({min(others)} is one)"
+            words.append(f"{example}, which are not touched or uploaded")
         return f"{self.path} holds {'; '.join(words)}." if words else ""
 
     @contextmanager
     def result(self, write_trained: Callable[[Path], None]) -> Iterator[Path]:
-        """Give the folder for a new result, and put it in place of the earlier one when the block has ended.
+        """Yield the folder for a new result, which replaces the earlier one when the block has ended.
 
         Args:
-            write_trained: Writes what was trained into the folder. It comes first, for the block may fail.
+            write_trained: Writes what was trained into the folder, before the block, which may fail.
 
         Raises:
             RunError: The block failed, and what was trained is kept; or the result cannot be moved into place.
@@ -152,16 +155,15 @@ class OutputFolder:
         try:
             staged.mkdir()
             write_trained(staged)
-            flush(staged)
+            fsync_folder(staged)
         except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)  # makes room
+            shutil.rmtree(staged, ignore_errors=True)  # makes room on a full disk
             raise
         trained = files(staged)
         try:
             yield staged
-            names = files(staged)
-            (staged / NAMES).write_text(json.dumps(names), encoding="utf-8")
-            flush(staged)
+            (staged / NAMES).write_text(json.dumps(files(staged)), encoding="utf-8")
+            fsync_folder(staged)
         except Exception as error:
             for name in set(files(staged)) - set(trained):
                 (staged / name).unlink()
@@ -176,14 +178,15 @@ class OutputFolder:
         self._install()
 
     def write_result(self, name: str, write: Callable[[Path], object]) -> None:
-        """Add one file to the result in place, whole: `write(path)` writes it elsewhere first."""
+        """Add one file to the result in place. `write(path)` writes it elsewhere first, so that it appears whole."""
+        self.claim()
         partial = self.path / OWN / f"partial{PurePosixPath(name).suffix}"
         write(partial)
         self.add("result", [name])
         partial.replace(self.path / name)
 
     def _install(self) -> None:
-        """Move the whole result in `.lipreg/result` into place, or what a killed run left of it, and remove the old."""
+        """Move the result in `.lipreg/result`, or what a killed run left of it, into place and remove the earlier one."""
         ready = self.path / OWN / "result"
         if not (ready / NAMES).is_file():
             return
@@ -205,14 +208,16 @@ class OutputFolder:
     def _move(self, ready: Path, names: list[str], waiting: list[str]) -> None:
         stale = set(self.owned("result")) - {*names, CONFIG}
         self.add("result", names)
-        if INDEX in waiting:  # no moment shows a pipeline of old and new parts
+        # The index goes first and comes last, so that the folder is never a pipeline of old and new parts.
+        if INDEX in waiting:
             (self.path / INDEX).unlink(missing_ok=True)
-        for name in sorted(waiting, key=lambda name: (name == INDEX, name)):
+        for name in sorted(waiting, key=lambda name: name == INDEX):
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             (ready / name).replace(self.path / name)
         for name in sorted(stale, key=lambda name: name != INDEX):
             (self.path / name).unlink(missing_ok=True)
-            for folder in list((self.path / name).parents)[: len(PurePosixPath(name).parts) - 1]:
+            for parent in PurePosixPath(name).parents[:-1]:
+                folder = self.path / parent
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
         self.discard("result", stale)
@@ -239,58 +244,54 @@ class OutputFolder:
 
 
 def check_folders(args: Namespace) -> None:
-    """Refuse folders that a run writes to, where they are or lie inside one that it reads.
+    """Refuse to write output, logs or class images into a folder that the run reads, or below it.
 
     Raises:
-        RunError: An output, log or class images folder overlaps with photos, a data set, class images or a base.
+        RunError: Two folders overlap.
     """
-    given = {name: folder for name, folder in vars(args).items() if isinstance(folder, str)}
+    folders = {**vars(args), "logging_dir": str(Path(args.output_dir, args.logging_dir))}
     if not args.with_prior_preservation:
-        given.pop("class_data_dir", None)
-    given["logging_dir"] = str(Path(args.output_dir, args.logging_dir))
-    read = ["instance_data_dir", "dataset_name", "class_data_dir", "pretrained_model_name_or_path"]
-    read += ["pretrained_vae_model_name_or_path", "tokenizer_name"]
-    for writes in ("output_dir", "class_data_dir", "logging_dir"):
-        for reads in (name for name in read if name != writes and writes in given and name in given):
-            source, target = Path(given[reads]), Path(given[writes])
-            if (source.is_dir() or reads == "class_data_dir") and target.resolve().is_relative_to(source.resolve()):
-                inside = "" if target.resolve() == source.resolve() else "inside of "
-                raise RunError(f"--{writes} {target} is {inside}--{reads} {source}: name a folder of its own.")
+        folders["class_data_dir"] = None
+    for writes, reads in product(("output_dir", "class_data_dir", "logging_dir"), READ_FOLDERS):
+        if writes == reads or folders.get(writes) is None or folders.get(reads) is None:
+            continue
+        target, source = Path(folders[writes]), Path(folders[reads])
+        may_be_read = source.is_dir() or reads == "class_data_dir"  # which the run creates
+        if may_be_read and target.resolve().is_relative_to(source.resolve()):
+            inside = "" if target.resolve() == source.resolve() else "inside of "
+            raise RunError(f"--{writes} {target} is {inside}--{reads} {source}: name a folder of its own.")
 
 
 def result_names(args: Namespace, parts: Iterable[str]) -> list[str]:
     """Return the files and folders that the result of these flags needs; `parts` are those of the base's pipeline."""
-    names = [CONFIG]
-    adapters = args.rank is not None
-    if not adapters:
-        names += [INDEX, *parts]
-    if adapters or args.extract_lora_rank is not None:
+    names = [CONFIG] if args.rank is not None else [CONFIG, INDEX, *parts]
+    if args.rank is not None or args.extract_lora_rank is not None:
         names.append(LORA_WEIGHT_NAME_SAFE)
     if vars(args).get("output_kohya_format"):
         names.append(KOHYA_WEIGHTS)
     if args.push_to_hub:
         names.append("README.md")
-        if args.validation_prompt is not None:
-            images = len(vars(args).get("validation_images") or ()) or args.num_validation_images
-            names += [f"image_{number}.png" for number in range(images)]
+    if args.push_to_hub and args.validation_prompt is not None:
+        images = len(vars(args).get("validation_images") or ()) or args.num_validation_images
+        names += [f"image_{number}.png" for number in range(images)]
     return names
 
 
 def files(folder: Path) -> list[str]:
-    """Return the names of all files in a folder and below, with "/" between their parts."""
+    """Return the names of all files in a folder and below it, with "/" between their parts."""
     return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def flush(folder: Path) -> None:
-    """Have the system write the folder's files to the disk, so that its new name never stands for less than all."""
+def fsync_folder(folder: Path) -> None:
+    """Have the system write a folder's files to the disk, so that a rename never shows a part of them."""
     for name in files(folder):
-        with (folder / name).open("r+b") as file:  # some systems flush only what is open for writing
+        with (folder / name).open("r+b") as file:  # Windows flushes only files that are open for writing
             os.fsync(file.fileno())
 
 
 def remedy(error: BaseException) -> str:
-    """Return what to do about an error in writing: advice about the disk only where the disk is full."""
+    """Return what to do about an error in writing. It advises to make room only if the disk is full."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and (named := re.search(r"os error (\d+)", str(error))):  # as safetensors says it
+    if number is None and (named := re.search(r"os error (\d+)", str(error))):  # the words of safetensors
         number = int(named[1])
     return "Make room on the disk" if number in DISK_FULL else "Mend that"

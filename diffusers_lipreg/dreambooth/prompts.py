@@ -81,7 +81,7 @@ def cached_tokenize(tokenizers: Sequence[PreTrainedTokenizerBase]) -> Callable[[
 def encode_sdxl(
     tokens: Callable[[str], list[Tensor]], text_encoders: Sequence[nn.Module], prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Encode prompts with both text encoders of SDXL; `tokens` is a `cached_tokenize`.
+    """Encode prompts with both text encoders of SDXL; `tokens` is what `cached_tokenize` returned.
 
     Returns the embeddings (B, length, width of both) of the last layer but one, and the second encoder's pooled
     embeddings (B, width).
@@ -90,6 +90,6 @@ def encode_sdxl(
     for ids, text_encoder in zip(zip(*map(tokens, prompts), strict=True), text_encoders, strict=True):
         device = next(text_encoder.parameters()).device
         output = text_encoder(torch.cat(ids).to(device), output_hidden_states=True, return_dict=False)
-        pooled_embeds = output[0]
+        pooled_embeds = output[0]  # that of the second encoder remains, as in the official script
         embeds.append(output[-1][-2])
     return torch.cat(embeds, dim=-1), pooled_embeds

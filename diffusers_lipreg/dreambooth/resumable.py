@@ -123,7 +123,7 @@ class ResumableSampler(RandomSampler):
             yield index
 
 
-def make_loader(args: Namespace, dataset: Dataset, memory_formats: Layouts | None) -> DataLoader[ResumableDataset]:
+def make_loader(args: Namespace, dataset: Dataset, memory_formats: Layouts | None) -> DataLoader[dict]:
     """Return the loader of a run. With `memory_formats` the images are encoded already, and need no workers."""
     workers = args.dataloader_num_workers if memory_formats is None else 0
     resumable = ResumableDataset(dataset, persistent_workers=workers > 0)

@@ -1,4 +1,4 @@
-"""The trackers of a run. One that cannot start ends the run before training; one that fails later ends nothing."""
+"""Start the trackers. One that cannot start ends the run before training; one that fails later ends nothing."""
 
 from __future__ import annotations
 
@@ -18,20 +18,26 @@ logger = get_logger(__name__)
 
 
 class Tracker:
-    """One of accelerate's trackers, whose errors are a warning, once: full disks and networks are no reason to stop."""
+    """Wrap one of accelerate's trackers. Its first error, such as a full disk, is a warning; later ones are silent."""
 
     def __init__(self, tracker: GeneralTracker) -> None:
-        self.tracker, self.name, self.warned = tracker, tracker.name, False
+        self.tracker = tracker
+        self.name = tracker.name
+        self.warned = False
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **options: Any) -> None:
         self._attempt(lambda: self.tracker.log(values, step=step, **options))
 
     def log_images(self, name: str, images: Sequence[Image.Image], prompt: str, step: int) -> None:
-        """Log images under `name`, where the tracker is one to which the official scripts send them, too."""
+        """Log images under `name`, if the tracker is one to which the official scripts send them, too."""
         if self.name == "tensorboard":
-            self._attempt(lambda: self.tracker.log_images({name: np.stack(images)}, step=step, dataformats="NHWC"))
+            pixels = np.stack([np.asarray(image) for image in images])
+            self._attempt(lambda: self.tracker.log_images({name: pixels}, step=step, dataformats="NHWC"))
         elif self.name == "wandb":
-            self._attempt(lambda: self.tracker.log({name: _wandb_images(images, prompt)}, step=step))
+            import wandb
+
+            shown = [wandb.Image(image, caption=prompt) for image in images]
+            self._attempt(lambda: self.tracker.log({name: shown}, step=step))
 
     def finish(self) -> None:
         self._attempt(self.tracker.finish)
@@ -43,12 +49,6 @@ class Tracker:
             if not self.warned:
                 logger.warning(f"{self.name} fails, and may miss what follows: {one_line(error)}")
             self.warned = True
-
-
-def _wandb_images(images: Sequence[Image.Image], prompt: str) -> list[Any]:
-    import wandb
-
-    return [wandb.Image(image, caption=prompt) for image in images]
 
 
 def start_trackers(args: Namespace, accelerator: Accelerator, project: str) -> None:
@@ -65,7 +65,7 @@ def start_trackers(args: Namespace, accelerator: Accelerator, project: str) -> N
 
 
 def tracker_config(args: Namespace) -> dict[str, str | int | float | bool | None]:
-    """Return the flags for the logs: without the token, and lists as text, for trackers take nothing else."""
-    plain = (str, int, float, bool, type(None))
+    """Return the flags without the token. Lists are text, since trackers accept plain values only."""
     flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    plain = (str, int, float, bool, type(None))
     return {name: value if isinstance(value, plain) else str(value) for name, value in flags.items()}

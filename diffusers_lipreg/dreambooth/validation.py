@@ -1,4 +1,4 @@
-"""Images of a prompt along the way, from the weights as they are."""
+"""Sample images of a prompt from the current weights, and log them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ logger = get_logger(__name__)
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str | None = None) -> None:
-    """Give the pipeline a new scheduler, of the class `name` or of its own, with a fixed variance.
+    """Give the pipeline a new scheduler of the class `name`, or of its own class, with a fixed variance.
 
-    Training updates the mean only, so a variance that the model has learned is stale.
+    Training updates the mean only, so a learned variance is stale.
     """
-    fixed = {}
-    if pipeline.scheduler.config.get("variance_type") in ("learned", "learned_range"):
-        fixed["variance_type"] = "fixed_small"
+    config = pipeline.scheduler.config
+    learned = config.get("variance_type") in ("learned", "learned_range")
+    fixed = {"variance_type": "fixed_small"} if learned else {}
     scheduler_class = type(pipeline.scheduler) if name is None else getattr(diffusers, name)
-    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **fixed)
+    pipeline.scheduler = scheduler_class.from_config(config, **fixed)
 
 
 @contextmanager
-def evaluating(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Put the pipeline's models in eval mode, and have its VAE decode in its own type, for a `with` block.
+def eval_mode(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Put the pipeline's models in eval mode, and have its VAE decode in its own dtype.
 
-    An adapter's dropout is not for samples. Under autocast the VAE of SDXL, which is in float32, would compute in
-    float16 and overflow: the images would be black.
+    Samples are taken without the dropout of adapters. The VAE of SDXL is in float32: under autocast it would compute in
+    float16 and overflow, and the images would be black.
     """
     in_training = [part for part in pipeline.components.values() if isinstance(part, nn.Module) and part.training]
     vae = pipeline.components.get("vae")
@@ -59,35 +59,41 @@ def evaluating(pipeline: DiffusionPipeline) -> Iterator[None]:
             del vae.decode
 
 
+@contextmanager
+def errors_as_warnings() -> Iterator[None]:
+    """Turn an error in validation, such as too little memory, into a warning, since it must not end the training."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"Validation failed, training goes on: {one_line(error)}")
+
+
 def sample_images(
     args: Namespace, accelerator: Accelerator, pipeline: DiffusionPipeline, prompt: dict, steps: int
 ) -> list[Image.Image]:
-    """Sample `--num_validation_images` images, or one for each of `--validation_images`; seeded by `--seed` if given.
-
-    An error, such as too little memory for a second pipeline, is a warning and gives no image: training is worth more.
+    """Sample `--num_validation_images` images, or one for each of `--validation_images`; none after an error.
 
     Args:
         prompt: The pipeline's arguments for the prompt: `prompt`, or `prompt_embeds` and `negative_prompt_embeds`.
     """
     logger.info(f"Sampling {args.num_validation_images} images of {args.validation_prompt!r}.")
-    pipeline.set_progress_bar_config(disable=True)
-    generator = None if args.seed is None else torch.Generator(device=accelerator.device).manual_seed(args.seed)
-    inputs = [{"num_inference_steps": steps}] * args.num_validation_images
-    if paths := vars(args).get("validation_images"):  # the SD script's, for pipelines that take an image
-        inputs = [{"image": Image.open(path)} for path in paths]
-    try:
+    images: list[Image.Image] = []
+    with errors_as_warnings():
+        pipeline.set_progress_bar_config(disable=True)
+        generator = None if args.seed is None else torch.Generator(accelerator.device).manual_seed(args.seed)
+        inputs: list[dict[str, Any]] = [{"num_inference_steps": steps}] * args.num_validation_images
+        if paths := vars(args).get("validation_images"):  # the SD script's, for pipelines that take an image
+            inputs = [{"image": Image.open(path)} for path in paths]
         pipeline = pipeline.to(accelerator.device)
-        # Training may have compiled the models; compiling them again for these sizes would not pay.
-        with accelerator.autocast(), torch.compiler.set_stance("force_eager"), evaluating(pipeline):
-            return [pipeline(**prompt, **extra, generator=generator).images[0] for extra in inputs]
-    except Exception as error:
-        logger.warning(f"Validation failed, training goes on: {one_line(error)}")
-        return []
+        # Compiled models would be compiled again for these sizes, which does not pay.
+        with accelerator.autocast(), torch.compiler.set_stance("force_eager"), eval_mode(pipeline):
+            images = [pipeline(**prompt, **extra, generator=generator).images[0] for extra in inputs]
+    return images
 
 
 def log_images(
     accelerator: Accelerator, images: list[Image.Image], prompt: str, step: int, name: str = "validation"
 ) -> None:
-    """Hand images to the trackers under `name`. `step` counts updates, as for scalars: wandb drops steps that go back."""
+    """Send images to the trackers under `name`. `step` counts updates, as for scalars: wandb drops steps that go back."""
     for tracker in accelerator.trackers if images else ():
         tracker.log_images(name, images, prompt, step)

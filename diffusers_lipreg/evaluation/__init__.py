@@ -1,1 +1,1 @@
-"""What personalising did to a pipeline: how well it draws the subject, and how far it drifted from its base."""
+"""Compare a personalized pipeline with its base: how well it shows the subject, and how far it drifted."""

@@ -1,19 +1,20 @@
-"""Evaluate a personalized pipeline, or adapters, against its base: scores, drift, a report with images.
+"""Evaluate a personalized pipeline, or adapters, against its base: scores, drift, and a report with images.
 
     python -m diffusers_lipreg.evaluation --base stable-diffusion-v1-5/stable-diffusion-v1-5 --personalized sks-dog \
       --instance_data_dir photos --subject "sks dog" --class_noun dog --output_dir sks-dog-report
 
-Run it again with the same arguments to go on after an interruption: images that exist are not generated again.
+After an interruption, run the same command again: it keeps the images that exist.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,21 @@ from tqdm.auto import tqdm
 from ..dreambooth.data import find_instance_images
 from ..dreambooth.preflight import check_folder
 from ..dreambooth.setup import DTYPES
-from ..errors import OneLineParser, read_lines, run_cli
-from ..loading import check_same_architecture, find_device, load_personalized, load_pipeline, silence_libraries
-from ..probe import PROMPTS
+from ..errors import OneLineParser, run_cli
+from ..loading import (
+    check_same_architecture,
+    find_device,
+    load_personalized,
+    load_pipeline,
+    read_probe_prompts,
+    silence_libraries,
+)
 from . import prompts
 from .drift import DriftMeter
-from .generation import Sampling, generate_images, use_scheduler
+from .generation import Sampling, generate_images, use_scheduler, write_whole
+from .page import html
 from .prompts import Subject
-from .report import subject_info, summarize, table, write_report
+from .report import subject_info, summarize, table
 from .results import BASE, Images, personalized_folder, score_subject
 from .scores import ClipEncoder, DinoEncoder
 
@@ -45,21 +53,19 @@ def build_parser() -> OneLineParser:
     flag("--base", required=True, help="The pretrained pipeline: a folder or a Hub id.")
     flag("--revision", help="Its Git revision on the Hub.")
     flag("--variant", help="Variant of its weight files, for example fp16.")
-    flag(
-        "--personalized", required=True, help="A pipeline or LoRA adapters; with --dataset, {} is the subject's name."
-    )
+    flag("--personalized", required=True, help="A pipeline or adapters; with --dataset, {} is the subject's name.")
     flag = parser.add_argument_group("one subject").add_argument
     flag("--instance_data_dir", help="Folder with its photos.")
     flag("--subject", help='Its name in prompts, for example "sks dog".')
     flag("--class_noun", help="What it is one of, for example dog.")
     flag = parser.add_argument_group("the whole benchmark").add_argument
-    flag("--dataset", help="Folder of the DreamBooth data set, with a folder of photos for each subject.")
-    flag("--unique_token", default="sks", help="The token that the subjects were trained with.")
+    flag("--dataset", help="Folder of the DreamBooth data set: a folder of photos for each subject.")
+    flag("--unique_token", default="sks", help="The token in the subjects' training prompts.")
     flag = parser.add_argument_group("prompts").add_argument
-    flag("--templates_file", help="Prompts in place of the benchmark's 25, one a line, {} for the subject.")
-    flag("--probe_prompts", help="Prompts that have nothing to do with the subject, one a line.")
+    flag("--templates_file", help="Prompts to replace the benchmark's 25, one a line, {} for the subject.")
+    flag("--probe_prompts", help="Prompts unrelated to the subject, one a line, to measure drift on.")
     flag = parser.add_argument_group("images").add_argument
-    flag("--output_dir", default="evaluation", help="Where images and reports go.")
+    flag("--output_dir", default="evaluation", help="Folder for images and reports.")
     flag("--images_per_prompt", type=int, default=4, help="Images of each prompt.")
     flag("--num_inference_steps", type=int, default=50, help="Denoising steps.")
     flag("--guidance_scale", type=float, default=7.5, help="Weight of classifier-free guidance.")
@@ -67,11 +73,8 @@ def build_parser() -> OneLineParser:
     flag("--scheduler", help="Scheduler class of diffusers, for example DDPMScheduler; default: the pipeline's own.")
     flag("--batch_size", type=int, default=4, help="Images generated at a time.")
     flag("--seed", type=int, default=0, help="Seed of all noise.")
-    flag(
-        "--dtype",
-        choices=["fp32", "fp16", "bf16"],
-        help="Of images; default fp16 on a GPU, else fp32. Drift is in fp32.",
-    )
+    dtypes = ["fp32", "fp16", "bf16"]
+    flag("--dtype", choices=dtypes, help="Of images; default fp16 on a GPU, else fp32. Drift is in fp32.")
     flag("--device", help="Default: the GPU, if there is one.")
     flag = parser.add_argument_group("encoders").add_argument
     flag("--clip", nargs="+", default=CLIP, help="CLIP models of transformers: folders or Hub ids.")
@@ -109,52 +112,77 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure drift, which loads every model and so finds early what does not fit; then generate, then score."""
-    device = find_device(args.device)
-    dtype = DTYPES[args.dtype] or (torch.float16 if device.type == "cuda" else torch.float32)
-    probe_prompts = PROMPTS if args.probe_prompts is None else read_lines(args.probe_prompts, "--probe_prompts")
-    subjects, output_dir = find_subjects(args), Path(args.output_dir)
+    """Measure drift, generate images, score them, and write the report.
+
+    Drift comes first because it loads every model, and so finds early what does not fit.
+    """
+    device, output_dir, subjects = find_device(args.device), Path(args.output_dir), find_subjects(args)
+    unrelated = read_probe_prompts(args.probe_prompts)
     flag = "--instance_data_dir" if args.dataset is None else "--dataset"
     photos = {subject.name: find_instance_images(subject.photos, flag) for subject in subjects}
     check_folder(args.output_dir, "--output_dir")
-    encoders = [DinoEncoder(model, device) for model in args.dino] + [
-        ClipEncoder(model, device) for model in args.clip
-    ]
-    sampling = Sampling(args.num_inference_steps, args.guidance_scale, args.resolution, args.batch_size, args.seed)
+    encoders: list[DinoEncoder | ClipEncoder] = [DinoEncoder(model, device) for model in args.dino]
+    encoders += [ClipEncoder(model, device) for model in args.clip]
+    dtype = DTYPES[args.dtype] or (torch.float16 if device.type == "cuda" else torch.float32)
+    size = args.resolution
+    sampling = Sampling(args.num_inference_steps, args.guidance_scale, size, args.batch_size, args.seed, dtype)
 
-    def load_base(dtype: torch.dtype) -> Any:
-        pipeline = load_pipeline("--base", args.base, dtype, args.revision, args.variant, safety_checker=None)
-        return use_scheduler(pipeline, args.scheduler)
-
-    def load_subject(subject: Subject, dtype: torch.dtype) -> Any:
-        pipeline = load_personalized(subject.personalized, args.base, dtype, args.revision, args.variant)
-        pipeline.scheduler = type(scheduler).from_config(scheduler.config)  # its own may be another
-        return pipeline
-
-    meter = DriftMeter(load_base(torch.float32), probe_prompts, sampling, device)
-    scheduler = meter.base.scheduler
-    drifts = {}
-    for subject in tqdm(subjects, desc="drift", unit="subject"):
-        pipeline = load_subject(subject, torch.float32)
-        check_same_architecture(meter.base, pipeline, subject.personalized)
-        drifts[subject.name] = meter.measure(pipeline)
-    del meter, pipeline
-
-    images = {s.name: Images(output_dir, s, probe_prompts, args.images_per_prompt) for s in subjects}
-    of_base = [spec for own in images.values() for spec in own.base.all]
-    generate_images(load_base(dtype), output_dir / BASE, of_base, sampling, device, "images of the base")
-    for subject in subjects:
-        folder, specs = output_dir / personalized_folder(subject), images[subject.name].personalized.all
-        generate_images(load_subject(subject, dtype), folder, specs, sampling, device, f"images of {subject.text}")
-
+    drifts = measure_drifts(args, subjects, DriftMeter(load_base(args, torch.float32), unrelated, sampling, device))
+    images = {s.name: Images(output_dir, s, unrelated, args.images_per_prompt) for s in subjects}
+    generate_all(args, subjects, images, sampling, device)
     results = {}
     for subject in tqdm(subjects, desc="scores", unit="subject"):
         scores = score_subject(subject, photos[subject.name], images[subject.name], encoders)
         results[subject.name] = {**subject_info(subject), **scores, "drift": drifts[subject.name]}
-    report = summarize(args, sampling, str(dtype).removeprefix("torch."), results)
-    write_report(output_dir, report, photos, images)
+
+    report = summarize(args, sampling, results)
+    write_whole(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_whole(output_dir / "report.html", html(report, photos, images))
     print(table(report))
     print(f"{output_dir / 'report.html'} {output_dir / 'report.json'}")
+
+
+def load_base(args: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """Load the base without its safety checker, with the scheduler of `--scheduler`."""
+    pipeline = load_pipeline("--base", args.base, dtype, args.revision, args.variant, safety_checker=None)
+    return use_scheduler(pipeline, args.scheduler)
+
+
+def load_subject(args: argparse.Namespace, subject: Subject, scheduler: Any, dtype: torch.dtype) -> Any:
+    """Load the personalized pipeline of a subject, with a scheduler like the base's in place of its own."""
+    pipeline = load_personalized(subject.personalized, args.base, dtype, args.revision, args.variant)
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config)
+    return pipeline
+
+
+def measure_drifts(args: argparse.Namespace, subjects: Sequence[Subject], meter: DriftMeter) -> dict[str, Any]:
+    """Return the drift of each subject's pipeline, by the subject's name."""
+    drifts = {}
+    for subject in tqdm(subjects, desc="drift", unit="subject"):
+        pipeline = load_subject(args, subject, meter.base.scheduler, torch.float32)
+        check_same_architecture(meter.base, pipeline, subject.personalized)
+        drifts[subject.name] = meter.measure(pipeline, subject.personalized)
+    return drifts
+
+
+def generate_all(
+    args: argparse.Namespace,
+    subjects: Sequence[Subject],
+    images: Mapping[str, Images],
+    sampling: Sampling,
+    device: torch.device,
+) -> None:
+    """Generate the images of the base, then those of each subject's pipeline."""
+    base, output_dir = load_base(args, sampling.dtype), Path(args.output_dir)
+    specs = [spec for subject in subjects for spec in images[subject.name].base.all]
+    generate_images(base, output_dir / BASE, specs, sampling, device, "images of the base")
+    scheduler = base.scheduler
+    del base  # one pipeline at a time fits into memory
+    for subject in subjects:
+        pipeline, folder = load_subject(args, subject, scheduler, sampling.dtype), personalized_folder(subject)
+        specs = images[subject.name].personalized.all
+        generate_images(pipeline, output_dir / folder, specs, sampling, device, f"images of {subject.text}")
+        del pipeline
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -164,9 +192,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     try:
         run_cli(evaluate, args, NAME)
     except KeyboardInterrupt:
-        command = shlex.join(
-            ["python", "-m", "diffusers_lipreg.evaluation", *(sys.argv[1:] if argv is None else argv)]
-        )
+        command = f"{NAME} {shlex.join(sys.argv[1:] if argv is None else argv)}"
         print(f"\nInterrupted. The images so far are kept; to go on: {command}", file=sys.stderr)
         sys.exit(130)
 

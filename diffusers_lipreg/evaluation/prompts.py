@@ -1,6 +1,6 @@
-"""The prompts and class nouns of the DreamBooth benchmark (Ruiz et al., CVPR 2023, arXiv 2208.12242).
+"""Prompts and class nouns of the DreamBooth benchmark (Ruiz et al., CVPR 2023, arXiv 2208.12242).
 
-In a template, {} stands for the subject: with its unique token in prompts, by its class noun alone in scored texts.
+In a template, {} stands for the subject: the unique token and the class noun in prompts, the noun alone in CLIP's texts.
 """
 
 from __future__ import annotations
@@ -62,21 +62,21 @@ CLASS_NOUNS = {name: noun for noun, names in _SUBJECTS_BY_CLASS.items() for name
 class Subject(NamedTuple):
     """One subject: its names, its photos, and the templates of its prompts."""
 
-    name: str  # of its folders, and in the report
-    text: str  # its name in prompts, for example "sks dog"
-    class_noun: str  # "dog"
+    name: str  # in folders and in the report
+    text: str  # in prompts, for example "sks dog"
+    class_noun: str  # for example "dog"
     photos: Path
     personalized: str
     templates: tuple[str, ...]
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts to generate images of."""
+        """The prompts of its images."""
         return [template.replace("{}", self.text) for template in self.templates]
 
     @property
     def texts(self) -> list[str]:
-        """The texts to compare images with: without the unique token, which means nothing to CLIP."""
+        """The texts that CLIP compares images with, without the unique token, which CLIP does not know."""
         return [template.replace("{}", self.class_noun) for template in self.templates]
 
     @property
@@ -85,12 +85,16 @@ class Subject(NamedTuple):
 
 
 def templates_for(class_noun: str) -> tuple[str, ...]:
-    """Return the benchmark's 25 templates for a class: those of live subjects for cats and dogs, else of objects."""
+    """Return the benchmark's 25 templates for a class: those for live subjects if it is a cat or dog."""
     return TEMPLATES["live" if class_noun in LIVE_NOUNS else "object"]
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
-    """Read templates from a file, one a line, each with one {} for the subject."""
+    """Read templates from a file with one in each line.
+
+    Raises:
+        RunError: The file cannot be read, or a line does not contain {} once.
+    """
     templates = read_lines(path, "--templates_file")
     for template in templates:
         if template.count("{}") != 1:
@@ -103,20 +107,30 @@ def read_templates(path: Path) -> tuple[str, ...]:
 def one_subject(
     text: str, class_noun: str, photos: str, personalized: str, templates: Sequence[str] | None
 ) -> Subject:
-    """Return a subject that is not of the benchmark."""
+    """Return a subject that is not from the benchmark.
+
+    Raises:
+        RunError: Its text lacks the class noun.
+    """
     if not class_noun.strip() or class_noun not in text:
         raise RunError(
             f"--subject {text!r}: it does not contain the class noun {class_noun!r}; expected a unique token and the noun, "
             f"as the prompts in training had, for example 'sks {class_noun}'."
         )
-    name = "".join(letter if letter.isalnum() else "_" for letter in text)[:60]  # of a folder: 255 bytes at most
+    name = "".join(letter if letter.isalnum() else "_" for letter in text)[
+        :60
+    ]  # a folder's name has at most 255 bytes
     return Subject(name, text, class_noun, Path(photos), personalized, tuple(templates or templates_for(class_noun)))
 
 
 def benchmark_subjects(
     dataset: str, unique_token: str, personalized: str, templates: Sequence[str] | None
 ) -> list[Subject]:
-    """Return every folder of the benchmark's data set as a subject; {} in `personalized` stands for its name."""
+    """Return every folder of the benchmark's data set as a subject, whose name replaces {} in `personalized`.
+
+    Raises:
+        RunError: There are no folders, the benchmark does not know one of them, or `personalized` lacks {}.
+    """
     if not Path(dataset).is_dir():
         raise RunError(f"--dataset {dataset}: there is no such folder.")
     folders = sorted(path for path in Path(dataset).iterdir() if path.is_dir() and not path.name.startswith("."))

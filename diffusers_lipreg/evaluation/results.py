@@ -34,8 +34,8 @@ def personalized_folder(subject: Subject) -> str:
 class ImageSet(NamedTuple):
     """The images of one pipeline for a subject, by prompt and number."""
 
-    subject: list[list[ImageSpec]]  # the subject's prompts
-    of_class: list[list[ImageSpec]]  # the class alone
+    subject: list[list[ImageSpec]]  # prompts with the subject
+    of_class: list[list[ImageSpec]]  # the one prompt with the class alone
     unrelated: list[list[ImageSpec]]  # prompts that have nothing to do with the subject
 
     @property
@@ -47,14 +47,15 @@ class Images:
     """The images of the base and of the personalized pipeline for a subject, from the same prompts and seeds."""
 
     def __init__(self, output_dir: Path, subject: Subject, unrelated: Sequence[str], images_per_prompt: int) -> None:
-        def image_set(folder: str) -> ImageSet:
+        def image_set(folder: Path) -> ImageSet:
             return ImageSet(
-                image_specs(output_dir / folder, subject.prompts, images_per_prompt),
-                image_specs(output_dir / folder, [subject.class_prompt], CLASS_IMAGES),
-                image_specs(output_dir / folder, unrelated, images_per_prompt),
+                image_specs(folder, subject.prompts, images_per_prompt),
+                image_specs(folder, [subject.class_prompt], CLASS_IMAGES),
+                image_specs(folder, unrelated, images_per_prompt),
             )
 
-        self.base, self.personalized = image_set(BASE), image_set(personalized_folder(subject))
+        self.base = image_set(output_dir / BASE)
+        self.personalized = image_set(output_dir / personalized_folder(subject))
 
 
 def _grid(encoder: DinoEncoder | ClipEncoder, rows: list[list[ImageSpec]]) -> Tensor:
@@ -63,20 +64,23 @@ def _grid(encoder: DinoEncoder | ClipEncoder, rows: list[list[ImageSpec]]) -> Te
 
 
 def _mean_and_error(rows: Tensor) -> dict[str, float | None]:
-    """Return the mean of (prompts, images), and its standard error over prompts."""
+    """Return the mean of values (prompts, images) and its standard error over prompts."""
     means = rows.double().mean(dim=1)
     error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
-    return {"mean": means.mean().item(), "standard_error": error}
+    return {"mean": means.mean().item(), "mean_se": error}
 
 
 def score_subject(
     subject: Subject, photos: Sequence[Path], images: Images, encoders: Sequence[DinoEncoder | ClipEncoder]
 ) -> dict[str, Any]:
-    """Return scores by row and column; a column is a metric and the name of its encoder.
+    """Return all scores, by what they compare and by column: a metric and the name of its encoder.
 
-    `class_resemblance` compares images of the class alone with the subject's photos: where the personalized pipeline's
-    exceeds the base's, the subject leaks into its class. `unrelated_change` compares images of unrelated prompts from
-    the same noise: 1 - cosine, and the mean squared difference of pixel values in [0, 1].
+    scores: Cosines of images and photos (DINO, CLIP-I) or prompts (CLIP-T), and of the photos among themselves.
+    diversity: 1 - cosine between images of one prompt.
+    class_resemblance: Cosines of images of the class alone and the subject's photos. If the personalized pipeline's
+        exceed the base's, the subject leaks into its class.
+    unrelated_change: Difference of the two pipelines' images of unrelated prompts from the same noise: 1 - cosine,
+        and the mean squared difference of pixel values in [0, 1].
     """
     sides = {"personalized": images.personalized, "base": images.base}
     scores: dict[str, dict[str, float | None]] = {"personalized": {}, "base": {}, "real": {}}

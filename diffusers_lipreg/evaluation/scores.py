@@ -1,10 +1,9 @@
-"""Scores of images: DINO, CLIP-I, CLIP-T, diversity, same-seed change, each from cosines of embeddings.
+"""Score images by cosines of embeddings: DINO, CLIP-I, CLIP-T and diversity.
 
-Public code disagrees on the details of these scores; here they are fixed. Embeddings are normalized, cosines are raw
-(not times 2.5 or 100), the subject's unique token is not in the text, and a subject's score is the mean over the whole
-matrix of pairs. DINO embeddings are the [CLS] output of a ViT after its last norm, of pixels resized to 256/224 of
-the model's size (bicubic), cropped to it in the center and normalized by ImageNet's statistics, as in Caron et al.,
-ICCV 2021. CLIP embeddings are its projected features; its own image processor prepares the pixels.
+Public code disagrees on the details of these scores. Here, cosines are raw (not times 2.5 or 100), the text lacks the
+subject's unique token, and the score of a subject is the mean over all pairs. DINO embeddings are the [CLS] output of a
+ViT after its last norm. Its pixels are resized to 256/224 of the model's size (bicubic), cropped in the center and
+normalized by ImageNet's statistics, as in Caron et al., ICCV 2021. CLIP embeddings are projected features.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ BATCH = 32  # images or texts encoded at a time
 
 
 def short_name(model: str) -> str:
-    """Return a model's name in tables: the Hub id, or a folder's last name, since a report may be shown to others."""
+    """Return the Hub id of a model, or the name of its folder without the path: others may see the report."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 
@@ -41,7 +40,7 @@ def _load(flag: str, model: str) -> Any:
 
 
 def _features(output: Any) -> Tensor:
-    """Return the tensor of `get_image_features`: newer transformers put it into an output object."""
+    """Return the features that CLIP returns, which newer transformers put into an output object."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
@@ -49,7 +48,7 @@ class DinoEncoder:
     """A DINO model, or another ViT of transformers with a [CLS] token, in float32.
 
     Raises:
-        RunError: It cannot be loaded, or is no such model.
+        RunError: It cannot be loaded, or is another kind of model.
     """
 
     metric = "DINO"
@@ -66,7 +65,7 @@ class DinoEncoder:
         self.size = config.image_size
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """Return the input (3, size, size) for an RGB image."""
+        """Return the pixels (3, size, size) of an RGB image as the model takes them."""
         short = round(self.size * RESIZE_PER_CROP)
         scale = short / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
@@ -87,7 +86,7 @@ class ClipEncoder:
     """A CLIP model of transformers, in float32.
 
     Raises:
-        RunError: It cannot be loaded, or is no CLIP.
+        RunError: It cannot be loaded, or is another kind of model.
     """
 
     metric = "CLIP-I"
@@ -112,7 +111,7 @@ class ClipEncoder:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Return normalized embeddings (n, d) on the CPU; texts longer than the model takes are cut."""
+        """Return normalized embeddings (n, d) on the CPU. Long texts are truncated."""
         self.model.to(self.device)
         tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(self.device)
         tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
@@ -131,31 +130,31 @@ def mean_cosine(one: Tensor, other: Tensor) -> float:
 
 
 def mean_cosine_within(rows: Tensor) -> float | None:
-    """Return the mean cosine over pairs of different rows (..., n, d), averaged over the dots; None for one row."""
+    """Return the mean cosine over pairs of different rows of (..., n, d), `None` for a single row."""
     n = rows.shape[-2]
     if n < 2:
         return None
     rows = rows.double()
-    squares = rows.sum(dim=-2).square().sum(dim=-1)  # of pairs with themselves: n times 1, up to rounding
-    return ((squares - rows.square().sum(dim=(-2, -1))) / (n * (n - 1))).mean().item()
+    all_pairs, same_row = rows.sum(dim=-2).square().sum(dim=-1), rows.square().sum(dim=(-2, -1))
+    return ((all_pairs - same_row) / (n * (n - 1))).mean().item()
 
 
 def diversity(rows: Tensor) -> float | None:
-    """Return 1 - the mean cosine between images of one prompt, (prompts, images, d): not LPIPS, but of the same use."""
+    """Return 1 - the mean cosine between images of one prompt, for embeddings (prompts, images, d)."""
     within = mean_cosine_within(rows)
     return None if within is None else 1 - within
 
 
 def text_score(images: Tensor, texts: Tensor) -> float:
-    """Return the mean cosine of images (prompts, images, d) with their prompt's text (prompts, d)."""
+    """Return the mean cosine between images (prompts, images, d) and the text of their prompt (prompts, d)."""
     return (images.double() * texts.double()[:, None]).sum(dim=-1).mean().item()
 
 
 def pixel_change(pairs: Sequence[tuple[Path, Path]]) -> list[float]:
-    """Return, for each pair of image files of one size, the mean squared difference of values in [0, 1].
+    """Return the mean squared difference of pixel values in [0, 1] for each pair of image files of one size.
 
-    A deterministic sampler maps noise to images: for pairs from the same noise, the mean times the number of values
-    bounds the squared 2-Wasserstein distance between the images of the two models.
+    If a deterministic sampler generated each pair from the same noise, the mean times the number of values bounds the
+    squared 2-Wasserstein distance between the images of the two models.
     """
 
     def values(path: Path) -> np.ndarray:
@@ -165,7 +164,7 @@ def pixel_change(pairs: Sequence[tuple[Path, Path]]) -> list[float]:
 
 
 def bootstrap_interval(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean over subjects, from resampled subjects."""
+    """Return the 95 % bootstrap interval of the mean, by percentiles over resampled subjects."""
     sample = np.asarray(values, dtype=np.float64)
     picks = np.random.default_rng(seed).integers(len(sample), size=(draws, len(sample)))
     low, high = np.percentile(sample[picks].mean(axis=1), [2.5, 97.5])

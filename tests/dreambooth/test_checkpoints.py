@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextModel
 
 from diffusers_lipreg.dreambooth import checkpoints
+from diffusers_lipreg.dreambooth.checkpoint_files import OFFICIAL_FILES, find_checkpoint
 from diffusers_lipreg.dreambooth.checkpoints import Checkpoints
 from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, collate
 from diffusers_lipreg.dreambooth.output import CONFIG, OutputFolder
@@ -51,7 +52,7 @@ def dataset(folder: Path) -> DreamBoothDataset:
     return DreamBoothDataset(as_photos(photos), [], PhotoTransform(16, center_crop=False))
 
 
-class Monitor:
+class Regularizer:
     """One that has measured something."""
 
     state: dict[str, Any] = {"measured": 0.25}
@@ -92,13 +93,14 @@ def output(tmp_path: Path) -> Path:
         official(folder / f"checkpoint-{number}")
     for name in ("checkpoint-best", "unet"):
         (folder / name).mkdir()
-    Path(folder, "checkpoint-500.zip").write_bytes(b"")
+    for name in ("checkpoint-500.zip", "checkpoint-999"):  # files
+        Path(folder, name).write_bytes(b"")
     return folder
 
 
 def official(checkpoint: Path) -> Path:
     (checkpoint / "unet").mkdir(parents=True)
-    for name in (*checkpoints.OFFICIAL_FILES, "unet/diffusion_pytorch_model.safetensors"):
+    for name in (*OFFICIAL_FILES, "unet/diffusion_pytorch_model.safetensors"):
         (checkpoint / name).write_bytes(b"")
     return checkpoint
 
@@ -113,16 +115,16 @@ def names(folder: Path) -> set[str]:
 def test_no_wish_and_nothing_saved_yet_start_a_new_run(
     output: Path, tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert checkpoints.find(str(output), None) is None
+    assert find_checkpoint(str(output), None) is None
     assert not caplog.records
     (tmp_path / "new" / "checkpoint-best").mkdir(parents=True)
-    assert checkpoints.find(str(tmp_path / "new"), "latest") is None
+    assert find_checkpoint(str(tmp_path / "new"), "latest") is None
     (record,) = caplog.records
     assert str(tmp_path / "new") in record.getMessage()
 
 
 def test_latest_of_the_official_script_is_the_highest_number(output: Path) -> None:
-    assert checkpoints.find(str(output), "latest") == output / "checkpoint-100"
+    assert find_checkpoint(str(output), "latest") == output / "checkpoint-100"
 
 
 @pytest.mark.parametrize(
@@ -130,80 +132,73 @@ def test_latest_of_the_official_script_is_the_highest_number(output: Path) -> No
     ["checkpoint-9", "checkpoint-9/", "{output}/checkpoint-9", "{output}/checkpoint-9/", "somewhere/checkpoint-9"],
 )
 def test_a_name_or_a_path_means_the_one_in_the_output_folder(output: Path, wanted: str) -> None:
-    assert checkpoints.find(str(output), wanted.format(output=output)) == output / "checkpoint-9"
+    assert find_checkpoint(str(output), wanted.format(output=output)) == output / "checkpoint-9"
 
 
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_a_path_elsewhere_is_taken_if_only_it_is_there(output: Path, tmp_path: Path, slash: str) -> None:
-    elsewhere = official(tmp_path / "other" / "checkpoint-7")
-    assert checkpoints.find(str(output), f"{elsewhere}{slash}") == elsewhere
+@pytest.mark.parametrize("name", ["checkpoint-7/", "checkpoint-9"])
+def test_a_path_that_is_there_is_taken_even_if_the_output_folder_has_its_namesake(
+    output: Path, tmp_path: Path, name: str
+) -> None:
+    elsewhere = official(tmp_path / "other" / name)
+    assert find_checkpoint(str(output), f"{tmp_path}/other/{name}") == elsewhere
 
 
-def test_a_path_that_is_there_is_not_exchanged_for_its_namesake(output: Path, tmp_path: Path) -> None:
-    elsewhere = official(tmp_path / "other" / "checkpoint-9")
-    assert checkpoints.find(str(output), str(elsewhere)) == elsewhere
-
-
-@pytest.mark.parametrize("wanted", ["checkpoint-7", "checkpoint-best", "unet", "last", "/nowhere/checkpoint-7/"])
+@pytest.mark.parametrize(
+    "wanted", ["checkpoint-7", "checkpoint-best", "unet", "checkpoint-999", "/nowhere/checkpoint-7/"]
+)
 def test_a_missing_checkpoint_is_an_error_that_lists_the_others(output: Path, wanted: str) -> None:
     with pytest.raises(RunError) as refused:
-        checkpoints.find(str(output), wanted)
+        find_checkpoint(str(output), wanted)
     assert f"--resume_from_checkpoint {wanted}: " in str(refused.value)
     assert "checkpoint-9, checkpoint-10, checkpoint-20, checkpoint-100." in str(refused.value)
-
-
-def test_a_missing_checkpoint_in_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="has none"):
-        checkpoints.find(str(tmp_path), "checkpoint-7")
-
-
-def test_a_file_is_no_checkpoint(output: Path) -> None:
-    Path(output, "checkpoint-999").write_bytes(b"")
-    assert checkpoints.find(str(output), "latest") == output / "checkpoint-100"
+    with pytest.raises(RunError, match="there is no such checkpoint; .* has none"):
+        find_checkpoint(str(output / "new"), wanted)
 
 
 def test_latest_is_of_the_run_that_wrote_last(output: Path, begin: Begin) -> None:
     """Not of an earlier one that went on for longer, nor what the run that wrote last made before it was resumed."""
-    begin("earlier").save(300, Monitor())
+    begin("earlier").save(300, Regularizer())
     later = begin("later")
     for step in (7, 8, 7):
-        assert later.save(step, Monitor()) == checkpoints.find(str(output), "latest") == output / f"checkpoint-{step}"
+        assert (
+            later.save(step, Regularizer()) == find_checkpoint(str(output), "latest") == output / f"checkpoint-{step}"
+        )
     assert [path.name for path in later.of_this_run()] == ["checkpoint-8", "checkpoint-7"]
     newer = official(output / "checkpoint-200")  # the official script went on
     os.utime(newer, times=(2e9, 2e9))
-    assert checkpoints.find(str(output), "latest") == newer
+    assert find_checkpoint(str(output), "latest") == newer
 
 
 # Whole or not
 
 
-@pytest.mark.parametrize("file", [*checkpoints.OFFICIAL_FILES, "unet/diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("file", [OFFICIAL_FILES[0], "unet/diffusion_pytorch_model.safetensors"])
 def test_an_official_checkpoint_that_lacks_a_file_is_not_whole(
     output: Path, accelerator: Accelerator, file: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (output / "checkpoint-100" / file).unlink()
-    assert checkpoints.find(str(output), "latest") == output / "checkpoint-20"
+    assert find_checkpoint(str(output), "latest") == output / "checkpoint-20"
     assert f"{output / 'checkpoint-100'} is not whole" in caplog.text and "checkpoint-20 instead" in caplog.text
     with pytest.raises(RunError, match="checkpoint-100 is not whole: .* missing"):
-        checkpoints.find(str(output), "checkpoint-100")
+        find_checkpoint(str(output), "checkpoint-100")
 
 
-@pytest.mark.parametrize("fault", ["missing", "cut off"])
-def test_ours_knows_its_files_and_their_sizes(output: Path, begin: Begin, fault: str) -> None:
-    saved = begin("run").save(300, Monitor())
+def test_ours_knows_its_files_and_their_sizes(output: Path, begin: Begin) -> None:
+    saved = begin("run").save(300, Regularizer())
     for file in sorted(path for path in saved.rglob("*") if path.is_file() and path.name != CONFIG):
         content = file.read_bytes()
-        file.unlink() if fault == "missing" else file.write_bytes(content[: len(content) // 2])
-        with pytest.raises(RunError, match=f"checkpoint-300 is not whole: {file.name} missing or cut off"):
-            checkpoints.find(str(output), "checkpoint-300")
+        for left in (content[: len(content) // 2], None):
+            file.unlink() if left is None else file.write_bytes(left)
+            with pytest.raises(RunError, match=f"checkpoint-300 is not whole: {file.name} missing or cut off"):
+                find_checkpoint(str(output), "checkpoint-300")
         file.write_bytes(content)
-    assert checkpoints.find(str(output), "checkpoint-300") == saved
+    assert find_checkpoint(str(output), "checkpoint-300") == saved
 
 
 def test_where_none_is_whole_no_new_run_is_started(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(RunError, match="checkpoint-3 is not whole"):
-        checkpoints.find(str(tmp_path), "latest")
+        find_checkpoint(str(tmp_path), "latest")
 
 
 # Which are kept
@@ -215,12 +210,12 @@ def test_where_none_is_whole_no_new_run_is_started(tmp_path: Path) -> None:
 def test_the_limit_counts_the_checkpoints_of_the_run_alone(
     output: Path, begin: Begin, limit: int | None, kept: set[int]
 ) -> None:
-    begin("earlier").save(300, Monitor())
+    begin("earlier").save(300, Regularizer())
     before = names(output)
     run = begin("run", limit)
     for step in (5, 6, 7):
-        run.save(step, Monitor())
-    begin("run", limit).save(8, Monitor())  # resumed, it is the same run
+        run.save(step, Regularizer())
+    begin("run", limit).save(8, Regularizer())  # resumed, it is the same run
     assert names(output) == before | {f"checkpoint-{step}" for step in kept}
     assert set(OutputFolder(output).owned("checkpoint")) == {
         "checkpoint-300",
@@ -230,13 +225,13 @@ def test_the_limit_counts_the_checkpoints_of_the_run_alone(
 
 def test_one_of_an_earlier_run_of_ours_is_replaced_and_one_of_somebody_else_kept(output: Path, begin: Begin) -> None:
     before = names(output)
-    begin("earlier").save(300, Monitor())
+    begin("earlier").save(300, Regularizer())
     Path(output, "checkpoint-300", "old").write_bytes(b"")
     Path(output, "checkpoint-20", "old").write_bytes(b"")
     Path(output, "checkpoint-best", "mine").write_bytes(b"")
     run = begin("run")
     for step in (300, 20, 20):
-        run.save(step, Monitor())
+        run.save(step, Regularizer())
     run.save_best({}, lambda models, folder: Path(folder, "unet").write_bytes(b""))
     kept = {"checkpoint-20.kept-1", "checkpoint-best.kept-1"}
     assert names(output) == before | kept | {"checkpoint-300", ".lipreg"}
@@ -251,7 +246,7 @@ def test_a_checkpoint_that_was_cut_off_is_never_found(
     output: Path, accelerator: Accelerator, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = begin("run", limit=1)
-    run.save(150, Monitor())
+    run.save(150, Regularizer())
     before = names(output)
 
     def killed(folder: str) -> None:
@@ -262,24 +257,22 @@ def test_a_checkpoint_that_was_cut_off_is_never_found(
     with monkeypatch.context() as patch:
         patch.setattr(accelerator, "save_state", killed)
         with pytest.raises(KeyboardInterrupt):
-            run.save(200, Monitor())
-    (left,) = names(output) - before
-    assert before < names(output)  # the old ones are removed when the new one is whole, not before
-    assert checkpoints.find(str(output), "latest") == output / "checkpoint-150"
-    for wanted in (left, "checkpoint-200"):
-        with pytest.raises(RunError):
-            checkpoints.find(str(output), wanted)
+            run.save(200, Regularizer())
+    # The old ones are removed when the new one is whole, not before.
+    assert names(output) == before and find_checkpoint(str(output), "latest") == output / "checkpoint-150"
+    with pytest.raises(RunError):
+        find_checkpoint(str(output), "checkpoint-200")
 
-    begin("run").save(200, Monitor())
+    begin("run").save(200, Regularizer())
     assert names(output) == before | {"checkpoint-200"}
-    assert checkpoints.find(str(output), "latest") == output / "checkpoint-200"
+    assert find_checkpoint(str(output), "latest") == output / "checkpoint-200"
 
 
 def test_a_checkpoint_that_was_half_removed_has_lost_its_name(
     output: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, before = begin("run", limit=1), names(output)
-    run.save(150, Monitor())
+    run.save(150, Regularizer())
 
     def killed(folder: Path, **_: Any) -> None:
         if Path(folder).exists():
@@ -289,12 +282,13 @@ def test_a_checkpoint_that_was_half_removed_has_lost_its_name(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            run.save(200, Monitor())
+            run.save(200, Regularizer())
     assert [path.name for path in run.of_this_run()] == ["checkpoint-200"]
     with pytest.raises(RunError, match="no such checkpoint"):
-        checkpoints.find(str(output), "checkpoint-150")
-    begin("run", limit=1).save(201, Monitor())
+        find_checkpoint(str(output), "checkpoint-150")
+    begin("run", limit=1).save(201, Regularizer())
     assert names(output) == before | {"checkpoint-201", ".lipreg"}
+    assert not list((output / ".lipreg").glob("checkpoint*"))
 
 
 def test_a_system_that_flushes_only_what_may_be_written_to(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +302,7 @@ def test_a_system_that_flushes_only_what_may_be_written_to(begin: Begin, monkeyp
 
     flushed: list[int] = []
     monkeypatch.setattr(os, "fsync", fsync)
-    begin("run").save(300, Monitor())
+    begin("run").save(300, Regularizer())
     assert flushed
 
 
@@ -328,7 +322,7 @@ def test_the_advice_fits_the_error(
 
     monkeypatch.setattr(accelerator, "save_state", fails)
     with pytest.raises(RunError, match=advice):
-        begin("run").save(300, Monitor())
+        begin("run").save(300, Regularizer())
 
 
 # What is in them
@@ -340,7 +334,7 @@ def test_models_are_saved_and_loaded_by_name(tmp_path: Path, accelerator: Accele
         "text_encoder": CLIPTextModel.from_pretrained(PARITY / "pipeline", subfolder="text_encoder"),
     }
     expected = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
-    checkpoints.write_models_with(
+    checkpoints.register_hooks(
         accelerator, partial(checkpoints.save_models, models), partial(checkpoints.load_models, models)
     )
     accelerator.prepare(models["text_encoder"], models["unet"])  # in another order
@@ -398,30 +392,30 @@ def test_hyperparameters_of_the_command_line_take_effect(begin: Begin) -> None:
     for _ in range(10):
         before.schedule.optimizer.step()
         before.schedule.step()
-    saved = before.save(10, Monitor())
+    saved = before.save(10, Regularizer())
     assert before.schedule.get_last_lr() == [1e-3 * 0.9]
     same = begin("run", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
-    same.load(saved, 100, Monitor())
+    same.load(saved, 100, Regularizer())
     assert (
         same.schedule.optimizer.state_dict()["param_groups"] == before.schedule.optimizer.state_dict()["param_groups"]
     )
     after = begin("run", lr=1e-6, betas=(0.5, 0.6), eps=1e-4, weight_decay=0.5)
-    after.load(saved, 100, Monitor())
+    after.load(saved, 100, Regularizer())
     assert after.schedule.get_last_lr() == [1e-6 * 0.9] and after.schedule.base_lrs == [1e-6]
     (group,) = after.schedule.optimizer.param_groups
     values = {name: group[name] for name in ("lr", "initial_lr", "betas", "eps", "weight_decay")}
     assert values == {"lr": 1e-6 * 0.9, "initial_lr": 1e-6, "betas": (0.5, 0.6), "eps": 1e-4, "weight_decay": 0.5}
 
 
-def test_the_monitors_state_is_json_and_comes_back(begin: Begin) -> None:
-    run, monitor = begin("run"), Monitor()
-    saved = run.save(10, monitor)
-    assert json.loads((saved / checkpoints.MONITOR_STATE).read_text()) == monitor.state
+def test_the_regularizers_state_is_json_and_comes_back(begin: Begin) -> None:
+    run, regularizer = begin("run"), Regularizer()
+    saved = run.save(10, regularizer)
+    assert json.loads((saved / checkpoints.REGULARIZER_STATE).read_text()) == regularizer.state
     assert not list(saved.glob("custom_checkpoint*"))
-    other = Monitor()
+    other = Regularizer()
     other.state = {}
     run.load(saved, 100, other)
-    assert other.state == monitor.state
+    assert other.state == regularizer.state
 
 
 @pytest.mark.parametrize(
@@ -434,9 +428,9 @@ def test_the_monitors_state_is_json_and_comes_back(begin: Begin) -> None:
 def test_a_lost_loss_names_a_checkpoint_whose_weights_are_not_lost_yet(
     begin: Begin, checkpoint: int, advice: str
 ) -> None:
-    begin("earlier").save(3, Monitor())
+    begin("earlier").save(3, Regularizer())
     run = begin("run", lr=1.0)
-    run.save(checkpoint, Monitor())
+    run.save(checkpoint, Regularizer())
     run.check_finite(10, loss=torch.tensor(1.0))
     with pytest.raises(RunError) as lost:
         run.check_finite(10, loss=torch.tensor(float("nan")))
@@ -470,7 +464,7 @@ def test_a_checkpoint_brings_back_the_place_in_the_epoch(
     torch.manual_seed(0)
     loader = resumable()
     run = begin("run", loader=loader)
-    whole = train(accelerator, loader, lambda step: run.save(step, Monitor()))
+    whole = train(accelerator, loader, lambda step: run.save(step, Regularizer()))
     whole += train(accelerator, loader)
     final_state = torch.get_rng_state()
 
@@ -479,7 +473,7 @@ def test_a_checkpoint_brings_back_the_place_in_the_epoch(
         Path(checkpoint, checkpoints.SAMPLER_STATE).unlink()
     torch.manual_seed(1234)
     loader = resumable()
-    begin("run", loader=loader).load(checkpoint, 3, Monitor())
+    begin("run", loader=loader).load(checkpoint, 3, Regularizer())
     rest = [] if updates == 3 else train(accelerator, loader)
     assert len(rest) == BATCHES - batches
     rest += train(accelerator, loader)

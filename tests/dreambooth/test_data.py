@@ -26,7 +26,7 @@ from diffusers_lipreg.dreambooth.data import (
     find_instance_images,
     list_images,
     open_image,
-    quiet_libraries,
+    silence_decoders,
 )
 from diffusers_lipreg.dreambooth.resumable import ResumableDataset
 from diffusers_lipreg.errors import RunError
@@ -111,7 +111,7 @@ def test_a_square_photo_draws_nothing(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("width", "height", "row", "column"),
     [
-        (65, 64, 0, 0),  # halves go to the even neighbour: 0.5 to 0,
+        (65, 64, 0, 0),  # halves go to the even neighbor: 0.5 to 0,
         (67, 64, 0, 2),  # 1.5 to 2,
         (69, 64, 0, 2),  # 2.5 to 2
         (66, 64, 0, 1),
@@ -119,7 +119,7 @@ def test_a_square_photo_draws_nothing(size: tuple[int, int]) -> None:
         (64, 64, 0, 0),
     ],
 )
-def test_the_centre_crop_rounds_halves_to_even_and_draws_nothing(
+def test_the_center_crop_rounds_halves_to_even_and_draws_nothing(
     width: int, height: int, row: int, column: int
 ) -> None:
     state = torch.get_rng_state()
@@ -266,7 +266,7 @@ def test_mutated_images_are_rgb_or_refused_and_nothing_else_is_said(tmp_path: Pa
         image.save(path := tmp_path / f"{number}.{kind}", exif=exif(ROTATED), **options)
         seeds.append(path.read_bytes())
     seen = Counter()
-    with quiet_libraries(), warnings.catch_warnings():
+    with silence_decoders(), warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(300):
             data = bytearray(chance.choice(seeds))
@@ -443,15 +443,15 @@ def test_a_folder_with_images_gives_them(tmp_path: Path) -> None:
 
 
 def plain(folder: Path, *values: int) -> list[Path]:
-    """8x8 photos, each of one grey value."""
+    """8x8 photos, each of one gray value."""
     paths = [folder / f"{value}.png" for value in values]
     for path, value in zip(paths, values, strict=True):
         Image.new("RGB", (8, 8), (value,) * 3).save(path)
     return paths
 
 
-def grey(pixels: Tensor) -> int:
-    """The grey value of a plain photo."""
+def gray(pixels: Tensor) -> int:
+    """The gray value of a plain photo."""
     assert pixels.shape == (3, 8, 8)
     return round((pixels.mean().item() / 2 + 0.5) * 255)
 
@@ -472,7 +472,7 @@ def test_the_shorter_list_starts_over(
     dataset = DreamBoothDataset(as_photos(plain(tmp_path, *instance)), plain(tmp_path, *classes), transform)
     assert len(dataset) == len(pairs)
     items = [dataset[index] for index in range(len(dataset))]
-    assert [(grey(item["instance"]), grey(item["class"]) if "class" in item else None) for item in items] == pairs
+    assert [(gray(item["instance"]), gray(item["class"]) if "class" in item else None) for item in items] == pairs
 
 
 def test_the_instance_photo_is_cropped_before_its_class_image(tmp_path: Path) -> None:
@@ -487,7 +487,7 @@ def test_the_instance_photo_is_cropped_before_its_class_image(tmp_path: Path) ->
     assert (corner(item["instance"]), corner(item["class"])) == (first, second)
 
 
-def test_each_visit_crops_anew(tmp_path: Path) -> None:
+def test_each_visit_crops_again(tmp_path: Path) -> None:
     map_of_pixels(200, 64).save(tmp_path / "photo.png")
     dataset = DreamBoothDataset(as_photos([tmp_path / "photo.png"]), [], PhotoTransform(64, center_crop=False))
     torch.manual_seed(0)
@@ -500,14 +500,14 @@ def test_a_batch_is_instance_photos_then_class_images(tmp_path: Path) -> None:
     )
     batch = collate([dataset[1], dataset[0]])
     assert batch["has_class_images"] and batch["prompts"][:2] == ["20.png", "10.png"]
-    assert [grey(pixels) for pixels in batch["pixel_values"]] == [20, 10, 120, 110]
+    assert [gray(pixels) for pixels in batch["pixel_values"]] == [20, 10, 120, 110]
     assert batch["pixel_values"].dtype == torch.float32
     assert batch["pixel_values"].is_contiguous()
 
 
 def test_a_batch_without_class_images(tmp_path: Path) -> None:
     dataset = DreamBoothDataset(as_photos(plain(tmp_path, 10, 20)), [], PhotoTransform(8, False))
-    assert [grey(pixels) for pixels in collate([dataset[1], dataset[0]])["pixel_values"]] == [20, 10]
+    assert [gray(pixels) for pixels in collate([dataset[1], dataset[0]])["pixel_values"]] == [20, 10]
 
 
 # The order of batches, and taking it up again
@@ -647,16 +647,16 @@ def test_with_workers_a_resumed_run_is_the_uninterrupted_one(
 
 
 @pytest.mark.parametrize("step", range(1, BATCHES))
-def test_an_official_checkpoint_has_the_rest_of_the_epoch_shuffled_anew(
+def test_an_official_checkpoint_has_the_rest_of_the_epoch_shuffled_again(
     accelerator: Accelerator, tmp_path: Path, step: int
 ) -> None:
-    greys = [10, 20, 30, 40, 50, 60, 70]
-    loader = resumable(accelerator, plain(tmp_path, *greys), size=8)
+    grays = [10, 20, 30, 40, 50, 60, 70]
+    loader = resumable(accelerator, plain(tmp_path, *grays), size=8)
     loader.dataset.resume(loader, step, {})
     torch.manual_seed(0)
-    rest, whole = ([grey(image) for batch in loader for image in batch["pixel_values"]] for _ in range(2))
-    assert len(rest) == len(greys) - 2 * step
+    rest, whole = ([gray(image) for batch in loader for image in batch["pixel_values"]] for _ in range(2))
+    assert len(rest) == len(grays) - 2 * step
     assert max(Counter(rest).values()) == 1
-    assert sorted(whole) == greys
+    assert sorted(whole) == grays
     torch.manual_seed(0)
-    assert [grey(image) for batch in loader for image in batch["pixel_values"]][2 * step :] == rest
+    assert [gray(image) for batch in loader for image in batch["pixel_values"]][2 * step :] == rest

@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.loaders.peft import PeftAdapterMixin
 from safetensors.torch import load_file
-from support.runs import PARITY
+from support.runs import PARITY, SAMPLING_STEPS
 
 from diffusers_lipreg.dreambooth import lora, validation
 
@@ -31,7 +31,9 @@ def no_mixin(monkeypatch):
     lora.logger.warning_once.cache_clear()  # another test may have had the same warning
 
 
-@pytest.mark.parametrize(("script", "validation"), [("train", ()), ("train_sdxl", VALIDATION)])
+@pytest.mark.parametrize(
+    ("script", "validation"), [pytest.param("train", (), marks=pytest.mark.slow), ("train_sdxl", VALIDATION)]
+)
 def test_training_and_resuming_need_no_mixin(script, validation, no_mixin, request, tmp_path, caplog):
     """The pair of releases is named once in one line, with what mends it; the model is not blamed."""
     train = request.getfixturevalue(script)
@@ -60,6 +62,6 @@ def test_the_last_validation_draws_what_users_will(train_sdxl, tmp_path, monkeyp
         if name == "test":
             pipe.load_lora_weights(out)
         seeded = torch.Generator().manual_seed(0)
-        drawn[name] = np.asarray(pipe("a sks dog", num_inference_steps=25, generator=seeded).images[0])
+        drawn[name] = np.asarray(pipe("a sks dog", num_inference_steps=SAMPLING_STEPS, generator=seeded).images[0])
     assert np.array_equal(np.asarray(images["test"][0]), drawn["test"])
     assert not np.array_equal(drawn["base"], drawn["test"])

@@ -204,7 +204,7 @@ def test_the_folder_is_made_and_batches_fill_it_exactly(tmp_path: Path, accelera
     asked = []
 
     class Pipeline(Noise):
-        """Paints instead of sampling: the n-th image is n times 10 grey."""
+        """Paints instead of sampling: the n-th image is n times 10 gray."""
 
         def pipeline(self, dtype: torch.dtype, safety_checker: None) -> "Pipeline":
             asked.append(dtype)

@@ -1,4 +1,4 @@
-"""The command from its arguments to its reports, on tiny pipelines with tiny encoders; what it refuses, in one line."""
+"""Run the command from its arguments to its reports, on tiny pipelines with tiny encoders."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def evaluate(arguments, tmp_path, monkeypatch) -> Evaluate:
 
 @pytest.fixture
 def refuse(arguments, monkeypatch, capsys) -> Callable[..., str]:
-    """Runs the command to the one line that it ends with."""
+    """Return the one line that the command ends with."""
 
     def run(*more: str) -> str:
         capsys.readouterr()
@@ -62,7 +62,7 @@ def refuse(arguments, monkeypatch, capsys) -> Callable[..., str]:
 
 
 class Page(HTMLParser):
-    """Every address that a page refers to, and how often each tag is open at the end."""
+    """Collect the addresses and tags of a page, and count the tags that stay open."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -93,15 +93,15 @@ def test_one_subject_from_command_to_page(evaluate, tmp_path, capsys):
     assert subject["scores"]["personalized"] != subject["scores"]["base"]
     assert subject["scores"]["real"].keys() == {"DINO tiny-dino", "CLIP-I tiny-clip"}
     assert set(subject["drift"]["parameters"]) == {"unet", "text_encoder"}
-    assert subject["drift"]["output"]["output_drift_relative"] > 0
+    assert subject["drift"]["output"]["output_drift_percent"] > 0
     assert subject["drift"]["path_kl"]["nats"] == 0  # the only step is the last one, which adds no noise
     assert subject["unrelated_change"]["pixels"]["mean"] > 0
 
-    base, tuned = (
+    base, personalized = (
         json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "images").rglob("settings.json"))
     )
-    assert base.pop("weights") != tuned.pop("weights")
-    assert base == tuned and base["scheduler"] == "DDPMScheduler"
+    assert base.pop("weights") != personalized.pop("weights")
+    assert base == personalized and base["scheduler"] == "DDPMScheduler"
 
     printed = capsys.readouterr().out
     assert "photos among themselves" in printed and f"{subject['scores']['real']['DINO tiny-dino']:.3f}" in printed
@@ -110,8 +110,8 @@ def test_one_subject_from_command_to_page(evaluate, tmp_path, capsys):
     assert page.addresses and all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
     assert not re.search(r"url\(|@import|<script|<link", text)
     assert set(page.open.values()) == {0}
-    assert page.tags.count("svg") == 5 - 1  # weights of two parts, output drift, slopes; no path-KL above zero
-    shown = 4 + 2 * (2 * 2 + 2 + 2 * 2)  # photos; base and personalised: two prompts, the class, two unrelated ones
+    assert page.tags.count("figure") == 5 - 1  # weights of two parts, output drift, slopes; no path-KL above zero
+    shown = 4 + 2 * (2 * 2 + 2 + 2 * 2)  # photos; base and personalized: two prompts, the class, two unrelated ones
     assert page.tags.count("img") == shown
 
 
@@ -123,19 +123,36 @@ def test_adapters_of_sdxl(evaluate, sdxl_lora):
     assert all("lora" not in name for name in subject["drift"]["parameters"]["unet"]["by_tensor"])
 
 
+def test_pipelines_from_the_hub(arguments, hub, lora, tmp_path):
+    """Base and adapters named by repository: the scores of the same things in folders."""
+    named = push(hub, base=PARITY / "pipeline", personalized=lora)
+    command.run([*arguments, *ONE, *named, "--output_dir", str(tmp_path / "elsewhere")])
+    command.run([*arguments, *ONE, "--personalized", str(lora)])
+    assert_same_report(tmp_path)
+
+
+@pytest.mark.slow
 def test_everything_from_the_hub(arguments, hub, lora, clip, dino, tmp_path):
-    """Base, adapters and encoders named by repository, in a new process: the scores of the same things in folders."""
+    """The encoders, too, in a new process."""
+    named = push(hub, base=PARITY / "pipeline", personalized=lora, clip=clip, dino=dino)
+    words = [*arguments, *ONE, *named, "--output_dir", str(tmp_path / "elsewhere")]
+    ran = execute("-m", "diffusers_lipreg.evaluation", *words, env=hub.environment(tmp_path / "home"))
+    assert ran.returncode == 0, ran.stderr
+    command.run([*arguments, *ONE, "--personalized", str(lora)])
+    assert_same_report(tmp_path)
+
+
+def push(hub, **folders) -> list[str]:
+    """Push each folder to a repository of its name, and return the flags that name the repositories."""
     api, named = HfApi(endpoint=hub.url, token="hf_alice"), []
-    for name, folder in {"base": PARITY / "pipeline", "personalized": lora, "clip": clip, "dino": dino}.items():
+    for name, folder in folders.items():
         repository = api.create_repo(f"alice/{folder.name}").repo_id
         api.upload_folder(repo_id=repository, folder_path=folder)
         named += [f"--{name}", repository]
-    named += ["--output_dir", str(tmp_path / "elsewhere")]
-    ran = execute(
-        "-m", "diffusers_lipreg.evaluation", *arguments, *ONE, *named, env=hub.environment(tmp_path / "home")
-    )
-    assert ran.returncode == 0, ran.stderr
-    command.run([*arguments, *ONE, "--personalized", str(lora)])
+    return named
+
+
+def assert_same_report(tmp_path) -> None:
     from_hub, from_folders = (
         json.loads((tmp_path / name / "report.json").read_text().replace("alice/", ""))["subjects"]["sks_dog"]
         for name in ("elsewhere", "out")
@@ -144,7 +161,7 @@ def test_everything_from_the_hub(arguments, hub, lora, clip, dino, tmp_path):
 
 
 def test_a_run_that_was_interrupted_goes_on(evaluate, arguments, tmp_path, monkeypatch, capsys):
-    """It says how, draws what is missing and nothing else, and reports what a run without interruption does."""
+    """It prints the command, then generates the missing images alone, and reports the same numbers."""
     whole = evaluate(*ONE)
     images = tmp_path / "out" / "images"
     times = {path: path.stat().st_mtime_ns for path in images.rglob("*.png")}
@@ -248,5 +265,9 @@ def test_what_the_user_gets_wrong_ends_in_one_line(refuse, tmp_path, clip):
     StableDiffusionImg2ImgPipeline(**parts).save_pretrained(tmp_path / "img2img")
     assert "expected a text-to-image" in refuse(*ONE, "--base", str(tmp_path / "img2img"))
     assert "cannot make" in refuse(*ONE, "--num_inference_steps", "2000", "--scheduler", "DDPMScheduler")
+    shutil.copytree(PARITY / "pipeline", tmp_path / "quantized")
+    (tmp_path / "quantized" / "vae" / "config.json").write_text('{"quantization_config": {"quant_method": "evil"}}')
+    for flag in ("--base", "--personalized"):
+        assert "sets quantization_config, by which code" in refuse(*ONE, flag, str(tmp_path / "quantized"))
     (tmp_path / "templates").write_text("a dog in the snow\n")
     assert "expected one {} for the subject in each line, got 'a dog in the snow'" in refuse(*ONE)

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def noise_images(folder: Path, count: int, seed: int, size: tuple[int, int] = (48, 40)) -> list[Path]:
-    """Smooth random pictures: of pixel noise, resizing would leave one grey."""
+    """Smooth random pictures: resizing noise would leave one gray."""
     generator, paths = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
@@ -61,11 +61,11 @@ def test_a_subjects_scores_equal_a_plain_computation(tmp_path, clip, dino):
 
         return ImageSet(rows(2, 3, seed), rows(1, 4, seed + 1), rows(3, 2, seed + 2))
 
-    class Drawn:
+    class Generated:
         personalized, base = image_set(10), image_set(20)
 
     got = score_subject(
-        subject, photos, Drawn, [scores.DinoEncoder(str(dino), CPU), scores.ClipEncoder(str(clip), CPU)]
+        subject, photos, Generated, [scores.DinoEncoder(str(dino), CPU), scores.ClipEncoder(str(clip), CPU)]
     )
 
     model, processor = CLIPModel.from_pretrained(clip), AutoProcessor.from_pretrained(clip)
@@ -83,14 +83,16 @@ def test_a_subjects_scores_equal_a_plain_computation(tmp_path, clip, dino):
         real = embed(photos)
         assert got["scores"]["real"][column] == pytest.approx(plain_mean(real, real, same=True), abs=1e-6)
         for side in ("personalized", "base"):
-            drawn = getattr(Drawn, side)
-            generated = embed(paths(drawn.subject))
+            generated_set = getattr(Generated, side)
+            generated = embed(paths(generated_set.subject))
             assert got["scores"][side][column] == pytest.approx(plain_mean(generated, real), abs=1e-6)
             within = [plain_mean(rows, rows, same=True) for rows in generated.split(3)]
             assert got["diversity"][side][column] == pytest.approx(1 - sum(within) / 2, abs=1e-6)
-            of_class = plain_mean(embed(paths(drawn.of_class)), real)
+            of_class = plain_mean(embed(paths(generated_set.of_class)), real)
             assert got["class_resemblance"][side][column] == pytest.approx(of_class, abs=1e-6)
-        before, after = (embed(paths(drawn.unrelated)) for drawn in (Drawn.base, Drawn.personalized))
+        before, after = (
+            embed(paths(generated_set.unrelated)) for generated_set in (Generated.base, Generated.personalized)
+        )
         change = (1 - F.cosine_similarity(before, after, dim=1)).mean().item()
         assert got["unrelated_change"][column]["mean"] == pytest.approx(change, abs=1e-6)
 
@@ -103,7 +105,7 @@ def test_a_subjects_scores_equal_a_plain_computation(tmp_path, clip, dino):
     plain = torch.stack(
         [
             F.cosine_similarity(rows, t, dim=-1).mean()
-            for rows, t in zip(plain_clip(paths(Drawn.base.subject)).split(3), text.text_embeds, strict=True)
+            for rows, t in zip(plain_clip(paths(Generated.base.subject)).split(3), text.text_embeds, strict=True)
         ]
     )
     assert got["scores"]["base"]["CLIP-T tiny-clip"] == pytest.approx(plain.mean().item(), abs=1e-6)
@@ -120,9 +122,9 @@ def test_means_over_pairs_by_hand():
 
 
 def test_pixel_change_by_hand(tmp_path):
-    for name, level in (("black", 0), ("grey", 51)):
+    for name, level in (("black", 0), ("gray", 51)):
         Image.new("RGB", (4, 4), (level, level, level)).save(tmp_path / f"{name}.png")
-    assert scores.pixel_change([(tmp_path / "black.png", tmp_path / "grey.png")]) == [pytest.approx(0.2**2)]
+    assert scores.pixel_change([(tmp_path / "black.png", tmp_path / "gray.png")]) == [pytest.approx(0.2**2)]
 
 
 def test_the_bootstrap_interval_is_that_of_the_mean():

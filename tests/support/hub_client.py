@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_api
 from huggingface_hub.utils import disable_progress_bars
 
 from support.loopback_hub import ACCOUNTS, LoopbackHub
@@ -24,8 +24,9 @@ def client_of_loopback_hub() -> Iterator[LoopbackHub]:
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_CACHE", cache)
-        # The client asks some things outside HfApi(endpoint=...); the two constants have to agree.
+        # The client asks some things outside HfApi(endpoint=...); the addresses have to agree.
         patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(hf_api.api, "endpoint", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         close_session()  # the next one reads the proxies again

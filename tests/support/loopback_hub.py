@@ -4,10 +4,9 @@
         subprocess.run(command, env=hub.environment(tmp_path / "hf_home", token="hf_write"), check=True)
         assert "model_index.json" in hub.files("alice/dog")
 
-It keeps repositories of type model in memory, `owner/name` with one branch, `main`, and answers what huggingface_hub
-2.4.0 asks about them. Not here: datasets, Spaces, branches, tags, pull requests, gated repositories, Xet and multipart
-uploads, range requests. Status and error codes follow the client's source; they were never compared with the real Hub.
-Two differences are deliberate: a new repository has no `.gitattributes`, and only its suffix sends a file through LFS.
+It keeps public repositories of type model in memory, each with one branch, `main`, and answers what huggingface_hub
+2.4.0 asks about them. It has no Xet, no multipart uploads and no range requests. Status and error codes follow the
+client's source; they were never compared with the real Hub.
 """
 
 import base64
@@ -24,13 +23,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS_SUFFIXES = {".bin", ".ckpt", ".gz", ".model", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensors", ".zip"}
+LFS_SUFFIXES = {".bin", ".pt", ".safetensors"}
 CUT, STALL, PORTAL, OTHER = -1, -2, -3, -4
-BAD_TOKEN = "Invalid credentials in Authorization header"  # the text by which the client knows it from a missing repo
+BAD_TOKEN = "Invalid credentials in Authorization header"  # the client knows a bad token by this text
 
 
 class Account(NamedTuple):
-    """Who a token belongs to. A `read` token sees the account's private repositories but may not write to any."""
+    """The owner of a token. A `read` token may not write to any repository."""
 
     name: str
     role: Literal["read", "write"] = "write"
@@ -45,22 +44,16 @@ class StoredFile(NamedTuple):
 
     @property
     def oid(self) -> str:
-        """The id that the client compares with its own to leave out what has not changed."""
+        """The id by which the client leaves out files that have not changed."""
         if self.is_lfs:
             return hashlib.sha256(self.content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
 
-    def entry(self, path: str) -> dict[str, Any]:
-        """The file's entry in a tree listing."""
-        entry = {"type": "file", "path": path, "size": len(self.content), "oid": self.oid}
-        return entry | ({"lfs": {"oid": self.oid, "size": entry["size"], "pointerSize": 0}} if self.is_lfs else {})
-
 
 class Repo:
-    """One history, oldest commit first. Each commit keeps its whole file map, so old revisions resolve."""
+    """One history, oldest commit first. Each commit keeps all of its files, so that old revisions resolve."""
 
-    def __init__(self, private: bool):
-        self.private = private
+    def __init__(self) -> None:
         self.head = ""
         self.commits: dict[str, dict[str, StoredFile]] = {}
         self.add_commit({})
@@ -71,7 +64,7 @@ class Repo:
         self.commits[self.head] = files
 
     def resolve(self, revision: str) -> str:
-        """The commit id that `revision` (`main` or a commit id) stands for."""
+        """Return the commit id of `revision`: `main` or a commit id."""
         sha = self.head if revision == "main" else revision
         if sha not in self.commits:
             raise HubError(404, "Revision not found", code="RevisionNotFound")
@@ -79,7 +72,7 @@ class Repo:
 
 
 class Request(NamedTuple):
-    """A request as it came. `token` is None when there was no Authorization header."""
+    """A request. `token` is `None` if there was no Authorization header."""
 
     method: str
     path: str
@@ -112,17 +105,15 @@ class LoopbackHub:
 
     Attributes:
         url: The endpoint, `http://127.0.0.1:PORT`.
-        accounts: Who each token belongs to; any other token is refused.
+        accounts: The owner of each token; any other token is refused.
         repos: The repositories by id, `owner/name`.
-        lfs_objects: What came through LFS, by sha256; shared by all repositories.
-        requests: Every request so far, oldest first, refused ones included.
-        fail: Endpoints to refuse: status by the name of the endpoint's function below, `{"create": 403}`,
-            `{"commit": 500}`, likewise `preupload`, `lfs_batch`, `lfs_put` and the rest; a list is of the requests to
-            come, `{"commit": [500, 500]}`. After a 401 or 403 the client gives up at once, after a 500 only at
-            `create`, `info` and `commit`: it asks the others again for 23 s. `CUT` in place of a status breaks the
-            connection, `lfs_put` in the middle of what it is sent; `STALL` never answers; `PORTAL` answers 200 with a
-            page of HTML, as the network of a hotel does; `OTHER` answers with JSON that is not the Hub's.
-        retry_after: Seconds after which a 429 says to come back.
+        lfs_objects: The content of LFS files by sha256; all repositories share it.
+        requests: Every request so far, oldest first, with those that were refused.
+        fail: Endpoints that fail: the status by the name of the endpoint's function below, `{"commit": 500}`; or a list
+            for the requests to come, `{"commit": [500, 500]}`. In place of a status, `CUT` breaks the connection (of
+            `lfs_put` halfway), `STALL` never answers, `PORTAL` answers 200 with a page of HTML, as the network of a
+            hotel does, and `OTHER` answers with JSON that is not the Hub's.
+        retry_after: Seconds that a 429 asks the client to wait.
     """
 
     def __init__(self, accounts: dict[str, Account]):
@@ -145,25 +136,22 @@ class LoopbackHub:
         self.stop()
 
     def stop(self) -> None:
-        """Drops dead: connections are refused. Where a 500 would be asked again (see `fail`), so is this."""
+        """Stop without a word. The next connection is refused."""
         self.stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
-    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """Content by path, as of `revision` (`main` or a commit id)."""
+    def files(self, repo_id: str) -> dict[str, bytes]:
+        """Return the content of the files on `main` by path."""
         repo = self.repos[repo_id]
-        return {path: file.content for path, file in repo.commits[repo.resolve(revision)].items()}
+        return {path: file.content for path, file in repo.commits[repo.head].items()}
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """The whole environment of a subprocess that is to use this Hub, for `subprocess.run(..., env=...)`.
-
-        Most of it is read when huggingface_hub is imported, so it does nothing for a process that runs already. The
-        caller's own HF_*, HUGGING* and TRANSFORMERS_* variables (HF_HUB_OFFLINE, tokens, caches) are left out.
+        """Return the whole environment of a subprocess that is to use this Hub, for `subprocess.run(..., env=...)`.
 
         Args:
-            home: Folder for HF_HOME: the cache, and the token file that a login would write.
-            token: HF_TOKEN; None leaves it out, which makes the subprocess anonymous.
+            home: Folder of the client's cache and token file.
+            token: Its HF_TOKEN; `None` makes the subprocess anonymous.
         """
         prefixes = ("HF_", "HUGGING", "TRANSFORMERS_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
@@ -172,7 +160,7 @@ class LoopbackHub:
         return environment | {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",  # with Xet on, an upload never falls back to LFS
+            "HF_HUB_DISABLE_XET": "1",  # with Xet an upload never falls back to LFS
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "NO_PROXY": "127.0.0.1",
@@ -180,51 +168,51 @@ class LoopbackHub:
         }
 
     def answer(self, request: Request) -> Reply:
-        """Records the request and hands it to its route. A HEAD is a GET whose body stays here."""
+        """Record the request and hand it to its endpoint. A HEAD is a GET whose body is not sent."""
         method = request.method.replace("HEAD", "GET")
         with self._lock:
             self.requests.append(request)
             try:
                 for route_method, pattern, endpoint in ROUTES:
                     if method == route_method and (match := pattern.fullmatch(request.path)):
-                        status = self.fail.get(endpoint.__name__)
-                        if isinstance(status, list):
-                            status = status.pop(0) if status else None
-                        if status == PORTAL:
-                            return Reply(
-                                200, {"Content-Type": "text/html"}, b"<html>Welcome! Accept our terms.</html>"
-                            )
-                        if status == OTHER:
-                            return json_reply({"message": "Nothing here is the Hub's"})
-                        if status:
-                            message = BAD_TOKEN if status == 401 else "Refused on purpose by the test"
-                            raise HubError(
-                                status, message, headers={"Retry-After": self.retry_after} if status == 429 else None
-                            )
+                        if failure := self._failure(endpoint.__name__):
+                            return failure
                         groups = {name: value and unquote(value) for name, value in match.groupdict().items()}
                         return endpoint(self, request, **groups)
                 raise HubError(404, f"The loopback Hub has no {request.method} {request.path}")
             except HubError as error:
                 return error.reply
 
-    def account(self, request: Request, code: str = "") -> Account:
-        """Who is asking. `code` goes with the refusal of an anonymous request."""
+    def _failure(self, endpoint: str) -> Reply | None:
+        """Return the reply that `fail` wants from an endpoint, if any."""
+        status = self.fail.get(endpoint)
+        if isinstance(status, list):
+            status = status.pop(0) if status else None
+        if not status:
+            return None
+        if status == PORTAL:
+            return Reply(200, {"Content-Type": "text/html"}, b"<html>Welcome! Accept our terms.</html>")
+        if status == OTHER:
+            return json_reply({"message": "Nothing here is the Hub's"})
+        message = BAD_TOKEN if status == 401 else "Refused on purpose by the test"
+        return HubError(status, message, headers={"Retry-After": self.retry_after} if status == 429 else None).reply
+
+    def account(self, request: Request) -> Account:
+        """Return who is asking."""
         if request.token not in self.accounts:
-            raise HubError(401, BAD_TOKEN) if request.token else HubError(401, "Log in first", code=code)
+            raise HubError(401, BAD_TOKEN if request.token else "Log in first")
         return self.accounts[request.token]
 
     def readable(self, request: Request, repo_id: str) -> Repo:
-        """The repository, unless it must look missing to whoever asks."""
         account = self.account(request) if request.token else None
-        repo = self.repos.get(repo_id)
-        if repo is None or (repo.private and (account is None or account.name != repo_id.split("/")[0])):
+        if repo_id not in self.repos:
             # Over https the client takes a 401 about a repository for "not found"; over http it needs the code.
             raise HubError(404 if account else 401, "Repository not found", code="RepoNotFound")
-        return repo
+        return self.repos[repo_id]
 
     def writable(self, request: Request, repo_id: str) -> Repo:
         repo = self.readable(request, repo_id)
-        require_write(self.account(request, code="RepoNotFound"), repo_id.split("/")[0])
+        require_write(self.account(request), repo_id.split("/")[0])
         return repo
 
 
@@ -236,11 +224,6 @@ def require_write(account: Account, namespace: str) -> None:
 # The endpoints. A function's name is its key in `LoopbackHub.fail`.
 
 
-def whoami(hub: LoopbackHub, request: Request) -> Reply:
-    account = hub.account(request)
-    return json_reply({"type": "user", "name": account.name, "auth": {"accessToken": {"role": account.role}}})
-
-
 def create(hub: LoopbackHub, request: Request) -> Reply:
     account, asked = hub.account(request), json.loads(request.body)
     namespace = asked["organization"] or account.name
@@ -248,9 +231,9 @@ def create(hub: LoopbackHub, request: Request) -> Reply:
     repo_id = f"{namespace}/{asked['name']}"
     url = f"{hub.url}/{repo_id}"
     if repo_id in hub.repos:
-        # Not a HubError: create_repo(exist_ok=True) reads the url of the refusal.
+        # This is no HubError, since create_repo(exist_ok=True) reads the url.
         return json_reply({"error": "You already created this model repo", "url": url}, status=409)
-    hub.repos[repo_id] = Repo(private=asked.get("visibility") == "private")
+    hub.repos[repo_id] = Repo()
     return json_reply({"url": url})
 
 
@@ -268,23 +251,20 @@ def info(hub: LoopbackHub, request: Request, repo_id: str, revision: str | None)
     repo = hub.readable(request, repo_id)
     sha = repo.resolve(revision or "main")
     siblings = [{"rfilename": path} for path in sorted(repo.commits[sha])]
-    return json_reply({"id": repo_id, "sha": sha, "private": repo.private, "siblings": siblings})
+    return json_reply({"id": repo_id, "sha": sha, "siblings": siblings})
 
 
 def tree(hub: LoopbackHub, request: Request, repo_id: str, revision: str, folder: str | None) -> Reply:
     repo = hub.readable(request, repo_id)
     files = repo.commits[repo.resolve(revision)]
     prefix = f"{folder}/" if folder else ""
-    entries: dict[str, dict[str, Any]] = {}
-    for path in sorted(path for path in files if path.startswith(prefix)):
-        name, _, rest = path.removeprefix(prefix).partition("/")
-        if rest and request.query["recursive"] == ["false"]:
-            entries[prefix + name] = {"type": "directory", "path": prefix + name, "oid": "0" * 40}
-        else:
-            entries[path] = files[path].entry(path)
-    if folder and not entries:
+    paths = [path for path in sorted(files) if path.startswith(prefix)]
+    if folder and not paths:
         raise HubError(404, "Entry not found", code="EntryNotFound")
-    return json_reply(list(entries.values()))
+    entries = [
+        {"type": "file", "path": path, "size": len(files[path].content), "oid": files[path].oid} for path in paths
+    ]
+    return json_reply(entries)
 
 
 def resolve(hub: LoopbackHub, request: Request, repo_id: str, revision: str, path: str) -> Reply:
@@ -297,7 +277,7 @@ def resolve(hub: LoopbackHub, request: Request, repo_id: str, revision: str, pat
 
 
 def preupload(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -> Reply:
-    """Says which way each file goes and what is there now; the client leaves an unchanged file out of the commit."""
+    """Say which way each file goes, and what is there now: the client leaves an unchanged file out of the commit."""
     repo = hub.writable(request, repo_id)
     current = repo.commits[repo.resolve(revision)]
     plans = []
@@ -309,7 +289,7 @@ def preupload(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -
 
 
 def lfs_batch(hub: LoopbackHub, request: Request, repo_id: str) -> Reply:
-    """Says where to send each object; one without `actions` is here already."""
+    """Say where to send each object. One without `actions` is here already."""
     hub.writable(request, repo_id)
     objects = []
     for item in json.loads(request.body)["objects"]:
@@ -319,7 +299,7 @@ def lfs_batch(hub: LoopbackHub, request: Request, repo_id: str) -> Reply:
 
 
 def lfs_put(hub: LoopbackHub, request: Request, oid: str) -> Reply:
-    """Takes an object. The client sends no token: on the real Hub the address itself is signed."""
+    """Take an object. The client sends no token, since the real Hub signs the address."""
     if hashlib.sha256(request.body).hexdigest() != oid:
         raise HubError(400, f"Got {len(request.body)} bytes whose sha256 is not {oid}")
     hub.lfs_objects[oid] = request.body
@@ -332,8 +312,7 @@ def commit(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -> R
     for line in request.body.splitlines():
         match json.loads(line):
             case {"key": "header", "value": header}:
-                if header.get("parentCommit", repo.head) != repo.head:
-                    raise HubError(412, f"The head of {repo_id} is {repo.head}. Got {header['parentCommit']}")
+                assert "parentCommit" not in header
             case {"key": "file", "value": {"path": path, "content": content}}:
                 files[path] = StoredFile(base64.b64decode(content), is_lfs=False)
             case {"key": "lfsFile", "value": {"path": path, "oid": oid}}:
@@ -350,7 +329,6 @@ _ID = r"(?P<repo_id>[^/]+/[^/]+)"
 _API = rf"/api/models/{_ID}"
 _REVISION = r"(?P<revision>[^/]+)"
 ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Reply]]] = [
-    ("GET", re.compile(r"/api/whoami-v2"), whoami),
     ("POST", re.compile(r"/api/repos/create"), create),
     ("POST", re.compile(r"/api/validate-yaml"), validate_yaml),
     ("GET", re.compile(rf"{_API}/auth-check(?P<write>/write)?"), auth_check),
@@ -370,7 +348,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def __init__(self, hub: LoopbackHub, *args: Any):
         self.hub = hub
-        super().__init__(*args)  # which answers the request
+        super().__init__(*args)  # answers the request
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -397,4 +375,4 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
-        """Keeps quiet: `LoopbackHub.requests` is the log."""
+        """Print nothing: `LoopbackHub.requests` is the log."""

@@ -4,18 +4,25 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+import train_dreambooth_lipreg
+import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.dreambooth.data import Photo, open_image
 
 ROOT = Path(__file__).parents[2]
+SAMPLING_STEPS = 3
 PARITY = ROOT / "tests" / "parity"
 HAS_FSDP2 = hasattr(torch.cpu.Stream, "record_event")  # on CPUs: torch 2.6 has it on GPUs alone
 
@@ -59,6 +66,44 @@ def forget_accelerate() -> None:
         state._reset_state()
 
 
+@contextmanager
+def few_sampling_steps() -> Iterator[None]:
+    """Draw validation and class images in at most SAMPLING_STEPS steps; the scripts ask for 25 and 50."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline):
+            patch.setattr(kind, "__call__", _in_few_steps(kind.__call__))
+        yield
+
+
+def _in_few_steps(call: Callable) -> Callable:
+    @wraps(call)
+    def draw(*args: Any, num_inference_steps: int = SAMPLING_STEPS, **options: Any) -> Any:
+        return call(*args, num_inference_steps=min(num_inference_steps, SAMPLING_STEPS), **options)
+
+    return draw
+
+
+def train(output_dir: Path, *more: str) -> Path:
+    """Run the SD script in this process."""
+    return _train(train_dreambooth_lipreg, flags(output_dir, *more), output_dir)
+
+
+def train_sdxl(output_dir: Path, *more: str) -> Path:
+    """Run the SDXL script in this process."""
+    arguments = flags(output_dir, *more, pipeline="pipeline_sdxl")
+    if "--dataset_name" in more:  # in place of the folder
+        at = arguments.index("--instance_data_dir")
+        del arguments[at : at + 2]
+    return _train(train_dreambooth_lora_lipreg_sdxl, arguments, output_dir)
+
+
+def _train(script: ModuleType, arguments: list[str], output_dir: Path) -> Path:
+    forget_accelerate()
+    with few_sampling_steps():
+        script.main(script.parse_args(arguments))
+    return output_dir
+
+
 def load_pipeline(name: str = "pipeline") -> DiffusionPipeline:
     pipeline = DiffusionPipeline.from_pretrained(PARITY / name, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -71,8 +116,19 @@ def draw(base: Path | str, adapters: Path | str = "", file: str = "pytorch_lora_
     pipeline.set_progress_bar_config(disable=True)
     if adapters:
         pipeline.load_lora_weights(adapters, weight_name=file)
-    options = {"num_inference_steps": 3, "height": 64, "width": 64, "generator": torch.Generator().manual_seed(0)}
+    options = {
+        "num_inference_steps": SAMPLING_STEPS,
+        "height": 64,
+        "width": 64,
+        "generator": torch.Generator().manual_seed(0),
+    }
     return pipeline("a photo of sks dog", **options).images[0].tobytes()
+
+
+def write_output_to(log: Path) -> None:
+    """Let a fork of this process write to a file what it prints."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout = sys.stderr = open(2, "w", closefd=False)
 
 
 def command(output_dir: Path | str, *more: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:

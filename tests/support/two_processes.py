@@ -24,7 +24,7 @@ from torch.nn.functional import mse_loss
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.errors import run_cli
-from support.runs import HAS_FSDP2, ROOT, flags, forget_accelerate
+from support.runs import HAS_FSDP2, ROOT, few_sampling_steps, flags, forget_accelerate, write_output_to
 
 RUNS_FSDP2 = HAS_FSDP2 and hasattr(FullyShardedDataParallelPlugin, "fsdp_version")
 FULL = ("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--max_train_steps", "4", "--checkpointing_steps", "1")
@@ -59,14 +59,14 @@ ADAPTERS = (*FULL, "--max_train_steps", "2", "--train_text_encoder", "--lipreg_w
 
 
 def fixed_loss(
-    args: Namespace, models: train_dreambooth_lipreg.Models, batch: dict, prompt_embeds: Callable
+    args: Namespace, models: train_dreambooth_lipreg.Models, batch: dict, embed_prompts: Callable
 ) -> Tensor:
     """The script's loss, of noise and timesteps that belong to a photo and not to a process."""
     latents = batch["moments"].chunk(2, dim=1)[0]  # the photos are squares
     noise = latents.flip(-1)
     timesteps = torch.full((len(latents),), 500)
     noisy = models.noise_scheduler.add_noise(latents, noise, timesteps)
-    return mse_loss(models.unet(noisy, timesteps, prompt_embeds(batch["prompts"]), return_dict=False)[0], noise)
+    return mse_loss(models.unet(noisy, timesteps, embed_prompts(batch["prompts"]), return_dict=False)[0], noise)
 
 
 class Run:
@@ -87,7 +87,8 @@ class Run:
         script.Models, script.denoising_loss = build, loss or script.denoising_loss
         Accelerator.log = lambda accelerator, values, step, **_: self.logs.append((step, dict(values)))
         try:
-            script.main(script.parse_args(flags(output_dir, *more, pipeline=pipeline)))
+            with few_sampling_steps():
+                script.main(script.parse_args(flags(output_dir, *more, pipeline=pipeline)))
         finally:
             script.Models, script.denoising_loss, Accelerator.log = original
 
@@ -185,8 +186,7 @@ def main(folder: Path, thorough: bool) -> None:
 
 def work(rank: int, folder: Path, thorough: bool, environment: dict[str, str]) -> None:
     """Be one of two processes, as torchrun tells it by variables; what this one prints goes to a file."""
-    os.dup2(os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT), 2)
-    sys.stdout = sys.stderr = open(2, "w", closefd=False)
+    write_output_to(folder / f"log-{rank}")
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     forget_accelerate()
     main(folder, thorough)
