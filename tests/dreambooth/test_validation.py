@@ -30,7 +30,7 @@ def arguments(*more: str) -> Namespace:
 
 
 class Recorder:
-    """Stands in for a pipeline: keeps what it was asked for and gives a grey image."""
+    """Stands in for a pipeline: keeps what it was asked for and gives a gray image."""
 
     def __init__(self) -> None:
         self.calls: list[dict] = []
@@ -102,8 +102,8 @@ def test_as_many_images_as_asked_for_in_25_steps(accelerator: Accelerator) -> No
 
 def test_one_image_for_each_validation_image(accelerator: Accelerator, tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{name}.png") for name in "ab"]
-    for path, colour in zip(paths, ("red", "blue"), strict=True):
-        Image.new("RGB", (8, 8), colour).save(path)
+    for path, color in zip(paths, ("red", "blue"), strict=True):
+        Image.new("RGB", (8, 8), color).save(path)
     pipeline = Recorder()
     prompt = {"prompt_embeds": torch.zeros(1), "negative_prompt_embeds": torch.ones(1)}
     args = arguments("--num_validation_images", "9", "--validation_images", *paths)
