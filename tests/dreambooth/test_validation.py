@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from PIL import Image
 from support.runs import PARITY, flags
 
-from diffusers_lipreg.dreambooth.validation import sample_images, set_scheduler
+from diffusers_lipreg.dreambooth.validation import errors_as_warnings, sample_images, set_scheduler
 from train_dreambooth_lipreg import parse_args
 
 PROMPT = {"prompt": "a photo of sks dog"}
@@ -157,3 +157,6 @@ def test_an_error_is_a_warning_and_no_image(accelerator: Accelerator, monkeypatc
     assert sample_images(arguments(), accelerator, pipeline, PROMPT, steps=2) == []
     assert pipeline.components["unet"].training
     assert "Validation failed, training goes on: CUDA out of memory." in caplog.text
+    with errors_as_warnings():  # for what the scripts load before they sample
+        raise OSError("the Hub is away")
+    assert "Validation failed, training goes on: the Hub is away" in caplog.text
