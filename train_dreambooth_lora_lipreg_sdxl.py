@@ -328,7 +328,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     held_out = held_out_batch(args, accelerator, models, run.photos) if args.keep_best else {}
     denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
     prompt_embeds, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
-    run.prepare(models, data.PreparedPhotos(run.photos, args.repeats, run.class_images, run.transform))
+    run.prepare(models, data.SDXLDreamBoothDataset(run.photos, args.repeats, run.class_images, run.transform))
 
     # Remember the pretrained model, then go on from a checkpoint.
     regularizer = DriftRegularizer.from_args(

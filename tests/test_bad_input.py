@@ -195,6 +195,15 @@ class Things:
         index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": ["evil", "Evil"]}))
         write(path / "unet" / "evil.py", b"raise SystemExit('it ran')")
 
+    def nosy_tokenizer(self, path: Path) -> None:
+        copytree(PARITY / "pipeline" / "tokenizer", path)
+        config = path / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_file": str(PHOTO)}))
+
+    def tokenizer_with_a_kernel(self, path: Path) -> None:
+        copytree(PARITY / "pipeline" / "tokenizer", path)
+        write(path / "config.json", b'{"attn_implementation": "evil/kernel"}')
+
     def predicts_samples(self, path: Path) -> None:
         config = self.pipeline(path) / "scheduler" / "scheduler_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
@@ -428,6 +437,10 @@ MISTAKES = [
     Mistake(1, f"{MODEL} {{predicts_samples}}", "The scheduler predicts sample; supported: epsilon"),
     Mistake(1, "--variant fp16", "--variant fp16: no part has weight files of this variant"),
     Mistake(1, "--tokenizer_name {missing}", "--tokenizer_name {missing}", "sd", loads=True),
+    Mistake(
+        1, "--tokenizer_name {nosy_tokenizer}", "nosy_tokenizer/tokenizer_config.json names a file elsewhere", "sd"
+    ),
+    Mistake(1, "--tokenizer_name {tokenizer_with_a_kernel}", "config.json sets attn_implementation, by which", "sd"),
     Mistake(1, "--tokenizer_max_length 500", "--tokenizer_max_length 500: the text encoder takes", "sd"),
     Mistake(
         1,

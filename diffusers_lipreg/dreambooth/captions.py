@@ -20,13 +20,13 @@ METADATA = "metadata.jsonl"
 def prompts_of_folder(args: Namespace, images: Sequence[Path]) -> list[str]:
     """Return the prompt of each image of `--instance_data_dir`: its caption, or else `--instance_prompt`.
 
-    The caption is what `--caption_column` has in the folder's metadata.jsonl, or else the text of the .txt beside it.
+    A caption is what `--caption_column` holds in the folder's metadata.jsonl, or else the text of the image's .txt.
 
     Raises:
         RunError: A file of captions cannot be read, or a caption is no text.
     """
     metadata = Path(args.instance_data_dir, METADATA)
-    texts = beside(images, sorted(metadata.parent.iterdir()))
+    texts = caption_files(images, sorted(metadata.parent.iterdir()))
     captions = {image: " ".join(read_file(text).split()) for image, text in texts.items()}
     if args.caption_column is not None:
         rows = match(read_rows(metadata, args.caption_column), images)
@@ -37,7 +37,7 @@ def prompts_of_folder(args: Namespace, images: Sequence[Path]) -> list[str]:
 
 
 def prompts(args: Namespace, captions: Sequence[str]) -> list[str]:
-    """Return captions, with `--instance_prompt` in place of empty ones; says how many there are."""
+    """Return the captions with `--instance_prompt` in place of empty ones, and log how many there are."""
     present = sum(map(bool, captions))
     if present or args.caption_column is not None:
         rest = "" if present == len(captions) else "; the others use --instance_prompt"
@@ -45,39 +45,39 @@ def prompts(args: Namespace, captions: Sequence[str]) -> list[str]:
     return [caption or args.instance_prompt for caption in captions]
 
 
-def beside(images: Iterable[Path], files: Iterable[Path]) -> dict[Path, Path]:
-    """Find among files the .txt of each image, which has its name but for the suffix."""
-    texts = {spelling(file.stem): file for file in files if file.suffix.lower() == ".txt"}
-    return {image: texts[name] for image in images if (name := spelling(image.stem)) in texts}
+def caption_files(images: Iterable[Path], files: Iterable[Path]) -> dict[Path, Path]:
+    """Return the .txt of each image that has one among the files: of the same name but for the suffix."""
+    texts = {normalized(file.stem): file for file in files if file.suffix.lower() == ".txt"}
+    return {image: texts[name] for image in images if (name := normalized(image.stem)) in texts}
 
 
-def spelling(name: str) -> str:
-    """Return a path as all its spellings have it: ./ and backslashes, accents within a letter or behind it."""
+def normalized(name: str) -> str:
+    """Return one spelling for a path, whose accents, slashes and ./ may be written in several ways."""
     return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
 
 
 def match(rows: Iterable[tuple[str, str]], images: Iterable[Path]) -> dict[Path, str]:
-    """Give the images of a folder the captions that came with their names; warns of rows that are for none of them."""
-    unclaimed = {spelling(image.name): image for image in images}
+    """Return the captions by image, of rows (file name, caption), and warn of rows that match no image."""
+    unclaimed = {normalized(image.name): image for image in images}
     captions, unmatched = {}, []
     for name, caption in rows:
-        image = unclaimed.pop(spelling(name), None)
+        image = unclaimed.pop(normalized(name), None)
         if image is None:
             unmatched.append(name)
         else:
             captions[image] = caption
     if unmatched:
-        number = f"{len(unmatched):,} rows of {METADATA}"
-        logger.warning(printable(f"{number} are for no photo, or for one that has a row already: {few(unmatched)}."))
+        rest = f"are for no photo, or for one that has a row already: {abbreviate(unmatched)}."
+        logger.warning(printable(f"{len(unmatched):,} rows of {METADATA} {rest}"))
     return captions
 
 
 def read_rows(metadata: Path, column: str) -> list[tuple[str, str]]:
-    """Read file names and captions, "" where there is none, from the lines of a metadata.jsonl."""
+    """Read file names and captions from a metadata.jsonl; the caption is "" if a row has none."""
     if not metadata.is_file():
         raise RunError(f"--caption_column {column}: there is no {metadata} to take captions from.")
     rows, columns = [], set()
-    for number, line in enumerate(read_file(metadata).split("\n"), 1):  # splitlines would divide at U+2028, too
+    for number, line in enumerate(read_file(metadata).split("\n"), 1):  # splitlines would also split at U+2028
         if not line.strip():
             continue
         where = f"{metadata}, line {number}"
@@ -85,9 +85,9 @@ def read_rows(metadata: Path, column: str) -> list[tuple[str, str]]:
             row = json.loads(line)
             name = row["file_name"] + ""
             columns |= row.keys()
-        except Exception as error:  # of any shape JSON may have
+        except Exception as error:  # a line may hold JSON of any shape
             raise RunError(f"{where}: expected a JSON object with a file_name ({error!r}).") from error
-        rows.append((name, checked(row.get(column), where)))
+        rows.append((name, check_caption(row.get(column), where)))
     check_column(column, sorted(columns), "--caption_column")
     return rows
 
@@ -98,15 +98,11 @@ def check_column(column: str, columns: Sequence[str], flag: str) -> None:
         raise RunError(f"{flag} {column}: there is no such column; there are {', '.join(columns)}.")
 
 
-def checked(caption: object, where: str) -> str:
-    """Return a caption, "" for none or nothing but spaces.
-
-    Raises:
-        RunError: It is no text, or holds half a character. `where` tells the file and the row.
-    """
+def check_caption(caption: object, where: str) -> str:
+    """Return a caption, or "" for none and for one that is blank. Refuse what is no text; `where` is its file and row."""
     try:
         text = "" if caption is None else caption.encode().decode()  # type: ignore[attr-defined]
-    except (AttributeError, UnicodeError) as error:
+    except (AttributeError, UnicodeError) as error:  # half of a surrogate pair is no text, either
         raise RunError(f"{where}: the caption is no text, but {caption!r:.100}.") from error
     return text if text.strip() else ""
 
@@ -119,6 +115,6 @@ def read_file(file: Path) -> str:
         raise RunError(f"{file}: cannot be read as a text in UTF-8 ({one_line(error)}).") from error
 
 
-def few(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
     """Join the first three names, and say how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")

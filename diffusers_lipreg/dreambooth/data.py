@@ -9,7 +9,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,11 +25,10 @@ from ..errors import RunError, one_line, printable
 from . import captions
 
 logger = get_logger(__name__)
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what its decoders find is told in one line of ours
-Encode = Callable[[Iterable[Tensor]], Iterable[Tensor]]  # of pixels (3, size, size) moments (2C, h, w)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # our own line says what its decoders find
+Encode = Callable[[Iterable[Tensor]], Iterable[Tensor]]  # pixels (3, size, size) to moments (2C, h, w)
 Layouts = Mapping[int, torch.memory_format]  # by batch size
-# What undoes the turn that EXIF's tag of that value tells of.
-TURNS = {
+TURNS = {  # value of EXIF's orientation tag -> what turns the photo upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,7 +40,7 @@ TURNS = {
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """Return an image as RGB, turned the way its EXIF data says, and whether parts of it were transparent: now white.
+    """Return an image as RGB, upright by its EXIF data, and whether parts of it were transparent, which become white.
 
     Raises:
         ValueError: It is a strip, which would be huge when resized.
@@ -49,25 +49,25 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
         raise ValueError(f"{image.width} x {image.height} pixels, one side more than 100 times the other")
     image.load()
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # EXIF data that cannot be read costs the photo its turn, not its place in the run
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a photo with damaged EXIF data is used as it is stored
         turn = None
     transparent = False
     if image.mode[0] in "IF":
         image = Image.fromarray(eight_bits(np.asarray(image), image.mode))
     elif image.has_transparency_data:
         layer = image.convert("RGBA")
-        transparent = layer.getextrema()[3][0] < 255
-        if transparent:  # converted to RGB, it would show whatever color is stored there
+        transparent = layer.getchannel("A").getextrema() != (255, 255)
+        if transparent:  # a conversion to RGB would show the color that is stored under the transparency
             image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     image = image.convert("RGB")
     return (image if turn is None else image.transpose(turn)), transparent
 
 
 def eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Scale pixels of more than 8 bits to 0..255. Where `mode` does not say 16 bits, the largest tells the range.
+    """Scale pixels of more than 8 bits to 0..255; the largest value tells their range unless `mode` says 16 bits.
 
-    PIL would cut them off at 255, which leaves 16 bits white and floats up to 1 black.
+    PIL would clip them at 255, which turns 16 bits white and floats up to 1 black.
     """
     values = np.nan_to_num(values.astype(np.float64))
     top = 65535 if ";16" in mode else values.max()
@@ -77,16 +77,16 @@ def eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 
 @cache
 def formats() -> list[str]:
-    """Name the formats that Pillow decodes itself: EPS it hands to Ghostscript, and no photo may start a program."""
+    """List the formats that Pillow decodes itself. It hands EPS to Ghostscript, and no photo may start a program."""
     Image.init()
     return [name for name in Image.ID if name != "EPS"]
 
 
-def decode(source: str | Path | BinaryIO | Callable[[], BinaryIO], name: str) -> tuple[Image.Image, bool]:
-    """Read an image as `to_rgb` returns it.
+def decode(source: str | Path | BinaryIO | Callable[[], str | BinaryIO], name: str) -> tuple[Image.Image, bool]:
+    """Read an image as `to_rgb` returns it; `source` may be a function that opens it.
 
     Raises:
-        RunError: It cannot be read, whatever the decoder raised. `name` is what the message calls it.
+        RunError: It cannot be read, whatever the decoder raised. The message calls it `name`.
     """
     try:
         with warnings.catch_warnings():
@@ -98,37 +98,33 @@ def decode(source: str | Path | BinaryIO | Callable[[], BinaryIO], name: str) ->
         raise RunError(f"{name}: not an image that can be read ({reason}).") from error
 
 
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """In the block, keep what C libraries write to standard error from it, as libtiff does for each line of a broken file."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is no standard error
-        yield
-        return
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def open_image(path: str | Path) -> Image.Image:
-    """Read a file as RGB, turned the way its EXIF data says, on white where it is transparent.
-
-    Raises:
-        RunError: It cannot be read.
-    """
+    """Read a file as `decode` does, without the second result."""
     return decode(path, str(path))[0]
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """List the images of a folder in the order of their names; sub-folders and hidden files are passed over.
+@contextmanager
+def silence_decoders() -> Iterator[None]:
+    """Discard what C libraries write to standard error; libtiff writes a line for each broken line of a file."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # the process has no standard error
+        yield
+        return
+    with open(os.devnull, "wb") as devnull:
+        os.dup2(devnull.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
-    Every image is decoded once: a broken one is left out here, with a warning, and not met in mid-run. Files that are
-    no images are named in one line, but for captions.
+
+def list_images(folder: str | Path) -> list[Path]:
+    """List the images of a folder sorted by name, without those in sub-folders and hidden ones.
+
+    Each is decoded once, so that a broken one is left out here with a warning and does not end the run later. One line
+    names the other files, except captions.
 
     Raises:
         RunError: The folder cannot be read.
@@ -138,7 +134,7 @@ def list_images(folder: str | Path) -> list[Path]:
         paths = [path for path in sorted(Path(folder).iterdir()) if path.name[0] != "." and path.is_file()]
     except OSError as error:
         raise RunError(f"{folder}: cannot be read ({error.strerror}).") from error
-    with quiet_libraries():
+    with silence_decoders():
         for path in paths:
             try:
                 transparent += decode(path, str(path))[1]
@@ -149,14 +145,10 @@ def list_images(folder: str | Path) -> list[Path]:
                 else:
                     others.append(path)
     report(broken, transparent)
-    texts = {*captions.beside(images, others).values(), Path(folder, captions.METADATA)}
+    texts = {*captions.caption_files(images, others).values(), Path(folder, captions.METADATA)}
     if names := [path.name for path in others if path not in texts]:
-        warn(f"Skipped {len(names):,} files of {folder} that are no images: {captions.few(names)}.")
+        warn(f"Skipped {len(names):,} files of {folder} that are no images: {captions.abbreviate(names)}.")
     return images
-
-
-def warn(message: str) -> None:
-    logger.warning(printable(message))
 
 
 def has_image_name(path: Path) -> bool:
@@ -165,27 +157,35 @@ def has_image_name(path: Path) -> bool:
 
 
 def report(broken: Sequence[str], transparent: int) -> None:
-    """Warn of images that cannot be read, five at most one by one; say how many have transparent parts."""
+    """Warn of broken images, naming five at most, and log the number of images with transparent parts."""
     for reason in broken[:5]:
         warn(f"Skipped {reason}")
     if len(broken) > 5:
-        logger.warning(f"Skipped {len(broken) - 5:,} more images that cannot be read.")
+        warn(f"Skipped {len(broken) - 5:,} more images that cannot be read.")
     if transparent:
         logger.info(f"{transparent:,} images have transparent parts, which are white here.")
 
 
+def warn(message: str) -> None:
+    """Log a warning that may quote file names."""
+    logger.warning(printable(message))
+
+
 def find_instance_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[Path]:
-    """As `list_images`, of a folder that has to be there and hold at least one image; `flag` is where it was named."""
+    """List the images of the folder that `flag` names, as `list_images` does; warn of others in its sub-folders.
+
+    Raises:
+        RunError: There is no such folder, or no image in it.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"{flag} {folder}: there is no such folder.")
     images = list_images(folder)
-    below = Counter(
-        path.parent.relative_to(folder).as_posix()
-        for pattern in ("*/*", "*/*/*")
-        for path in sorted(folder.glob(pattern))
-        if has_image_name(path) and path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}"
-    )
+    below: Counter[str] = Counter()
+    for path in (*sorted(folder.glob("*/*")), *sorted(folder.glob("*/*/*"))):
+        inside = path.relative_to(folder)
+        if has_image_name(path) and path.is_file() and not any(name[0] == "." for name in inside.parts):
+            below[inside.parent.as_posix()] += 1
     hint = ", ".join(f"{number:,} in {name}" for name, number in list(below.items())[:3])
     if not images:
         more = f" There are {hint}: point {flag} there." if hint else ""
@@ -195,35 +195,31 @@ def find_instance_images(folder: str | Path, flag: str = "--instance_data_dir") 
     return images
 
 
+@dataclass(frozen=True)
 class PhotoTransform:
-    """Resize the short side, crop a square, scale to [-1, 1]: a (3, size, size) float32 tensor.
+    """Resize the short side to `size`, crop a square, scale to [-1, 1]: a (3, size, size) float32 tensor.
 
-    A random crop draws two numbers from torch's default generator, row then column, or none when the resized photo is
-    the square already: as torchvision, on which the official scripts' random stream rests.
+    A random crop draws its row, then its column from torch's default generator, and nothing if the resized photo is the
+    square already. torchvision does the same, and the official scripts' random numbers depend on that.
     """
 
-    def __init__(
-        self, size: int, center_crop: bool, interpolation: str = "bilinear", random_flip: bool = False
-    ) -> None:
-        self.size = size
-        self.center_crop = center_crop
-        self.interpolation = interpolation
-        # To PIL, nearest is what torchvision calls nearest_exact, and the other one there is the same on images.
-        self.resampling = Image.Resampling[interpolation.removesuffix("_exact").upper()]
-        self.random_flip = random_flip
-
-    def without_flip(self) -> PhotoTransform:
-        """The same for class images, which are never mirrored."""
-        return PhotoTransform(self.size, self.center_crop, self.interpolation)
+    size: int
+    center_crop: bool
+    interpolation: str = "bilinear"
+    random_flip: bool = False
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.crop(image)[0]
 
+    def load(self, path: Path) -> Tensor:
+        """Return the pixels of an image file."""
+        return self(open_image(path))
+
     def crop(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-        """The tensor, and the row and column of the crop in the resized photo."""
+        """Return the pixels, and the row and column of the crop in the resized photo."""
         image = self.resize(image)
         if self.random_flip and random.random() < 0.5:
-            torch.rand(1)  # torchvision's flip draws, even where it is certain
+            torch.rand(1)  # torchvision's flip draws a number even if it is certain
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         width, height = image.size
         if self.center_crop:
@@ -238,42 +234,34 @@ class PhotoTransform:
         return pixels.float().div_(255).sub_(0.5).div_(0.5), (top, left)
 
     def resize(self, image: Image.Image) -> Image.Image:
+        """Return the image with a short side of `size`."""
+        # PIL's nearest is torchvision's nearest_exact; its other one gives the same on images.
+        resampling = Image.Resampling[self.interpolation.removesuffix("_exact").upper()]
         size = self.resized(*image.size)
-        return image if size == image.size else image.resize(size, self.resampling)
+        return image if size == image.size else image.resize(size, resampling)
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after `resize`."""
-        if min(width, height) == self.size:
-            return width, height
-        if width < height:
-            return self.size, int(self.size * height / width)
-        return int(self.size * width / height), self.size
+        """Return width and height after `resize`."""
+        short = min(width, height)
+        return int(self.size * width / short), int(self.size * height / short)
 
 
 def first_random_crop(images: Sequence[Path], transform: PhotoTransform) -> Path | None:
-    """The first of the files that the transform does not make the same pixels of each time; `None` if there is none."""
+    """Return the first file from which the transform makes other pixels each time, or `None`."""
     if transform.center_crop:
         return None
     for path in images:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:  # reads the header only
+            with Image.open(path) as image:  # it reads the header only
                 width, height = transform.resized(*image.size)
         if width != height:
             return path
     return None
 
 
-class Photo(NamedTuple):
-    """An instance photo and its prompt; `open` decodes it each time, since photos may be large and many."""
-
-    open: Callable[[], Image.Image]
-    prompt: str
-    path: Path | None = None  # of a photo in a folder
-
-
 def held_out_crops(photos: Iterable[Callable[[], Image.Image]], size: int) -> Tensor:
-    """The middle four fifths of photos, closer than any crop that is trained on: (B, 3, size, size) in [-1, 1]."""
+    """Return the middle four fifths of photos, closer than any crop in training: (B, 3, size, size) in [-1, 1]."""
     transform = PhotoTransform(size, center_crop=True)
 
     def crop(image: Image.Image) -> Tensor:
@@ -283,6 +271,14 @@ def held_out_crops(photos: Iterable[Callable[[], Image.Image]], size: int) -> Te
     return torch.stack([crop(open_photo()) for open_photo in photos])
 
 
+class Photo(NamedTuple):
+    """An instance photo and its prompt. `open` decodes it at each call, since photos may be large and many."""
+
+    open: Callable[[], Image.Image]
+    prompt: str
+    path: Path | None = None  # None in a data set
+
+
 class DreamBoothDataset(Dataset):
     """Photos of a folder with their prompts, and class images for prior preservation; the shorter list starts over.
 
@@ -290,32 +286,67 @@ class DreamBoothDataset(Dataset):
     """
 
     def __init__(self, photos: Sequence[Photo], class_images: Sequence[Path], transform: PhotoTransform) -> None:
-        self.photos = photos
+        self.instances = [(photo.path, photo.prompt) for photo in photos if photo.path is not None]
         self.class_images = class_images
-        self.load: Callable[[Path], Tensor] = partial(load, transform)
+        self.load: Callable[[Path], Tensor] = transform.load
 
     def encode(self, encode: Encode) -> None:
         """Replace the pixels of all images by what `encode` makes of them."""
-        self.load = encoded([*(photo.path for photo in self.photos), *self.class_images], self.load, encode)
+        images = [path for path, _ in self.instances] + [*self.class_images]
+        self.load = precompute(images, self.load, encode)
 
     def __len__(self) -> int:
-        return max(len(self.photos), len(self.class_images))
+        return max(len(self.instances), len(self.class_images))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        photo = self.photos[index % len(self.photos)]
-        item: dict[str, Any] = {"instance": self.load(photo.path), "prompt": photo.prompt}
+        path, prompt = self.instances[index % len(self.instances)]
+        item: dict[str, Any] = {"instance": self.load(path), "prompt": prompt}
         if self.class_images:
             item["class"] = self.load(self.class_images[index % len(self.class_images)])
         return item
 
 
-def load(transform: PhotoTransform, path: Path) -> Tensor:
-    """The transformed image of a file."""
-    return transform(open_image(path))
+class SDXLDreamBoothDataset(Dataset):
+    """Photos that are cropped once for the whole run, with their prompts and SDXL's time ids, and class images.
+
+    An item has "instance" (3, size, size), "prompt", "time_ids" (original height, original width, top, left, size,
+    size) and, with prior preservation, "class", which is cropped again each time. The shorter list starts over.
+    """
+
+    def __init__(
+        self, photos: Iterable[Photo], repeats: int, class_images: Sequence[Path], transform: PhotoTransform
+    ) -> None:
+        self.items: list[dict[str, Any]] = []
+        self.class_images = class_images
+        self.load_class: Callable[[Path], Tensor] = replace(
+            transform, random_flip=False
+        ).load  # they are never mirrored
+        for photo in photos:
+            image = photo.open()
+            for _ in range(repeats):
+                pixels, corner = transform.crop(image)
+                time_ids = (image.height, image.width, *corner, transform.size, transform.size)
+                self.items.append({"instance": pixels, "prompt": photo.prompt, "time_ids": time_ids})
+            del image  # one original at a time is in memory
+
+    def encode(self, encode: Encode) -> None:
+        """Replace the pixels of all images by what `encode` makes of them."""
+        for item, instance in zip(self.items, encode(item["instance"] for item in self.items), strict=True):
+            item["instance"] = instance
+        self.load_class = precompute(self.class_images, self.load_class, encode)
+
+    def __len__(self) -> int:
+        return max(len(self.items), len(self.class_images))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = dict(self.items[index % len(self.items)])
+        if self.class_images:
+            item["class"] = self.load_class(self.class_images[index % len(self.class_images)])
+        return item
 
 
-def encoded(images: Sequence[Path], load: Callable[[Path], Tensor], encode: Encode) -> Callable[[Path], Tensor]:
-    """`load`, but of what `encode` makes of the pixels, once."""
+def precompute(images: Sequence[Path], load: Callable[[Path], Tensor], encode: Encode) -> Callable[[Path], Tensor]:
+    """Return a loader like `load`, but of encodings that are made here, once for each image."""
     images = list(dict.fromkeys(images))
     return dict(zip(images, encode(map(load, images)), strict=True)).__getitem__
 
@@ -323,59 +354,18 @@ def encoded(images: Sequence[Path], load: Callable[[Path], Tensor], encode: Enco
 def collate(
     items: Sequence[dict[str, Any]], layouts: Layouts | None = None, class_prompt: str | None = None
 ) -> dict[str, Any]:
-    """Stacks items to {"pixel_values": (B, 3, size, size)}: the instance half first, then the class half, if any.
+    """Stack items to a batch, all instance photos before all class images, whose prompt is `class_prompt`.
 
-    Of items with moments in place of pixels it makes {"moments": (B, 2C, h, w)}, in the order in memory that `layouts`
-    has for their number: noise is drawn in that order. "has_class_images" tells whether there is a class half. Where
-    items have them, the batch has "prompts", a list of B with `class_prompt` for the class half, and "time_ids" (B, 6),
-    for both halves the same.
+    Returns "pixel_values" (B, 3, size, size), or "moments" (B, 2C, h, w) if there are `layouts`: the memory format for
+    each number of images, in which noise will be drawn. "prompts" are B texts, "has_class_images" is a bool, and SDXL's
+    "time_ids" (B, 6) are the photos' for class images, too.
     """
     images = torch.stack([item[kind] for kind in ("instance", "class") for item in items if kind in item])
     batch: dict[str, Any] = {"pixel_values": images}
     if layouts is not None:
         batch = {"moments": images.contiguous(memory_format=layouts[len(images)])}
     batch["has_class_images"] = len(images) > len(items)
-    if "prompt" in items[0]:
-        batch["prompts"] = [item["prompt"] for item in items] + [class_prompt] * (len(images) - len(items))
+    batch["prompts"] = [item["prompt"] for item in items] + [class_prompt] * (len(images) - len(items))
     if "time_ids" in items[0]:
         batch["time_ids"] = torch.tensor([item["time_ids"] for item in items] * (len(images) // len(items)))
     return batch
-
-
-class PreparedPhotos(Dataset):
-    """Photos cropped once for the whole run, each with its prompt and with what SDXL is told of its size and crop.
-
-    An item has "instance" (3, size, size), "prompt", "time_ids" (original height, original width, top, left, size,
-    size) and, with prior preservation, "class", which is cropped anew each time. The shorter list starts over.
-    """
-
-    def __init__(
-        self, photos: Iterable[Photo], repeats: int, class_images: Sequence[Path], transform: PhotoTransform
-    ) -> None:
-        self.items: list[dict] = []
-        self.class_images = class_images
-        self.load_class: Callable[[Path], Tensor] = partial(load, transform.without_flip())
-        for photo in photos:
-            self._crop(photo, repeats, transform)
-
-    def _crop(self, photo: Photo, repeats: int, transform: PhotoTransform) -> None:
-        image = photo.open()  # which is let go before the next one is read
-        for _ in range(repeats):
-            pixels, corner = transform.crop(image)
-            time_ids = (image.height, image.width, *corner, transform.size, transform.size)
-            self.items.append({"instance": pixels, "prompt": photo.prompt, "time_ids": time_ids})
-
-    def encode(self, encode: Encode) -> None:
-        """Puts what `encode` makes of the images in place of their pixels."""
-        for item, instance in zip(self.items, encode(item["instance"] for item in self.items), strict=True):
-            item["instance"] = instance
-        self.load_class = encoded(self.class_images, self.load_class, encode)
-
-    def __len__(self) -> int:
-        return max(len(self.items), len(self.class_images))
-
-    def __getitem__(self, index: int) -> dict:
-        item = dict(self.items[index % len(self.items)])
-        if self.class_images:
-            item["class"] = self.load_class(self.class_images[index % len(self.class_images)])
-        return item

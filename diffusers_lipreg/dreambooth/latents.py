@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import RunError
-from .data import DreamBoothDataset, Layouts, PhotoTransform, PreparedPhotos, first_random_crop
+from .data import DreamBoothDataset, Layouts, PhotoTransform, SDXLDreamBoothDataset, first_random_crop
 
 
 def latent_shape(vae: AutoencoderKL | None, size: int) -> tuple[int, int, int]:
@@ -77,7 +77,7 @@ def should_cache_latents(
 
 
 def cache_latents(
-    args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBoothDataset | PreparedPhotos
+    args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBoothDataset | SDXLDreamBoothDataset
 ) -> Layouts:
     """Replace the data set's pixels by moments in host memory, and free the VAE's weights; its configuration stays.
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints, hub, latents, lora, optimization, preflight, prior, resumable, run_config, setup, trackers
+from .base import open_base
 from .checkpoints import Checkpoints, Stateful
-from .data import DreamBoothDataset, PhotoTransform, PreparedPhotos
+from .data import DreamBoothDataset, PhotoTransform, SDXLDreamBoothDataset
 from .interruption import GracefulExit
 from .models import loading
 from .photos import find_photos
@@ -86,7 +87,7 @@ class TrainingRun:
         self.graceful_exit = graceful_exit
         self.accelerator = setup.start_accelerator(args, *handlers)
         self.photos = find_photos(args)
-        self.base = preflight.open_base(args, self.accelerator, sdxl)
+        self.base = open_base(args, self.accelerator, sdxl)
         self.output, self.checkpoint, self.repo_id = preflight.open_output(args, self.accelerator, self.base)
         self.config = run_config.start(args, self.base, self.checkpoint)
         with loading(args):
@@ -104,7 +105,7 @@ class TrainingRun:
         self.global_step = 0
         self.images: list[Image.Image] = []  # of the last validation, on the main process
 
-    def prepare(self, models: TrainableModels, dataset: DreamBoothDataset | PreparedPhotos) -> None:
+    def prepare(self, models: TrainableModels, dataset: DreamBoothDataset | SDXLDreamBoothDataset) -> None:
         """Create loader, optimizer and schedule, and have accelerate prepare them with the models."""
         args, accelerator, self.models = self.args, self.accelerator, models
         memory_formats = latents.cache_latents(args, accelerator, models.vae, dataset) if self.caches_latents else None

@@ -17,15 +17,15 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 
-from ..errors import RunError, one_line
+from ..errors import RunError, as_run_error, one_line
 from . import captions
-from .data import Photo, decode, find_instance_images, open_image, quiet_libraries, report
+from .data import Photo, decode, find_instance_images, open_image, report, silence_decoders
 
 
 def find_photos(args: Namespace) -> list[Photo]:
     """Return the photos of `--instance_data_dir` or `--dataset_name`, each with its caption or `--instance_prompt`.
 
-    Each is decoded once here; what cannot be read is left out with a warning.
+    Each is decoded once here; one that cannot be read is left out with a warning.
 
     Raises:
         RunError: There is no such folder, data set or column, no image, a caption is no text, or a file lies elsewhere.
@@ -34,11 +34,12 @@ def find_photos(args: Namespace) -> list[Photo]:
         images = find_instance_images(args.instance_data_dir)
         prompts = captions.prompts_of_folder(args, images)
         return [Photo(partial(open_image, path), prompt, path) for path, prompt in zip(images, prompts, strict=True)]
-    rows, texts, openers, broken, transparent = Rows(args), [], [], [], 0
-    for index in range(len(rows)):
+    rows = Rows(args)
+    texts, openers, broken, transparent = [], [], [], 0
+    for index in range(len(rows.rows)):
         caption, source = rows.caption(index), rows.source(index)
         try:
-            with quiet_libraries():
+            with silence_decoders():
                 transparent += decode(source, rows.name(index))[1]
         except RunError as error:
             broken.append(str(error))
@@ -52,37 +53,36 @@ def find_photos(args: Namespace) -> list[Photo]:
 
 
 class Rows:
-    """The images and captions of the split train of `--dataset_name`, by the index of the row.
+    """The rows of the split train of `--dataset_name`, whose images may only lie in the data set's own files.
 
     Raises:
-        RunError: It cannot be loaded, has no such split or column, or names a file elsewhere.
+        RunError: The data set cannot be loaded, has no such split or column, or names a file elsewhere.
     """
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
         rows, self.folders = load_rows(args)
         captions.check_column(args.image_column, rows.column_names, "--image_column")
-        kind = rows.features[args.image_column]
-        if not isinstance(kind, datasets.Image):
-            raise RunError(f"--image_column {args.image_column}: it holds no images, but {kind}.")
+        feature = rows.features[args.image_column]
+        if not isinstance(feature, datasets.Image):
+            raise RunError(f"--image_column {args.image_column}: it holds no images, but {feature}.")
         columns = [args.image_column]
         if args.caption_column is not None:
             captions.check_column(args.caption_column, rows.column_names, "--caption_column")
             columns.append(args.caption_column)
         self.rows = rows.select_columns(columns).cast_column(args.image_column, datasets.Image(decode=False))
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def name(self, index: int) -> str:
+        """Return what messages call a row."""
         return f"row {index} of {self.args.dataset_name}"
 
     def caption(self, index: int) -> str:
+        """Return the caption of a row, "" if it has none."""
         column = self.args.caption_column
-        return "" if column is None else captions.checked(self.rows[index][column], self.name(index))
+        return "" if column is None else captions.check_caption(self.rows[index][column], self.name(index))
 
     def source(self, index: int) -> Callable[[], str | BinaryIO]:
-        """Return what opens the image of a row, which lies in the row, a file of the data set or a zip file of it."""
+        """Return what opens the image of a row: bytes in the row, a file of the data set, or a member of a zip file."""
         image = self.rows[index][self.args.image_column] or {"bytes": b""}
         if image["bytes"] is not None:
             return partial(BytesIO, image["bytes"])
@@ -94,49 +94,46 @@ class Rows:
         return (lambda: BytesIO(ZipFile(file).read(zipped[1]))) if zipped else (lambda: file)
 
     def open(self, index: int) -> Image.Image:
+        """Read the image of a row as RGB."""
         return decode(self.source(index), self.name(index))[0]
 
 
 def load_rows(args: Namespace) -> tuple[datasets.Dataset, list[Path]]:
-    """Load the split train of `--dataset_name`, and say in which folders its files may lie."""
+    """Load the split train of `--dataset_name`; return the folders in which its files may lie, too."""
     flag = f"--dataset_name {args.dataset_name}"
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # datasets 3 would ask whether to run a script
-    try:
+
+    def describe(error: Exception) -> str:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        return f"{flag}: cannot be loaded ({one_line(reason or error)})."
+
+    with as_run_error(describe):  # the Hub, the builders and the readers of all formats raise anything
         builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
         folders = own_folders(args, builder.base_path)
         for files in (builder.config.data_files or {}).values():
             check_files(flag, files, builder.base_path, folders)
         builder.download_and_prepare()
         splits = builder.as_dataset()
-    except RunError:
-        raise
-    except Exception as error:  # the Hub, the builders and the readers of all formats raise what they like
-        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else None
-        raise RunError(f"{flag}: cannot be loaded ({one_line(reason or error)}).") from error
     if "train" not in splits:
         raise RunError(f"{flag}: it has no split train, but {', '.join(splits)}.")
     return splits["train"], folders
 
 
 def own_folders(args: Namespace, base: str) -> list[Path]:
-    """Return where the files of a data set lie: its folder, or that of its repository in the cache, and downloads.
-
-    Args:
-        base: The folder, or "hf://datasets/NAME@REVISION".
-    """
+    """Return where the files of a data set lie: in `base`, a folder or "hf://datasets/NAME@REVISION", or downloads."""
     downloads = Path(args.cache_dir, "downloads") if args.cache_dir else Path(datasets.config.DOWNLOADED_DATASETS_PATH)
     if base.startswith("hf://"):
         repository = base.removeprefix("hf://datasets/").partition("@")[0]
         own = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset"))
     else:
         own = Path(base).resolve()
-        if own.parent.name == "snapshots":  # a download, whose files are links to others two folders above
+        if own.parent.name == "snapshots":  # the files of a downloaded snapshot are links to others two folders above
             own = own.parents[1]
     return [own.resolve(), downloads.resolve()]
 
 
 def lies_in(folders: Sequence[Path], file: str) -> bool:
-    """Tell whether a file is in one of the folders, links followed."""
+    """Tell whether a file is in one of the folders, after following links."""
     try:
         path = Path(file).resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links, a zero byte

@@ -1,4 +1,4 @@
-"""Prior preservation: sampled images of the class, kept in a folder."""
+"""Prior preservation: images of the class, sampled from the pretrained pipeline and kept in a folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import release_memory
 from numpy import uint64
 from numpy.random import SeedSequence
 from tqdm.auto import tqdm
@@ -24,25 +25,23 @@ logger = get_logger(__name__)
 
 
 def prior_dtype(precision: str | None, device: torch.device) -> torch.dtype:
-    """What `--prior_generation_precision` means on this device: by default half precision on a GPU."""
+    """Return the type that `--prior_generation_precision` means: by default half precision on a CUDA device."""
     if precision in (None, "no"):
         return torch.float16 if device.type == "cuda" else torch.float32
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 def ensure_class_images(args: Namespace, accelerator: Accelerator, base: Base) -> list[Path]:
-    """Return the class images to train on, at most `--num_class_images`; sample those missing from the folder.
+    """Return the class images to train on, and sample those that are missing; none without `--with_prior_preservation`.
 
-    Without `--with_prior_preservation` there are none.
-
-    Sampling draws nothing from the default generators: a run that samples and a later one that finds the images, both
-    with the same `--seed`, are the same.
+    Sampling draws nothing from the default generators, so that a run that samples and a later one that finds the images
+    are the same if both have the same `--seed`.
     """
     if not args.with_prior_preservation:
         return []
     folder = Path(args.class_data_dir)
     images = list_images(folder) if folder.is_dir() else []
-    accelerator.wait_for_everyone()  # all have counted before the first writes
+    accelerator.wait_for_everyone()  # every process counts before the first one writes
     if len(images) < args.num_class_images:
         taken = {int(found[1]) for path in images if (found := re.match(r"(\d+)-", path.name))}
         missing = islice((number for number in count() if number not in taken), args.num_class_images - len(images))
@@ -55,31 +54,30 @@ def ensure_class_images(args: Namespace, accelerator: Accelerator, base: Base) -
 def sample_class_images(
     args: Namespace, accelerator: Accelerator, folder: Path, numbers: Sequence[int], base: Base
 ) -> None:
-    """Sample class images of these numbers, shared out among the processes, each from a generator of its own."""
+    """Sample this process's share of the class images of these numbers, each with a generator of its own."""
     logger.info(f"Sampling {len(numbers):,} class images into {folder}.")
     dtype = prior_dtype(args.prior_generation_precision, accelerator.device)
     pipeline = base.pipeline(dtype, safety_checker=None).to(accelerator.device)
-    folder.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
+    folder.mkdir(parents=True, exist_ok=True)
     size = args.sample_batch_size
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     for batch in tqdm(mine, desc="Class images", disable=not accelerator.is_local_main_process):
-        generators = [generator(args.seed, number) for number in batch]
+        generators = [create_generator(args.seed, number) for number in batch]
         images = pipeline([args.class_prompt] * len(batch), generator=generators).images
         for number, image in zip(batch, images, strict=True):
-            partial = folder / f".{number}.partial"  # hidden: what a killed run leaves of it is no class image
+            partial = folder / f".{number}.partial"  # hidden, so that a killed run leaves no half of a class image
             try:
                 image.save(partial, format="JPEG")
                 partial.replace(folder / f"{number}-{sha1(image.tobytes()).hexdigest()}.jpg")
             except OSError as error:
                 raise RunError(f"--class_data_dir {folder}: cannot be written ({one_line(error)}).") from error
     del pipeline
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
 
 
-def generator(seed: int | None, number: int) -> torch.Generator:
-    """Random numbers for the class image of that number: of `--seed` and the number, or without one of fresh entropy."""
+def create_generator(seed: int | None, number: int) -> torch.Generator:
+    """Create the generator of a class image from `--seed` and its number, or from fresh entropy without a seed."""
     state = SeedSequence(None if seed is None else (seed, number)).generate_state(1, uint64)
     return torch.Generator().manual_seed(int(state[0]))

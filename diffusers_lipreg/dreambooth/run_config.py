@@ -1,4 +1,4 @@
-"""config.yaml: what a run was started with, beside its result and in its checkpoints, and what resuming makes of it."""
+"""config.yaml: the flags of a run, written to its result and checkpoints, and compared when the run is resumed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any
 
 import yaml
 from accelerate.logging import get_logger
-from PIL import Image
 
 from .. import __version__
 from ..errors import RunError, one_line, printable
-from .captions import METADATA, beside
+from .captions import METADATA, caption_files
+from .data import has_image_name
 from .models import Base
 from .output import CONFIG
 
 logger = get_logger(__name__)
 NEVER_WRITTEN = ("hub_token", "resume_from_checkpoint")
 
-# What a resumed run does with a flag that has another value than in its checkpoint. The states in a checkpoint fit only
-# the old values of what is refused. What is warned of changes what the model learns from, or the random draws: the
-# result is then that of neither command alone.
+# What a resumed run does with a flag whose value differs from the checkpoint's. A flag is refused if the states in the
+# checkpoint fit its old value only. A warning tells of flags that change the training data or the random draws, so that
+# neither command alone would give the result.
 RULES = {
     "takes effect": """
         learning_rate text_encoder_lr scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm
@@ -58,11 +58,13 @@ RULES = {
 
 
 def start(args: Namespace, base: Base, checkpoint: Path | None) -> dict[str, Any]:
-    """Return the configuration of a run that begins, or goes on from a checkpoint after a comparison with its own.
+    """Return the configuration of a run, after comparing it with that of the checkpoint to resume from, if any.
 
-    Flags and their values are its items; one more, "run", holds the id that a run keeps when it is resumed, versions,
-    the base (its commit on the Hub, or a hash of the weights in a folder) and the SHA-256 of each photo. Call it before
-    anything is worked out from the flags.
+    Its items are the flags, and "run": the id that a run keeps when it is resumed, versions, the base (its commit on the
+    Hub, or a hash of the weights in a folder) and the SHA-256 of each photo. Call it before any flag is filled in.
+
+    Raises:
+        RunError: The checkpoint does not fit the flags, or its configuration cannot be read.
     """
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     flags = {name: value for name, value in sorted(vars(args).items()) if name not in NEVER_WRITTEN}
@@ -84,7 +86,7 @@ def start(args: Namespace, base: Base, checkpoint: Path | None) -> dict[str, Any
 
 
 def write(config: Mapping[str, Any], path: Path, **more: Any) -> None:
-    """Write a configuration and the time to a file; `more` are further items of its "run"."""
+    """Write a configuration to a file; the time and `more` become items of its "run"."""
     whole = {**config, "run": {**config["run"], "time": time.time(), **more}}
     path.write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
@@ -93,7 +95,7 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     """Return the configuration in a folder, or `None` if there is none, as in checkpoints of the official scripts.
 
     Raises:
-        RunError: It cannot be read, or is not one that `write` wrote.
+        RunError: It cannot be read, or `write` did not write it.
     """
     path = Path(folder, CONFIG)
     if not path.exists():
@@ -101,62 +103,67 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         run = config["run"]
-        fits = isinstance(run["time"], float) and isinstance(run["files"], dict)
         texts = [run["id"], run["base"], *run["photos"].values()]
+        fits = isinstance(run["time"], float) and isinstance(run["files"], dict)
         if not fits or not all(isinstance(text, str) for text in texts):
             raise ValueError("its run is not of this form")
-    except Exception as error:  # a reader of YAML meets any text here
+    except Exception as error:  # a YAML file may hold anything
         raise RunError(f"{path}: cannot be read ({one_line(error)}).") from error
     return config
 
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
-    """Name the flags whose values differ from those of a checkpoint, by their rules."""
-    changed = {
-        name: printable(f"--{name} was {_shown(before[name])} and is {_shown(now[name])}")
-        for name in before.keys() & now.keys() - {"run", "instance_data_dir"}
-        if before[name] != now[name]
-    }
-    old, new = before["run"], now["run"]
-    if old["base"] == new["base"]:  # under another name, perhaps
-        changed.pop("pretrained_model_name_or_path", None)
-        changed.pop("revision", None)
-    else:
-        base = f"--pretrained_model_name_or_path was {_shown(before.get('pretrained_model_name_or_path'))} ({old['base']})"
-        changed["pretrained_model_name_or_path"] = printable(
-            f"{base} and is {now['pretrained_model_name_or_path']} ({new['base']})"
+    """Log the flags whose values differ from those of a checkpoint, or refuse them, as `RULES` has it."""
+    changes = _changed_flags(before, now)
+    old, new = (set(config["run"]["photos"].values()) for config in (before, now))
+    if old != new:
+        changes["instance_data_dir"] = (
+            f"--instance_data_dir has other photos or captions ({len(old - new)} removed, {len(new - old)} added)"
         )
-    then, today = set(old["photos"].values()), set(new["photos"].values())
-    if then != today:
-        changed["instance_data_dir"] = (
-            f"--instance_data_dir has other photos or captions ({len(then - today)} removed, {len(today - then)} added)"
-        )
-        if not then & today and "instance_prompt" in changed:
+        if not old & new and "instance_prompt" in changes:
             raise RunError(
-                f"--resume_from_checkpoint: {checkpoint} is of another subject: {changed['instance_prompt']}, and none of "
+                f"--resume_from_checkpoint: {checkpoint} is of another subject: {changes['instance_prompt']}, and none of "
                 "the photos is the same. Choose another --output_dir, or leave --resume_from_checkpoint out."
             )
-    found = {rule: ", ".join(changed[name] for name in names if name in changed) for rule, names in RULES.items()}
+    found = {rule: ", ".join(changes[name] for name in names if name in changes) for rule, names in RULES.items()}
     if found["refused"]:
         raise RunError(
-            f"--resume_from_checkpoint: {checkpoint} does not fit: {found['refused']}. Give the old values, or start anew "
+            f"--resume_from_checkpoint: {checkpoint} does not fit: {found['refused']}. Give the old values, or start again "
             "without --resume_from_checkpoint."
         )
     if found["warned"]:
         logger.warning(
-            f"Going on from {checkpoint} with the new values, so that the result is that of neither command alone: "
+            f"Going on from {checkpoint} with new values, so that neither command alone would give the result: "
             f"{found['warned']}."
         )
     if found["takes effect"]:
         logger.info(f"From {checkpoint} on, these take effect: {found['takes effect']}.")
 
 
+def _changed_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Describe each flag whose value has changed, photos excepted. A base of another name may be the same."""
+    names = before.keys() & now.keys() - {"run", "instance_data_dir", "pretrained_model_name_or_path", "revision"}
+    changes = {
+        name: f"--{name} was {_shown(before[name])} and is {_shown(now[name])}"
+        for name in names
+        if before[name] != now[name]
+    }
+    if before["run"]["base"] != now["run"]["base"]:
+        old, new = (
+            f"{_shown(config.get('pretrained_model_name_or_path'))} ({config['run']['base']})"
+            for config in (before, now)
+        )
+        changes["pretrained_model_name_or_path"] = f"--pretrained_model_name_or_path was {old} and is {new}"
+    return {name: printable(change) for name, change in changes.items()}
+
+
 def _shown(value: Any) -> str:
+    """Return a value as a message shows it."""
     return "another list" if isinstance(value, (list, dict)) else f"{value!s:.200}"
 
 
 def _fingerprint(base: Base) -> str:
-    """Return the commit of a pipeline on the Hub, or a hash of samples from the UNet's files in a folder."""
+    """Return the commit of a base on the Hub, or a hash of samples from its UNet's files in a folder."""
     if base.commit is not None:
         return f"commit {base.commit}"
     samples = hashlib.sha256()
@@ -170,8 +177,8 @@ def _fingerprint(base: Base) -> str:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each image in a folder, and of its captions, by file name."""
+    """Return the SHA-256 of each image in a folder and of its captions, by file name."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and os.access(path, os.R_OK)]
-    images = [path for path in files if path.suffix.lower() in Image.registered_extensions()]
-    captions = [*beside(images, files).values(), *(path for path in files if path.name == METADATA)]
+    images = [path for path in files if has_image_name(path)]
+    captions = [*caption_files(images, files).values(), *(path for path in files if path.name == METADATA)]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in images + captions}

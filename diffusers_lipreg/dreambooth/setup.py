@@ -25,7 +25,7 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
     Raises:
         RunError: The flags or the environment ask for what is not there or does not fit together.
     """
-    preflight.check_surroundings(args)
+    preflight.check_environment(args)
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,

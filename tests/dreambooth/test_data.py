@@ -26,7 +26,7 @@ from diffusers_lipreg.dreambooth.data import (
     find_instance_images,
     list_images,
     open_image,
-    quiet_libraries,
+    silence_decoders,
 )
 from diffusers_lipreg.dreambooth.resumable import ResumableDataset
 from diffusers_lipreg.errors import RunError
@@ -266,7 +266,7 @@ def test_mutated_images_are_rgb_or_refused_and_nothing_else_is_said(tmp_path: Pa
         image.save(path := tmp_path / f"{number}.{kind}", exif=exif(ROTATED), **options)
         seeds.append(path.read_bytes())
     seen = Counter()
-    with quiet_libraries(), warnings.catch_warnings():
+    with silence_decoders(), warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(300):
             data = bytearray(chance.choice(seeds))

@@ -246,11 +246,10 @@ def test_a_launcher_that_is_terminated_leaves_no_orphan(tmp_path, launcher, code
     assert "hf_SECRET" not in log.read_text()
 
 
-@pytest.mark.slow  # the run above, which has a token, too, leaves none either
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--hub-token", "hf_SECRET"], "unrecognized arguments: --hub-token"),
+        pytest.param(["--hub-token", "hf_SECRET"], "unrecognized arguments: --hub-token", marks=pytest.mark.slow),
         (["--hub_token", "hf_SECRET", "--instance_data_dir", "none"], "none"),
     ],
 )
