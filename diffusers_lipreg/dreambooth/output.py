@@ -65,7 +65,8 @@ class OutputFolder:
 
     def discard(self, kind: Kind, names: Iterable[str]) -> None:
         """Remove names from the manifest. Call it when the files are gone."""
-        self._write(kind, [name for name in self.owned(kind) if name not in set(names)])
+        gone = set(names)
+        self._write(kind, [name for name in self.owned(kind) if name not in gone])
 
     def claim(self) -> None:
         """Take the lock, which ends with the process, and move what a killed run left of its result into place.

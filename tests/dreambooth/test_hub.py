@@ -29,10 +29,9 @@ def arguments(*more: str) -> Namespace:
 
 
 def card(*more: str, penalty: dict[str, str] = PENALTY, images: int = 0) -> ModelCard:
-    return model_card(
-        arguments(*more), REPO, [Image.new("RGB", (8, 8))] * images,
-        license="creativeml-openrail-m", tags=TAGS, penalty=penalty, adapters=False,
-    )  # fmt: skip
+    shown = [Image.new("RGB", (8, 8))] * images
+    facts = {"license": "creativeml-openrail-m", "tags": TAGS, "penalty": penalty, "adapters": False}
+    return model_card(arguments(*more), REPO, shown, **facts)
 
 
 def metadata(card: ModelCard) -> dict[str, Any]:
@@ -56,11 +55,13 @@ def test_metadata() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "prompt", ['a "sks" dog: [it]', "a dog # sks", "'tis a dog", "- dog", "ein grüner Hund", "犬"]
-)
-def test_any_prompt_survives_the_metadata(prompt: str) -> None:
-    assert metadata(card("--instance_prompt", prompt))["instance_prompt"] == prompt
+@pytest.mark.parametrize("prompt", ['a "sks" dog: [it]', "it's a dog # sks", "ein grüner Hund", "犬"])
+def test_any_prompt_survives_the_metadata_and_the_code(prompt: str) -> None:
+    about = card("--instance_prompt", prompt)
+    assert metadata(about)["instance_prompt"] == prompt
+    code = about.text.split("```python\n")[1].split("```")[0]
+    assert f'from_pretrained("{REPO}", dtype=dtype)' in code
+    assert prompt in compile(code, "card", "exec").co_consts
 
 
 @pytest.mark.parametrize("base", ["org/sd-1.5", "org_1/Model.v2", "gpt2"])
@@ -69,15 +70,13 @@ def test_a_base_model_on_the_hub_is_named(base: str) -> None:
     assert base in card("--pretrained_model_name_or_path", base).content
 
 
-@pytest.mark.parametrize(
-    "spelling", ["{folder}", "{folder}/", "models/my-sd", "./models/my-sd", "models/../models/my-sd"]
-)
+@pytest.mark.parametrize("spelling", ["{folder}/", "models/my-sd", ".", "../my-sd"])
 def test_a_local_base_model_is_no_base_model_and_only_its_name_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
 ) -> None:
     folder = tmp_path / "models" / "my-sd"
     folder.mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path if "models" in spelling else folder)
     local = card("--pretrained_model_name_or_path", spelling.format(folder=folder))
     assert "base_model" not in metadata(local)
     assert "This is my-sd taught a subject" in local.content
@@ -85,21 +84,12 @@ def test_a_local_base_model_is_no_base_model_and_only_its_name_is_told(
     assert "models/" not in local.content
 
 
-def test_the_working_directory_as_base_model_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my-sd").mkdir()
-    monkeypatch.chdir(tmp_path / "my-sd")
-    assert "This is my-sd taught" in card("--pretrained_model_name_or_path", ".").content
-
-
 # The card's body
 
 
-def test_the_penalty_is_a_table() -> None:
+def test_the_penalty_is_a_table_and_without_one_nothing() -> None:
     rows = [f"| {name} | {value} |" for name, value in PENALTY.items()]
     assert "\n".join(["| penalty | |", "|---|---|", *rows]) in card().text
-
-
-def test_without_a_penalty_the_card_does_not_mention_one() -> None:
     assert "penalty" not in card(penalty={}).content
     assert "arxiv.org" not in card(penalty={}).content
 
@@ -112,32 +102,11 @@ def test_the_card_says_whether_the_text_encoder_was_trained(flag: list[str], sen
     assert sentence in card(*flag).text
 
 
-def code(card: ModelCard) -> str:
-    return card.text.split("```python\n")[1].split("```")[0]
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "a photo of sks dog",
-        "it's sks",
-        'a "sks" dog',
-    ],
-)
-def test_the_code_in_the_card_is_code(prompt: str) -> None:
-    text = code(card("--instance_prompt", prompt))
-    assert f'from_pretrained("{REPO}", dtype=dtype)' in text
-    assert prompt in compile(text, "card", "exec").co_consts
-
-
 def test_the_card_shows_its_images() -> None:
     text = card("--validation_prompt", "sks dog in a bucket", images=2).text
     for part in ("sks dog in a bucket", "(./image_0.png)", "(./image_1.png)"):
         assert part in text
     assert "image_2" not in text
-
-
-def test_a_card_without_images_shows_none() -> None:
     assert "![" not in card().text
 
 
@@ -219,9 +188,17 @@ def test_an_upload_that_breaks_off_goes_on(
 
 @pytest.mark.parametrize(
     ("fail", "attempts"),
-    [({"commit": 401}, 1), ({"commit": 403}, 1), ({"commit": 404}, 1), ({"commit": 409}, 3), ({"commit": 429}, 3),
-     ({"commit": 500}, 3), ({"commit": CUT}, 3), ({"lfs_put": CUT}, 3), ({"lfs_put": 403}, 1)],
-)  # fmt: skip
+    [
+        ({"commit": 401}, 1),
+        ({"commit": 403}, 1),
+        ({"commit": 409}, 3),
+        ({"commit": 429}, 3),
+        ({"commit": 500}, 3),
+        ({"commit": CUT}, 3),
+        ({"lfs_put": CUT}, 3),
+        ({"lfs_put": 403}, 1),
+    ],
+)
 def test_what_does_not_pass_ends_with_the_command_that_pushes(
     hub: LoopbackHub, output: OutputFolder, result: Namespace, waits: list[float], fail, attempts: int
 ) -> None:

@@ -100,7 +100,7 @@ def test_a_tracker_that_fails_is_one_warning(train, tmp_path, monkeypatch, caplo
 def test_tensorboard_gets_the_images(accelerator: Accelerator, tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     start_trackers(arguments("--instance_prompt", "dog"), accelerator, "dreambooth")
-    log_images(accelerator, [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")], "a dog", step=30)
+    log_images(accelerator, [Image.new("RGB", (8, 8), color) for color in ("red", "blue")], "a dog", step=30)
     accelerator.end_training()
     events = event_accumulator.EventAccumulator(str(tmp_path / "logs" / "dreambooth"))
     events.Reload()

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from PIL import Image
 from support.runs import PARITY, flags
 
-from diffusers_lipreg.dreambooth.validation import sample_images, set_scheduler
+from diffusers_lipreg.dreambooth.validation import errors_as_warnings, sample_images, set_scheduler
 from train_dreambooth_lipreg import parse_args
 
 PROMPT = {"prompt": "a photo of sks dog"}
@@ -30,7 +30,7 @@ def arguments(*more: str) -> Namespace:
 
 
 class Recorder:
-    """Stands in for a pipeline: keeps what it was asked for and gives a grey image."""
+    """Stands in for a pipeline: keeps what it was asked for and gives a gray image."""
 
     def __init__(self) -> None:
         self.calls: list[dict] = []
@@ -102,8 +102,8 @@ def test_as_many_images_as_asked_for_in_25_steps(accelerator: Accelerator) -> No
 
 def test_one_image_for_each_validation_image(accelerator: Accelerator, tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{name}.png") for name in "ab"]
-    for path, colour in zip(paths, ("red", "blue"), strict=True):
-        Image.new("RGB", (8, 8), colour).save(path)
+    for path, color in zip(paths, ("red", "blue"), strict=True):
+        Image.new("RGB", (8, 8), color).save(path)
     pipeline = Recorder()
     prompt = {"prompt_embeds": torch.zeros(1), "negative_prompt_embeds": torch.ones(1)}
     args = arguments("--num_validation_images", "9", "--validation_images", *paths)
@@ -157,3 +157,6 @@ def test_an_error_is_a_warning_and_no_image(accelerator: Accelerator, monkeypatc
     assert sample_images(arguments(), accelerator, pipeline, PROMPT, steps=2) == []
     assert pipeline.components["unet"].training
     assert "Validation failed, training goes on: CUDA out of memory." in caplog.text
+    with errors_as_warnings():  # for what the scripts load before they sample
+        raise OSError("the Hub is away")
+    assert "Validation failed, training goes on: the Hub is away" in caplog.text
