@@ -15,7 +15,20 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoints, hub, latents, lora, optimization, preflight, prior, resumable, run_config, setup, trackers
+from . import (
+    checkpoints,
+    hub,
+    latents,
+    lora,
+    optimization,
+    preflight,
+    prior,
+    resumable,
+    run_config,
+    setup,
+    trackers,
+    validation,
+)
 from .base import open_base
 from .checkpoints import Checkpoints, Stateful
 from .data import DreamBoothDataset, PhotoTransform, SDXLDreamBoothDataset
@@ -182,11 +195,12 @@ class TrainingRun:
             self.global_step += 1
             self.progress.update(1)
             self.regularizer.after_step(self.global_step)
-            stopping = self.graceful_exit.requested(self.accelerator)
+            interrupted = self.graceful_exit.requested(self.accelerator)
+            stopping = interrupted and self.global_step < args.max_train_steps  # else the result comes next
             if stopping or self.global_step % args.checkpointing_steps == 0:
                 checkpoint = self.checkpoints.save(self.global_step, self.regularizer)
             validation_steps = vars(args).get("validation_steps")
-            if validation_steps is not None and self.global_step % validation_steps == 0 and not stopping:
+            if validation_steps is not None and self.global_step % validation_steps == 0 and not interrupted:
                 self._validate()
         logs = {"loss": loss.item(), "lr": self.lr_scheduler.get_last_lr()[0]} | self.regularizer.logs
         self.progress.set_postfix(**logs)
@@ -197,7 +211,8 @@ class TrainingRun:
 
     def _validate(self) -> None:
         if self.args.validation_prompt is not None:
-            self.images = self.validate(self.global_step)
+            with validation.errors_as_warnings():
+                self.images = self.validate(self.global_step)
 
     def save(
         self,
@@ -229,7 +244,8 @@ class TrainingRun:
         """End the run: validate the result with `validate` if it is given, and upload it with `--push_to_hub`."""
         with hub.result_is_safe(self.output, self.repo_id):
             if validate is not None and self.args.validation_prompt is not None and not self.graceful_exit.signal:
-                self.images = validate(self.global_step)
+                with validation.errors_as_warnings():
+                    self.images = validate(self.global_step)
             self.accelerator.end_training()
             if self.repo_id is not None:
                 hub.publish(
