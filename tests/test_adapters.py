@@ -751,7 +751,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.filterwarnings("ignore")  # PEFT warns of some of these
 @pytest.mark.parametrize(("build", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_has_no_exact_formula_is_refused_by_name(build, message):
-    net = build()
+    try:
+        net = build()
+    except AttributeError as error:
+        if "float8_e8m0fnu" in str(error) and not hasattr(torch, "float8_e8m0fnu"):
+            pytest.skip("PEFT 0.19 cannot build this with torch 2.6, which lacks a dtype that PEFT asks for.")
+        raise
     with pytest.raises(ValueError, match=message):
         AdapterSnapshot(net)
 

@@ -94,7 +94,9 @@ def test_a_tracker_that_fails_is_one_warning(train, tmp_path, monkeypatch, caplo
     out = train(tmp_path / "out", "--rank", "2", "--validation_steps", "1", *VALIDATE)
     assert (out / "pytorch_lora_weights.safetensors").is_file()
     (line,) = [record.message for record in caplog.records if "tensorboard" in record.message]
-    assert line == "[RANK 0] tensorboard fails, and may miss what follows: [Errno 28] No space left on device"
+    assert line.removeprefix("[RANK 0] ") == (  # accelerate's, from some release on
+        "tensorboard fails, and may miss what follows: [Errno 28] No space left on device"
+    )
 
 
 def test_tensorboard_gets_the_images(accelerator: Accelerator, tmp_path: Path) -> None:
