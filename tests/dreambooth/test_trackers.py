@@ -43,8 +43,10 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
 
 def wandb_history(folder: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of the one run under `folder` from its file: chunks in blocks of 32 KiB, as LevelDB's log has them."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # The service of wandb may still hold a part of the file, which it writes before it ends.
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     data, position, parts = file.read_bytes(), 7, b""
     while position + 7 <= len(data):
