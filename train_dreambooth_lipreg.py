@@ -173,18 +173,6 @@ def probe_denoiser(
     return Denoiser(denoise, list(models.trainable.values()))
 
 
-def held_out_batch(
-    args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
-) -> dict[str, Any]:
-    """Return a batch of close crops of up to four photos; training sees the photos, but never these crops.
-
-    Call it before `TrainingRun.prepare`, which may free the VAE.
-    """
-    pixels = data.held_out_crops([photo.open for photo in photos[:4]], args.resolution)
-    batch = latents.encode_batch(models.vae, pixels, accelerator.device)
-    return batch | {"prompts": [photo.prompt for photo in photos[:4]], "has_class_images": False}
-
-
 def take_snapshot(args: argparse.Namespace, base: Base, models: Models, name: str) -> Snapshot:
     """Return the snapshot of the pretrained model `name`."""
     model = models.unwrapped[name]
@@ -313,7 +301,9 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         models = Models(args, accelerator, run.base)
 
     # Encode what frozen models encode, and hand the rest to accelerate.
-    held_out = held_out_batch(args, accelerator, models, run.photos) if args.keep_best else {}
+    held_out = {}
+    if args.keep_best:
+        held_out = latents.held_out_batch(models.vae, run.photos, args.resolution, accelerator.device)
     denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
     embed_prompts, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
     run.prepare(models, data.DreamBoothDataset(run.photos, run.class_images, run.transform))

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.logging import get_logger
 from accelerate.utils import release_memory
 from diffusers import (
     AutoencoderKL,
@@ -53,7 +52,6 @@ from diffusers_lipreg.losses import Snapshot
 from diffusers_lipreg.probe import PROMPTS
 from diffusers_lipreg.regularizer import DriftRegularizer
 
-logger = get_logger(__name__)
 EmbedPrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # from prompts to their embeddings, and pooled ones
 
 
@@ -179,22 +177,6 @@ def probe_denoiser(
         return unet(noisy_latents, timestep, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
 
     return Denoiser(denoise, list(models.trainable.values()))
-
-
-def held_out_batch(
-    args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
-) -> dict[str, Any]:
-    """Return a batch of close crops of up to four photos; training sees the photos, but never these crops.
-
-    Call it before `TrainingRun.prepare`, which may free the VAE.
-    """
-    pixels = data.held_out_crops([photo.open for photo in photos[:4]], args.resolution)
-    time_ids = torch.tensor([[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]])
-    return latents.encode_batch(models.vae, pixels, accelerator.device) | {
-        "prompts": [photo.prompt for photo in photos[:4]],
-        "time_ids": time_ids.repeat(len(pixels), 1),
-        "has_class_images": False,
-    }
 
 
 def take_snapshot(args: argparse.Namespace, base: Base, models: Models, name: str) -> Snapshot:
@@ -327,7 +309,9 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         models = Models(args, accelerator, run.base)
 
     # Encode what frozen models encode, and hand the rest to accelerate.
-    held_out = held_out_batch(args, accelerator, models, run.photos) if args.keep_best else {}
+    held_out = {}
+    if args.keep_best:
+        held_out = latents.held_out_batch(models.vae, run.photos, args.resolution, accelerator.device)
     denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
     embed_prompts, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
     run.prepare(models, data.SDXLDreamBoothDataset(run.photos, args.repeats, run.class_images, run.transform))

@@ -81,7 +81,7 @@ def _named_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any
 def _adapter(tuner: Any, layer: str, name: str, names: frozenset[str] | None) -> Adapter:
     """Return the adapter `name` of PEFT's layer `tuner`, without tensors if the layer does not have it."""
     tensors: dict[str, Tensor] = {}
-    for attribute in (*tuner.adapter_layer_names, MAGNITUDE):  # PEFT before 0.19 leaves out some magnitudes
+    for attribute in (*tuner.adapter_layer_names, MAGNITUDE):  # PEFT 0.19 leaves the last one out
         held = tuner._modules.get(attribute)
         if held is not None and (module := held._modules.get(name)) is not None:
             tensors[f"{attribute}.{name}.weight"] = module.weight

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import loading
+from .adapter_drift import MAGNITUDE
 from .budget import WeightInterpolation, bisect_alpha
-from .dreambooth.lora import MAGNITUDE
 from .errors import OneLineParser, RunError, one_line, run_cli
 
 NAME = "python -m diffusers_lipreg.interpolate"
@@ -154,7 +154,7 @@ def pair_with_starts(weights: dict[str, Tensor], base: Any) -> Iterator[tuple[Te
 
 def row_norms(base: Any, name: str, magnitudes: Tensor) -> Tensor:
     """Return the norms of the rows of the base weight that the magnitudes `name` belong to, in their shape."""
-    part, _, layer = name.partition(MAGNITUDE)[0].partition(".")
+    part, _, layer = name.partition(f".{MAGNITUDE}")[0].partition(".")
     network = loading.networks(base).get(part)
     parameters = {} if network is None else dict(network.named_parameters())
     for known in (f"{layer}.weight", f"{layer.removeprefix('text_model.')}.weight"):

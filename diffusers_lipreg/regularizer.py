@@ -12,7 +12,7 @@ from .budget import DriftBudget
 from .errors import RunError
 from .losses import LipschitzDriftLoss, Snapshot
 from .probe import Denoiser, OutputDrift, OutputProbe
-from .snapshot import named_parameters, rounding_error
+from .snapshot import rounding_error, trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class BestCheckpoint:
         device = self.accelerator.device
         devices = [] if device.type == "cpu" else [device.index or 0]
         kind = "cuda" if device.type == "cpu" else device.type
-        with self.denoiser.eval_mode(), torch.random.fork_rng(devices, device_type=kind), torch.no_grad():
+        with self.denoiser.eval_mode(), torch.random.fork_rng(devices, device_type=kind):
             torch.manual_seed(0)
             return self.accelerator.gather(self.subject_loss()).mean().item()
 
@@ -280,8 +280,9 @@ def check_rounding(model: nn.Module, dtype: torch.dtype, learning_rate: float) -
     Raises:
         ValueError: The rounding error is larger.
     """
-    trained = {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
-    error, name = max((rounding_error(parameter, dtype), name) for name, parameter in trained.items())
+    error, name = max(
+        (rounding_error(parameter, dtype), name) for name, parameter in trained_parameters(model).items()
+    )
     if error > ROUNDING * learning_rate:
         raise ValueError(
             f"{name} would be rounded by {error:.1e} (root mean square), more than {ROUNDING:g} of an update's step at a "

@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import RunError
-from .data import DreamBoothDataset, Layouts, PhotoTransform, SDXLDreamBoothDataset, first_random_crop
+from . import data
 
 
 def latent_shape(vae: AutoencoderKL | None, size: int) -> tuple[int, int, int]:
@@ -43,13 +44,23 @@ def sample_latents(vae: AutoencoderKL, batch: dict) -> Tensor:
 
 
 @torch.no_grad()
-def encode_batch(vae: AutoencoderKL | None, pixels: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Return pixels (B, 3, H, W) as a batch that needs no VAE from here on."""
-    return {"pixel_values": pixels.to(device)} if vae is None else {"moments": encode_moments(vae, pixels)}
+def held_out_batch(
+    vae: AutoencoderKL | None, photos: Sequence[data.Photo], size: int, device: torch.device
+) -> dict[str, Any]:
+    """Return a batch of close crops of up to four photos, which needs no VAE from here on.
+
+    Training sees the photos, but never these crops. Call it before `cache_latents`, which frees the VAE.
+    """
+    photos = photos[:4]
+    pixels = data.held_out_crops([photo.open for photo in photos], size)
+    batch = {"pixel_values": pixels.to(device)} if vae is None else {"moments": encode_moments(vae, pixels)}
+    time_ids = torch.tensor([[size, size, 0, 0, size, size]] * len(photos))
+    prompts = [photo.prompt for photo in photos]
+    return batch | {"prompts": prompts, "time_ids": time_ids, "has_class_images": False}
 
 
 def should_cache_latents(
-    args: Namespace, number: int, cropped: Sequence[Path], transform: PhotoTransform, has_vae: bool
+    args: Namespace, number: int, cropped: Sequence[Path], transform: data.PhotoTransform, has_vae: bool
 ) -> bool:
     """Tell whether to encode images once: by default only if that cannot change the result and saves encodings.
 
@@ -66,7 +77,7 @@ def should_cache_latents(
         if args.cache_latents:
             raise RunError("--cache_latents: this pipeline diffuses pixels, it has no latents. Leave the flag out.")
         return False
-    random_crop = first_random_crop(cropped, transform)
+    random_crop = data.first_random_crop(cropped, transform)
     if random_crop is not None:
         if args.cache_latents:
             raise RunError(
@@ -80,8 +91,11 @@ def should_cache_latents(
 
 
 def cache_latents(
-    args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBoothDataset | SDXLDreamBoothDataset
-) -> Layouts:
+    args: Namespace,
+    accelerator: Accelerator,
+    vae: AutoencoderKL,
+    dataset: data.DreamBoothDataset | data.SDXLDreamBoothDataset,
+) -> data.Layouts:
     """Replace the data set's pixels by moments in host memory, and free the VAE's weights; its configuration stays.
 
     Returns the memory format of the moments that the VAE makes of a full batch and of the last batch of an epoch.

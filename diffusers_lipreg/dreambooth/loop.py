@@ -142,6 +142,7 @@ class TrainingRun:
         for name, model in zip(names, prepared, strict=False):
             setattr(models, name, model)
         self.optimizer, self.loader, self.lr_scheduler = prepared[len(names) :]
+        self.parameters = models.parameters  # FSDP divides the weights, so these are others than before
         self.checkpoints = Checkpoints(args, accelerator, self.output, self.config, self.loader, self.lr_scheduler)
 
     def start(self, regularizer: Regularizer, project: str) -> None:
@@ -174,15 +175,13 @@ class TrainingRun:
                 if self.global_step >= self.args.max_train_steps:
                     break
             if validation_epochs is not None and epoch % validation_epochs == 0:
-                self._validate()
+                self._validate(self.validate)
         self.progress.close()
         self.graceful_exit.defer("finishing the result")
 
     def clip_gradients(self) -> None:
         """Clip the gradients to `--max_grad_norm`; stop the run if they are not finite."""
-        # FSDP divides the weights, so these are others than before `prepare`.
-        norm = self.accelerator.clip_grad_norm_(self.models.parameters, self.args.max_grad_norm)
-        self.check_finite(gradient=norm)
+        self.check_finite(gradient=self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm))
 
     def check_finite(self, **quantities: Tensor) -> None:
         """Stop the run if one of the scalars is not finite, before the weights are changed."""
@@ -201,7 +200,7 @@ class TrainingRun:
                 checkpoint = self.checkpoints.save(self.global_step, self.regularizer)
             validation_steps = vars(args).get("validation_steps")
             if validation_steps is not None and self.global_step % validation_steps == 0 and not interrupted:
-                self._validate()
+                self._validate(self.validate)
         logs = {"loss": loss.item(), "lr": self.lr_scheduler.get_last_lr()[0]} | self.regularizer.logs
         self.progress.set_postfix(**logs)
         self.accelerator.log(logs, step=self.global_step)
@@ -209,10 +208,10 @@ class TrainingRun:
             self.progress.close()
             self.graceful_exit.exit(self.accelerator, checkpoint)
 
-    def _validate(self) -> None:
+    def _validate(self, validate: Validate) -> None:
         if self.args.validation_prompt is not None:
             with validation.errors_as_warnings():
-                self.images = self.validate(self.global_step)
+                self.images = validate(self.global_step)
 
     def save(
         self,
@@ -243,9 +242,8 @@ class TrainingRun:
     ) -> None:
         """End the run: validate the result with `validate` if it is given, and upload it with `--push_to_hub`."""
         with hub.result_is_safe(self.output, self.repo_id):
-            if validate is not None and self.args.validation_prompt is not None and not self.graceful_exit.signal:
-                with validation.errors_as_warnings():
-                    self.images = validate(self.global_step)
+            if validate is not None and not self.graceful_exit.signal:
+                self._validate(validate)
             self.accelerator.end_training()
             if self.repo_id is not None:
                 hub.publish(
