@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
+from diffusers_lipreg.budget import WeightInterpolation
 from diffusers_lipreg.probe import Denoiser, OutputProbe
 
 STEPS, WORLD = 6, 2
@@ -44,8 +45,10 @@ def train(route: str, wrapper: str, rank: int, world: int) -> dict[str, Tensor]:
             penalty.add_gradient_(wrapped)
         clip_grad_norm_(wrapped.parameters(), 1.0)
         optimizer.step()
-    with snapshot.applied_to(wrapped):
-        assert penalty.measure(wrapped).value == 0
+    change = WeightInterpolation(snapshot.pairs(wrapped))
+    change.set_alpha(0.0)
+    assert penalty.measure(wrapped).value == 0
+    change.set_alpha(1.0)
     weights = {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
     norm = torch.tensor(snapshot.squared_norm)
     return {**weights, "norm": norm, **penalty.measure(wrapped)._asdict(), "loss": penalty(wrapped).detach()}
