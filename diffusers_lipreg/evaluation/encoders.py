@@ -100,16 +100,11 @@ class ClipEncoder(Encoder):
             self.processor = AutoProcessor.from_pretrained(name)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        return _tensor(self.model.get_image_features(pixel_values=pixel_values))
+        return self.model.get_image_features(pixel_values=pixel_values).pooler_output
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return normalized embeddings (n, d) on the CPU. Long texts are truncated."""
         tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
         tokens = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        return F.normalize(_tensor(self.model.get_text_features(**tokens)), dim=-1).cpu()
-
-
-def _tensor(output: Any) -> Tensor:
-    """Return the features that CLIP returns, which newer transformers put into an output object."""
-    return output if isinstance(output, Tensor) else output.pooler_output
+        return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1).cpu()

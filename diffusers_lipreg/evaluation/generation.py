@@ -39,7 +39,7 @@ class Sampling(NamedTuple):
         return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale, **size}
 
 
-class Image(NamedTuple):
+class ImageSpec(NamedTuple):
     """An image to generate, the `number`-th of its prompt."""
 
     prompt: str
@@ -59,9 +59,9 @@ class Image(NamedTuple):
 class ImageSet(NamedTuple):
     """The images of a subject, the same for the base and the personalized pipeline: a row for each prompt."""
 
-    subject: list[list[Image]]
-    of_class: list[list[Image]]  # one prompt, with the class alone
-    unrelated: list[list[Image]]  # prompts that have nothing to do with the subject
+    subject: list[list[ImageSpec]]
+    of_class: list[list[ImageSpec]]  # one prompt, with the class alone
+    unrelated: list[list[ImageSpec]]  # prompts that have nothing to do with the subject
 
 
 class SubjectFiles(NamedTuple):
@@ -73,8 +73,8 @@ class SubjectFiles(NamedTuple):
 
 
 def image_set(subject: Subject, unrelated: Sequence[str], images_per_prompt: int) -> ImageSet:
-    def rows(prompts: Sequence[str], count: int) -> list[list[Image]]:
-        return [[Image(prompt, number) for number in range(count)] for prompt in prompts]
+    def rows(prompts: Sequence[str], count: int) -> list[list[ImageSpec]]:
+        return [[ImageSpec(prompt, number) for number in range(count)] for prompt in prompts]
 
     return ImageSet(
         rows(subject.prompts, images_per_prompt),

@@ -49,7 +49,7 @@ class Table(NamedTuple):
 def summarize(args: Namespace, subjects: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of report.json: the flags, every subject, and for a data set the means over subjects."""
     libraries = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
-    report = {
+    report: dict[str, Any] = {
         "flags": vars(args),
         "versions": {"diffusers-lipreg": __version__, **libraries},
         "subjects": dict(subjects),
@@ -76,9 +76,9 @@ def score_table(sides: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return the table of scores of a subject, or of the means over subjects with their intervals."""
 
     def cell(score: Any) -> str:
-        if isinstance(score, Mapping) and score["mean"] is not None:
+        if isinstance(score, Mapping):
             return "{:.3f} [{:.3f}, {:.3f}]".format(score["mean"], *score["interval"])
-        return f"{score:.3f}" if isinstance(score, float) else "–"
+        return "–" if score is None else f"{score:.3f}"
 
     rows = [[column, *(cell(sides[side].get(column)) for side in SIDES)] for column in sides["personalized"]]
     return Table(["", *SIDES.values()], rows)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..dreambooth.data import open_image
 from .encoders import ClipEncoder, Encoder
-from .generation import Image, SubjectFiles
+from .generation import ImageSpec, SubjectFiles
 from .prompts import Subject
 
 SIDES = {"personalized": "personalized", "base": "base", "real": "photos among themselves"}
@@ -56,7 +56,7 @@ def score_subject(subject: Subject, files: SubjectFiles, encoders: Sequence[Enco
     return {"scores": scores, "unrelated_change": changes}
 
 
-def _embed(encoder: Encoder, rows: list[list[Image]], folder: Path) -> Tensor:
+def _embed(encoder: Encoder, rows: list[list[ImageSpec]], folder: Path) -> Tensor:
     """Return embeddings (prompts, images, d)."""
     return encoder.images([image.path(folder) for row in rows for image in row]).double().unflatten(0, (len(rows), -1))
 
@@ -92,11 +92,11 @@ def mean_and_error(rows: Tensor) -> dict[str, float | None]:
     return {"mean": means.mean().item(), "mean_se": error}
 
 
-def mean_over_subjects(values: Sequence[float | None]) -> dict[str, Any]:
+def mean_over_subjects(values: Sequence[float | None]) -> dict[str, Any] | None:
     """Return the mean over subjects and its 95 % bootstrap interval, by percentiles over resampled subjects."""
     known = np.array([value for value in values if value is not None])  # a single photo has no score among the photos
     if not len(known):
-        return {"mean": None, "interval": None, "subjects": 0}
+        return None
     picks = np.random.default_rng(0).integers(len(known), size=(10_000, len(known)))
     interval = np.percentile(known[picks].mean(axis=1), [2.5, 97.5]).tolist()
     return {"mean": float(known.mean()), "interval": interval, "subjects": len(known)}

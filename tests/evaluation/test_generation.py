@@ -4,26 +4,26 @@ import json
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from PIL import Image
 from support.runs import PARITY, load_pipeline
 
 from diffusers_lipreg import loading
 from diffusers_lipreg.errors import RunError
-from diffusers_lipreg.evaluation.generation import Image, ImageSet, Sampling, generate_images
+from diffusers_lipreg.evaluation.generation import ImageSet, ImageSpec, Sampling, generate_images
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(num_inference_steps=2, batch_size=1)
 
 
 def pixels(path: Path) -> np.ndarray:
-    return np.asarray(PIL.Image.open(path), dtype=int)
+    return np.asarray(Image.open(path), dtype=int)
 
 
 def images_of(*prompts: str, count: int = 3) -> ImageSet:
-    return ImageSet([[Image(prompt, number) for number in range(count)] for prompt in prompts], [], [])
+    return ImageSet([[ImageSpec(prompt, number) for number in range(count)] for prompt in prompts], [], [])
 
 
 def generate(pipeline, folder: Path, images: ImageSet, sampling: Sampling = SAMPLING) -> list[Path]:
@@ -66,7 +66,7 @@ def test_a_half_written_image_is_not_one(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(OSError):
-        patched.setattr(PIL.Image.Image, "save", full_disk)
+        patched.setattr(Image.Image, "save", full_disk)
         generate(load_pipeline(), tmp_path / "images", images_of("a dog", count=1))
     assert not list(tmp_path.rglob("*.png"))
     (file,) = generate(load_pipeline(), tmp_path / "images", images_of("a dog", count=1))
@@ -94,7 +94,7 @@ def test_images_of_other_weights_or_settings_are_not_taken_for_these(tmp_path):
 
 def test_file_names_tell_prompts_apart():
     names = [
-        Image(prompt, i).path(Path()).name for prompt in ("a dog, red", "a dog. red", "x" * 300) for i in range(2)
+        ImageSpec(prompt, i).path(Path()).name for prompt in ("a dog, red", "a dog. red", "x" * 300) for i in range(2)
     ]
     assert len(set(names)) == 6 and max(map(len, names)) < 100
 
