@@ -100,12 +100,12 @@ def drift_table(subject: Mapping[str, Any]) -> Table:
         meaning = "1 − cosine" if column != "pixels" else "mean squared difference of values in [0, 1]"
         value = number(change["mean"], change["mean_se"])
         rows.append([f"unrelated prompts, {column}", value, f"{meaning}, same noise"])
-    return Table(["what drifted", "", ""], rows)
+    return Table(["What drifted", "", ""], rows)
 
 
 def paper_table() -> Table:
     rows = [[name, *(f"{a:.4f} → {b:.4f}" for a, b in zip(*both, strict=True))] for name, both in PAPER.items()]
-    return Table(["the paper: plain → with the penalty", "DINO", "CLIP-T", "CLIP-I"], rows)
+    return Table(["The paper: plain → with the penalty", "DINO", "CLIP-T", "CLIP-I"], rows)
 
 
 def text(report: Mapping[str, Any]) -> str:
