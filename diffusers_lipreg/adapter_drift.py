@@ -82,7 +82,7 @@ def _product(layers: Layers) -> tuple[Tensor, Tensor]:
         adapters, starts = zip(*changes, strict=True)
         (q, p), scale = _stack(adapters), adapters[0].scale
         if not starts[0].factors:
-            ps.append(scale * p)
+            ps.append(p if scale == 1 else scale * p)
             qs.append(q)
             continue
         q_0, p_0 = (_widen(factors, p) for factors in _stack(starts))
