@@ -52,11 +52,6 @@ Layers = Sequence[Sequence[Change]]  # the active adapters of each layer, in one
 Formula = Callable[[Layers], Tensor]  # the squared drift of layers
 
 
-def class_path(layer: Any) -> str:
-    """Return the class of a layer with its module, such as peft.tuners.lora.layer.Linear."""
-    return f"{type(layer).__module__}.{type(layer).__name__}"
-
-
 def base_matrix(adapter: Adapter) -> Tensor:
     """Return the base weight, dequantized, as a matrix: the dimensions of a kernel join the inputs."""
     from peft.utils.integrations import dequantize_module_weight
@@ -165,9 +160,9 @@ def choose_formula(adapters: Sequence[Adapter], weight: Tensor, checked: set[Has
 
     tuner = adapters[0].tuner
     if type(tuner.base_layer) is not type(tuner.get_base_layer()):
-        raise ValueError(f"it adapts a layer of {class_path(tuner.base_layer)}")
+        raise ValueError("it adapts another adapter")
     pairs = [adapter.factors for adapter in adapters if len(adapter.factors) == 2]
-    thin = [a.shape[0] == b.flatten(1).shape[1] and b.shape[0] * a[0].numel() == weight.numel() for a, b in pairs]
+    thin = [b.shape[0] * a[0].numel() == weight.numel() for a, b in pairs]  # false of grouped convolutions
     if isinstance(tuner, LoraLayer) and len(thin) == len(adapters) and all(thin):
         variants = [tuner.lora_variant.get(adapter.name) for adapter in adapters]
         if not any(variants):
@@ -186,17 +181,18 @@ def _check_delta_weight(adapter: Adapter) -> None:
     """Raise unless `get_delta_weight` is what PEFT merges and its gradient is right, at random values in a copy of the layer."""
     tuner = copy.deepcopy(adapter.tuner).to("cpu", torch.float64)
     adapter, tensors = adapter._replace(tuner=tuner), [tuner.get_parameter(name) for name in adapter.tensors]
+    before = tuner.get_base_layer().weight.detach().clone()
+
+    def delta(*values: Tensor) -> Tensor:
+        return delta_weight(adapter, dict(zip(adapter.tensors, values, strict=True)))
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for tensor in tensors:
             nn.init.normal_(tensor.requires_grad_())
-
-        def delta(*values: Tensor) -> Tensor:
-            return delta_weight(adapter, dict(zip(adapter.tensors, values, strict=True)))
-
+        expected = delta(*tensors)
         if not gradcheck(delta, tensors, fast_mode=True, raise_exception=False):
             raise ValueError("PEFT differentiates its get_delta_weight wrongly")
-    before, expected = tuner.get_base_layer().weight.detach().clone(), tuner.get_delta_weight(adapter.name)
     tuner.merge(adapter_names=[adapter.name])
     change = tuner.get_base_layer().weight - before
     if change.shape != expected.shape or not torch.allclose(change, expected):

@@ -22,7 +22,6 @@ from .adapter_drift import (
     Layers,
     base_matrix,
     choose_formula,
-    class_path,
     factors_drift,
     lora_drift,
     take_start,
@@ -128,7 +127,7 @@ class AdapterSnapshot:
                 changes = [Change(adapter, take_start(adapter, formula)) for adapter in adapters]
                 formula([changes])
             except Exception as error:  # PEFT says in many ways that a layer cannot be read, merged or differentiated
-                kind = class_path(adapters[0].tuner)
+                kind = f"{type(adapters[0].tuner).__module__}.{type(adapters[0].tuner).__name__}"
                 raise ValueError(f"{layer}: no exact drift is known for this {kind}: {one_line(error)}") from error
             squared_norms.append(weight.square().sum())
             self._formulas[layer] = formula

@@ -745,7 +745,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "grouped": (lambda: adapted(lora(["grouped"])), rf"^grouped: {UNKNOWN} {LORA}Conv2d"),
     "merged": (merged, "^to_q has merged default into its base weight"),
-    "nested": (nested, r"to_q: .*it adapts a layer of peft\.tuners\.lora\.layer"),
+    "nested": (nested, "to_q: .*it adapts another adapter"),
     "dora twice": (lambda: adapted(lora(use_dora=True), lora()), rf"^to_q: {UNKNOWN} .*PEFT merges something else"),
     "unreadable weight": (unreadable, f"^to_q: {UNKNOWN} .*'Identity' object has no attribute 'weight'"),
 }
