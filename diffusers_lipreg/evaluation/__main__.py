@@ -115,25 +115,28 @@ def evaluate(args: argparse.Namespace) -> None:
     sampling = Sampling(args.num_inference_steps, args.guidance_scale, size, args.batch_size, args.seed, dtype)
     images = {subject.name: image_set(subject, unrelated, args.images_per_prompt) for subject in subjects}
 
-    base, folders, drifts, files, results = load_base(args), {}, {}, {}, {}
+    base = load_base(args)
     meter = DriftMeter(base, unrelated, sampling, device)
+    root, drifts, folders = output_dir / "images", {}, {}
     for subject in subjects:
-        name, folder = subject.name, output_dir / "images" / subject.name
+        name = subject.name
         pipeline = load_personalized(subject.personalized, args.base, torch.float32, args.revision, args.variant)
         check_same_architecture(base, pipeline, subject.personalized)
         pipeline.scheduler = type(base.scheduler).from_config(base.scheduler.config)
         drifts[name] = meter.measure(pipeline, subject.personalized)
-        folders[name] = generate_images(pipeline.to(dtype), folder, [images[name]], sampling, device)
+        folders[name] = generate_images(pipeline.to(dtype), root / name, [images[name]], sampling, device)
         del pipeline  # a GPU may have room for one at a time
-    folder = generate_images(base.to(dtype), output_dir / "images" / "base", images.values(), sampling, device)
+    of_base = generate_images(base.to(dtype), root / "base", images.values(), sampling, device)
+    sides = {name: {"base": of_base, "personalized": folder} for name, folder in folders.items()}
+    files = {name: SubjectFiles(photos[name], images[name], sides[name]) for name in images}
 
+    del base, meter
     for encoder in encoders:
         encoder.model.to(device)
+    results = {}
     for subject in tqdm(subjects, desc="scores", unit="subject"):
-        name = subject.name
-        files[name] = SubjectFiles(photos[name], images[name], {"base": folder, "personalized": folders[name]})
-        scores = score_subject(subject, files[name], encoders)
-        results[name] = {**subject._asdict(), **scores, "drift": drifts[name]}
+        scores = score_subject(subject, files[subject.name], encoders)
+        results[subject.name] = {**subject._asdict(), **scores, "drift": drifts[subject.name]}
     summary = report.summarize(args, results)
     text = json.dumps(summary, indent=2, allow_nan=False, default=str)
     (output_dir / "report.json").write_text(text + "\n", encoding="utf-8")
