@@ -109,20 +109,18 @@ def find_subjects(args: Namespace) -> list[Subject]:
         name = re.sub(r"\W", "_", text)[:60]  # a folder's name has at most 255 bytes
         return [subject(name, text, noun, Path(args.instance_data_dir), args.personalized)]
 
-    if not Path(args.dataset).is_dir():
-        raise RunError(f"--dataset {args.dataset}: there is no such folder.")
-    folders = sorted(path for path in Path(args.dataset).iterdir() if path.is_dir() and path.name[0] != ".")
-    if not folders:
-        raise RunError(f"--dataset {args.dataset}: expected a folder of photos for each subject, found none.")
     if "{}" not in args.personalized:
         raise RunError(f"--personalized {args.personalized}: expected {{}} in it, for the name of each subject.")
-    if unknown := [folder.name for folder in folders if folder.name not in CLASS_NOUNS]:
-        raise RunError(
-            f"--dataset {args.dataset}: the benchmark has no class noun for {', '.join(unknown)}. Evaluate such a subject "
-            "on its own, with --instance_data_dir, --subject and --class_noun."
-        )
-    named = [(folder, folder.name, CLASS_NOUNS[folder.name]) for folder in folders]
-    return [
-        subject(name, f"{args.unique_token} {noun}", noun, folder, args.personalized.replace("{}", name))
-        for folder, name, noun in named
-    ]
+    subjects = []
+    for folder in sorted(path for path in Path(args.dataset).glob("[!.]*") if path.is_dir()):
+        name, noun = folder.name, CLASS_NOUNS.get(folder.name)
+        if noun is None:
+            raise RunError(
+                f"--dataset {args.dataset}: the benchmark has no class noun for {name}. Evaluate such a subject on its own, "
+                "with --instance_data_dir, --subject and --class_noun."
+            )
+        text, personalized = f"{args.unique_token} {noun}", args.personalized.replace("{}", name)
+        subjects.append(subject(name, text, noun, folder, personalized))
+    if not subjects:
+        raise RunError(f"--dataset {args.dataset}: expected a folder of photos for each subject, found none.")
+    return subjects

@@ -276,6 +276,9 @@ def test_what_the_user_gets_wrong_ends_in_one_line(refuse, tmp_path, clip):
     assert "error: --base /" in refuse(*ONE, "--base", str(tmp_path / "empty"))
     assert "has no class noun for my_cat" in refuse(*data, "--personalized", "models/{}")
     assert "expected {} in it" in refuse(*data)
+    for name in ("empty", "none"):
+        flags = ["--dataset", str(tmp_path / name), "--personalized", "models/{}"]
+        assert "expected a folder of photos for each subject, found none" in refuse(*flags)
     assert "--subject is for one subject" in refuse(*data, "--subject", "sks dog")
     for name in ("Nothing", "UNet2DConditionModel"):
         assert f"--scheduler {name}: it does not fit --base" in refuse(*ONE, "--scheduler", name)
