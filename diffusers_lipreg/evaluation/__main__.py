@@ -39,7 +39,7 @@ from ..loading import (
 from . import report
 from .drift import DriftMeter
 from .encoders import ClipEncoder, DinoEncoder, Encoder
-from .generation import Sampling, SubjectFiles, generate_images, image_set
+from .generation import Sampling, SubjectFiles, generate_images, image_folder, image_set
 from .prompts import find_subjects
 from .scores import score_subject
 
@@ -111,24 +111,26 @@ def evaluate(args: argparse.Namespace) -> None:
     check_folder(args.output_dir, "--output_dir")
     encoders: list[Encoder] = [*map(DinoEncoder, args.dino), *map(ClipEncoder, args.clip)]
     args.dtype = args.dtype or ("fp16" if device.type == "cuda" else "fp32")
-    dtype, size = DTYPES[args.dtype], args.resolution
-    sampling = Sampling(args.num_inference_steps, args.guidance_scale, size, args.batch_size, args.seed, dtype)
+    sampling = Sampling(
+        args.num_inference_steps, args.guidance_scale, args.resolution, args.batch_size, args.seed, DTYPES[args.dtype]
+    )
     images = {subject.name: image_set(subject, unrelated, args.images_per_prompt) for subject in subjects}
 
     base = load_base(args)
     meter = DriftMeter(base, unrelated, sampling, device)
-    root, drifts, folders = output_dir / "images", {}, {}
+    root, drifts, files = output_dir / "images", {}, {}
+    folder = image_folder(root / "base", base, sampling)
     for subject in subjects:
         name = subject.name
         pipeline = load_personalized(subject.personalized, args.base, torch.float32, args.revision, args.variant)
         check_same_architecture(base, pipeline, subject.personalized)
         pipeline.scheduler = type(base.scheduler).from_config(base.scheduler.config)
+        folders = {"base": folder, "personalized": image_folder(root / name, pipeline, sampling)}
+        files[name] = SubjectFiles(photos[name], images[name], folders)
         drifts[name] = meter.measure(pipeline, subject.personalized)
-        folders[name] = generate_images(pipeline.to(dtype), root / name, [images[name]], sampling, device)
+        generate_images(pipeline, folders["personalized"], [images[name]], sampling, device)
         del pipeline  # a GPU may have room for one at a time
-    of_base = generate_images(base.to(dtype), root / "base", images.values(), sampling, device)
-    sides = {name: {"base": of_base, "personalized": folder} for name, folder in folders.items()}
-    files = {name: SubjectFiles(photos[name], images[name], sides[name]) for name in images}
+    generate_images(base, folder, images.values(), sampling, device)
 
     del base, meter
     for encoder in encoders:

@@ -94,21 +94,32 @@ def generate(pipeline: Any, prompts: list[str], generators: list[torch.Generator
         return pipeline(prompts, generator=generators, **options).images
 
 
+def image_folder(folder: Path, pipeline: Any, sampling: Sampling) -> Path:
+    """Return `folder` with a checksum in its name, which keeps images of other weights or settings apart.
+
+    Take it before adapters are merged: rounding may differ from run to run.
+    """
+    settings = repr((sampling.call, sampling.seed, sampling.dtype, pipeline.scheduler))
+    checksum = zlib.crc32(settings.encode())
+    for part in networks(pipeline).values():
+        for name, tensor in part.state_dict().items():
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            checksum = zlib.crc32(data, zlib.crc32(name.encode(), checksum))
+    return folder.with_name(f"{folder.name}-{checksum:08x}")
+
+
 def generate_images(
     pipeline: Any, folder: Path, sets: Iterable[ImageSet], sampling: Sampling, device: torch.device
-) -> Path:
-    """Generate the images that do not exist yet, and return their folder.
-
-    It is `folder` with a checksum in its name, which keeps images of other weights or settings apart.
-    """
-    label, folder = f"images of {folder.name}", folder.with_name(f"{folder.name}-{checksum(pipeline, sampling)}")
+) -> None:
+    """Generate the images that are not in `folder` yet."""
     folder.mkdir(parents=True, exist_ok=True)
     # Subjects of one class share images of the base.
     images = list(dict.fromkeys(image for image_set in sets for rows in image_set for row in rows for image in row))
     missing = [image for image in images if not image.path(folder).is_file()]
     if missing:
-        pipeline.to(device)
-    with tqdm(total=len(images), initial=len(images) - len(missing), desc=label, unit="image") as bar:
+        pipeline.to(device, sampling.dtype)
+    done, label = len(images) - len(missing), f"images in {folder.name}"
+    with tqdm(total=len(images), initial=done, desc=label, unit="image") as bar:
         for start in range(0, len(missing), sampling.batch_size):
             batch = missing[start : start + sampling.batch_size]
             generators = [image.generator(sampling.seed) for image in batch]
@@ -117,15 +128,3 @@ def generate_images(
                 result.save(folder / ".part", format="PNG")
                 os.replace(folder / ".part", image.path(folder))  # an interruption leaves no part of an image
             bar.update(len(batch))
-    return folder
-
-
-def checksum(pipeline: Any, sampling: Sampling) -> str:
-    """Return a checksum of everything except prompt and number that an image depends on, weights above all."""
-    settings = repr((sampling.call, sampling.seed, pipeline.scheduler, pipeline.dtype))
-    result = zlib.crc32(settings.encode())
-    for part in networks(pipeline).values():
-        for name, tensor in part.state_dict().items():
-            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            result = zlib.crc32(data, zlib.crc32(name.encode(), result))
-    return f"{result:08x}"

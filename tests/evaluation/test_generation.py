@@ -12,7 +12,7 @@ from support.runs import PARITY, load_pipeline
 
 from diffusers_lipreg import loading
 from diffusers_lipreg.errors import RunError
-from diffusers_lipreg.evaluation.generation import ImageSet, ImageSpec, Sampling, generate_images
+from diffusers_lipreg.evaluation.generation import ImageSet, ImageSpec, Sampling, generate_images, image_folder
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(num_inference_steps=2, batch_size=1)
@@ -28,7 +28,8 @@ def images_of(*prompts: str, count: int = 3) -> ImageSet:
 
 def generate(pipeline, folder: Path, images: ImageSet, sampling: Sampling = SAMPLING) -> list[Path]:
     """Return the files of the images in their order."""
-    folder = generate_images(pipeline, folder, [images], sampling, CPU)
+    folder = image_folder(folder, pipeline, sampling)
+    generate_images(pipeline, folder, [images], sampling, CPU)
     return [image.path(folder) for row in images.subject for image in row]
 
 
