@@ -12,8 +12,7 @@ has no float64 and keeps float32. PEFT's `merge` defines what an adapter does to
 """
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,10 +40,6 @@ class Adapter(NamedTuple):
         """Return all tensors but DoRA's magnitude, which scales the whole weight."""
         return [tensor for name, tensor in self.tensors.items() if not name.startswith(MAGNITUDE)]
 
-    @property
-    def magnitude(self) -> Tensor:
-        return self.tensors[f"{MAGNITUDE}.{self.name}.weight"].flatten()
-
 
 class Change(NamedTuple):
     """An adapter now and at the snapshot, which keeps only the tensors that its formula needs."""
@@ -55,11 +50,6 @@ class Change(NamedTuple):
 
 Layers = Sequence[Sequence[Change]]  # the active adapters of each layer, in one order
 Formula = Callable[[Layers], Tensor]  # the squared drift of layers
-
-
-def class_path(layer: Any) -> str:
-    """Return the class of a layer with its module, such as peft.tuners.lora.layer.Linear."""
-    return f"{type(layer).__module__}.{type(layer).__name__}"
 
 
 def base_matrix(adapter: Adapter) -> Tensor:
@@ -85,18 +75,16 @@ def _product(layers: Layers) -> tuple[Tensor, Tensor]:
     ps, qs = [], []
     for changes in zip(*layers, strict=True):
         adapters, starts = zip(*changes, strict=True)
-        q, p = _stack(adapters)
-        scale = adapters[0].scale
-        if starts[0].factors:
-            q_0, p_0 = (_widen(factor, p) for factor in _stack(starts))
-            wide_p, wide_q, p_0 = scale * _widen(p, p), _widen(q, p), starts[0].scale * p_0
-            # (P - P_0) Q + P_0 (Q - Q_0); the shorter [P, -P_0] [Q; Q_0] cancels the digits that carry a small change.
-            p = torch.cat([wide_p - p_0, p_0], dim=-1).to(p)
-            q = torch.cat([wide_q, wide_q - q_0], dim=-2).to(q)
-        elif scale != 1:
-            p = scale * p
-        ps.append(p)
-        qs.append(q)
+        (q, p), scale = _stack(adapters), adapters[0].scale
+        if not starts[0].factors:
+            ps.append(p if scale == 1 else scale * p)
+            qs.append(q)
+            continue
+        q_0, p_0 = (_widen(factors, p) for factors in _stack(starts))
+        p_0 = starts[0].scale * p_0
+        # (P - P_0) Q + P_0 (Q - Q_0); the shorter [P, -P_0] [Q; Q_0] cancels the digits that carry a small change.
+        ps += [(scale * _widen(p, p) - p_0).to(p), p_0.to(p)]
+        qs += [q, (_widen(q, q) - q_0).to(q)]
     return (ps[0], qs[0]) if len(ps) == 1 else (torch.cat(ps, dim=-1), torch.cat(qs, dim=-2))
 
 
@@ -132,34 +120,32 @@ def dora_drift(layers: Layers) -> Tensor:
         cross = cross + (p0 @ (q0 @ q.T) * p).sum(dim=1)
     growth = 2 * cross + d_squared
     v, v0 = (v0_squared + growth).sqrt(), v0_squared.sqrt()
-    m, m0 = adapter.magnitude.to(q), start.magnitude.to(q)
+    m, m0 = (each.tensors[f"{MAGNITUDE}.{each.name}.weight"].flatten().to(q) for each in (adapter, start))
     return ((m - m0).square() + m * m0 * (d_squared - (growth / (v + v0)).square()) / (v * v0)).sum()
 
 
 def delta_drift(layers: Layers) -> Tensor:
     """Compute ||sum over adapters of delta - delta_0||^2 from the full weights of one layer."""
-    changes = []
-    for now, start in layers[0]:
+    (changes,) = layers
+    deltas = []
+    for now, start in changes:
         if now.scale != start.scale:
             raise ValueError(
-                f"{now.layer}: the scale of {now.name} was {start.scale} at the snapshot and is {now.scale}."
+                f"{now.layer}: the scale of {now.name} was {start.scale} at the snapshot, is {now.scale}."
             )
         like = now.factors[0]
-        delta, delta_0 = (
-            delta_weight(now.tuner, now.name, a.tensors, *(_widen(tensor, like) for tensor in a.tensors.values()))
-            for a in (now, start)
-        )
-        if delta.dtype != _widen(like, like).dtype:
-            raise ValueError(f"PEFT rounds its get_delta_weight to {delta.dtype}")
-        changes.append(delta - delta_0)
-    return torch.stack(changes).sum(dim=0).square().sum().to(upcast(like).dtype)
+        wide, wide_0 = ({name: _widen(t, like) for name, t in adapter.tensors.items()} for adapter in (now, start))
+        deltas.append(delta_weight(now, wide) - delta_weight(now, wide_0))
+        if deltas[-1].dtype != _widen(like, like).dtype:
+            raise ValueError(f"PEFT rounds its get_delta_weight to {deltas[-1].dtype}")
+    return torch.stack(deltas).sum(dim=0).square().sum().to(upcast(like).dtype)
 
 
-def delta_weight(tuner: Any, adapter: str, names: Iterable[str], *tensors: Tensor) -> Tensor:
-    """Return what PEFT's layer would add to its base weight with these tensors in place of those of `names`."""
+def delta_weight(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return what PEFT's layer would add to its base weight with these tensors in place of its own."""
     function = nn.Module()
-    function.tuner, function.forward = tuner, lambda: tuner.get_delta_weight(adapter)
-    return functional_call(function, {f"tuner.{name}": t for name, t in zip(names, tensors, strict=True)}, ())
+    function.tuner, function.forward = adapter.tuner, lambda: adapter.tuner.get_delta_weight(adapter.name)
+    return functional_call(function, {f"tuner.{name}": tensor for name, tensor in tensors.items()}, ())
 
 
 def factors_drift(layers: Layers) -> Tensor:
@@ -168,15 +154,15 @@ def factors_drift(layers: Layers) -> Tensor:
     return total([factors.square().sum() for stack in stacks for factors in stack])
 
 
-def choose_formula(adapters: Sequence[Adapter], checked: set[Hashable]) -> Formula:
+def choose_formula(adapters: Sequence[Adapter], weight: Tensor, checked: set[Hashable]) -> Formula:
     """Return the formula for a layer with these active adapters. `checked` collects the kinds that `delta_drift` fits."""
     from peft.tuners.lora import LoraLayer
 
-    tuner, weight = adapters[0].tuner, base_matrix(adapters[0])
+    tuner = adapters[0].tuner
     if type(tuner.base_layer) is not type(tuner.get_base_layer()):
-        raise ValueError(f"it adapts a layer of {class_path(tuner.base_layer)}")
+        raise ValueError("it adapts another adapter")
     pairs = [adapter.factors for adapter in adapters if len(adapter.factors) == 2]
-    thin = [a.shape[0] == b.flatten(1).shape[1] and b.shape[0] * a[0].numel() == weight.numel() for a, b in pairs]
+    thin = [b.shape[0] * a[0].numel() == weight.numel() for a, b in pairs]  # false of grouped convolutions
     if isinstance(tuner, LoraLayer) and len(thin) == len(adapters) and all(thin):
         variants = [tuner.lora_variant.get(adapter.name) for adapter in adapters]
         if not any(variants):
@@ -184,8 +170,7 @@ def choose_formula(adapters: Sequence[Adapter], checked: set[Hashable]) -> Formu
         if len(adapters) == 1 and type(variants[0]).__name__.startswith("Dora"):
             return dora_drift
     for adapter in adapters:
-        shapes = tuple((name, tensor.shape) for name, tensor in adapter.tensors.items())
-        kind = (type(tuner), type(tuner.base_layer), weight.shape, adapter.name, shapes)
+        kind = (type(tuner), weight.shape, *((name, tensor.shape) for name, tensor in adapter.tensors.items()))
         if kind not in checked:
             _check_delta_weight(adapter)
             checked.add(kind)
@@ -195,18 +180,22 @@ def choose_formula(adapters: Sequence[Adapter], checked: set[Hashable]) -> Formu
 def _check_delta_weight(adapter: Adapter) -> None:
     """Raise unless `get_delta_weight` is what PEFT merges and its gradient is right, at random values in a copy of the layer."""
     tuner = copy.deepcopy(adapter.tuner).to("cpu", torch.float64)
-    tensors = {name: tuner.get_parameter(name).requires_grad_() for name in adapter.tensors}
+    adapter, tensors = adapter._replace(tuner=tuner), [tuner.get_parameter(name) for name in adapter.tensors]
+    before = tuner.get_base_layer().weight.detach().clone()
+
+    def delta(*values: Tensor) -> Tensor:
+        return delta_weight(adapter, dict(zip(adapter.tensors, values, strict=True)))
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for tensor in tensors.values():
-            nn.init.normal_(tensor)
-        delta_of = partial(delta_weight, tuner, adapter.name, tuple(tensors))
-        if not gradcheck(delta_of, tuple(tensors.values()), fast_mode=True, raise_exception=False):
+        for tensor in tensors:
+            nn.init.normal_(tensor.requires_grad_())
+        expected = delta(*tensors)
+        if not gradcheck(delta, tensors, fast_mode=True, raise_exception=False):
             raise ValueError("PEFT differentiates its get_delta_weight wrongly")
-    before, delta = tuner.get_base_layer().weight.detach().clone(), tuner.get_delta_weight(adapter.name)
     tuner.merge(adapter_names=[adapter.name])
     change = tuner.get_base_layer().weight - before
-    if change.shape != delta.shape or not torch.allclose(change, delta):
+    if change.shape != expected.shape or not torch.allclose(change, expected):
         raise ValueError("PEFT merges something else than its get_delta_weight")
 
 

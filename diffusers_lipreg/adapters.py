@@ -22,7 +22,6 @@ from .adapter_drift import (
     Layers,
     base_matrix,
     choose_formula,
-    class_path,
     factors_drift,
     lora_drift,
     take_start,
@@ -33,6 +32,10 @@ from .snapshot import is_adapter_layer, trained_parameters, unwrap
 
 # Adapter elements in one batch of layers: 4 MiB of float32; on a GPU more, to hide the launch of kernels.
 CPU_BATCH_ELEMENTS, BATCH_ELEMENTS = 2**20, 2**22
+OTHERS = (
+    "{} is trained, but no exact drift is known for it: it belongs to no active adapter. Freeze it, or give the snapshot "
+    "the names of what is trained. Without adapters, use TeacherSnapshot."
+)
 
 
 def find_trained_layers(module: nn.Module, names: frozenset[str] | None) -> list[list[Adapter]]:
@@ -42,24 +45,20 @@ def find_trained_layers(module: nn.Module, names: frozenset[str] | None) -> list
         ValueError: A trained parameter outside of adapters, a merged adapter, or no trained adapter.
     """
     tuners: dict[Any, str] = {}
-    others_trained = False
     for name, part in _named_parts(unwrap(module)):
-        if isinstance(part, nn.Parameter):
-            others_trained = True
-        else:
+        if not isinstance(part, nn.Parameter):
             tuners.setdefault(part, name)  # a layer that is tied has several names
-    found = [
-        [_adapter(tuner, layer, name, names) for name in tuner.active_adapters] for tuner, layer in tuners.items()
-    ]
-    layers = [[a for a in adapters if a.tensors] for adapters in found if any(a.trained for a in adapters)]
-    if not layers or (others_trained and names is None):
-        _refuse_others(module, names, layers)
+        elif names is None:
+            raise ValueError(OTHERS.format(name))
+    layers = []
+    for tuner, layer in tuners.items():
+        found = [_adapter(tuner, layer, name, names) for name in tuner.active_adapters]
+        if any(adapter.trained for adapter in found):
+            if tuner.merged:
+                raise ValueError(f"{layer} has merged {' and '.join(tuner.merged_adapters)} into its base weight.")
+            layers.append([adapter for adapter in found if adapter.tensors])
     if not layers:
         raise ValueError("There is nothing to measure: the module trains no adapter.")
-    for adapter, *_ in layers:
-        if adapter.tuner.merged:
-            merged = " and ".join(adapter.tuner.merged_adapters)
-            raise ValueError(f"{adapter.layer} has merged {merged} into its base weight.")
     return layers
 
 
@@ -92,23 +91,6 @@ def _adapter(tuner: Any, layer: str, name: str, names: frozenset[str] | None) ->
     return Adapter(layer, name, tuner, getattr(tuner, "scaling", {}).get(name, 1.0), tensors, trained)
 
 
-def _refuse_others(module: nn.Module, names: frozenset[str] | None, layers: Sequence[Sequence[Adapter]]) -> None:
-    """Raise if a trained parameter belongs to none of the adapters."""
-    tuners = [part for part in module.modules() if is_adapter_layer(part)]
-    covered = {tensor for adapters in layers for adapter in adapters for tensor in adapter.trained}
-    for name, parameter in trained_parameters(module, names).items():
-        if parameter not in covered:
-            kind = next(
-                (class_path(tuner) for tuner in tuners if any(p is parameter for p in tuner.parameters())), None
-            )
-            owner = "no adapter" if kind is None else f"{kind}, and of no active adapter there"
-            advice = "Freeze it, or give the snapshot the names of what is trained."
-            raise ValueError(
-                f"{name} is trained, but no exact drift is known for it: it is part of {owner}. "
-                f"{advice if tuners else 'Use TeacherSnapshot.'}"
-            )
-
-
 class AdapterSnapshot:
     """Keep the active adapters of a module as they are now, to compute the drift of its weights from then on.
 
@@ -121,29 +103,33 @@ class AdapterSnapshot:
             is an error if a parameter outside of adapters requires one later.
 
     Raises:
-        ValueError: No trained adapter, one without an exact formula, anything else that is trained, or a name that the
-            module does not have.
+        ValueError: No trained adapter, one without an exact formula, or anything else that is trained.
     """
 
     reductions = {"product": "Algorithm 1 on the merged weights", "factors": "the authors' released code"}
 
     def __init__(self, module: nn.Module, names: Iterable[str] | None = None) -> None:
         self.names = None if names is None else frozenset(names)
+        trained = trained_parameters(module, self.names)
         layers = find_trained_layers(module, self.names)
-        _refuse_others(module, self.names, layers)
+        covered = {tensor for adapters in layers for adapter in adapters for tensor in adapter.trained}
+        if others := [name for name, parameter in trained.items() if parameter not in covered]:
+            raise ValueError(OTHERS.format(others[0]))
         self._shapes = _shapes(layers)
         self._formulas: dict[str, Formula] = {}
         self._starts: dict[tuple[str, str], Adapter] = {}
         squared_norms, checked = [], set[Hashable]()
         for adapters in layers:
-            layer, kind = adapters[0].layer, class_path(adapters[0].tuner)
+            layer = adapters[0].layer
             try:
-                formula = choose_formula(adapters, checked)
+                weight = base_matrix(adapters[0])
+                formula = choose_formula(adapters, weight, checked)
                 changes = [Change(adapter, take_start(adapter, formula)) for adapter in adapters]
                 formula([changes])
-                squared_norms.append(base_matrix(adapters[0]).square().sum())
             except Exception as error:  # PEFT says in many ways that a layer cannot be read, merged or differentiated
+                kind = f"{type(adapters[0].tuner).__module__}.{type(adapters[0].tuner).__name__}"
                 raise ValueError(f"{layer}: no exact drift is known for this {kind}: {one_line(error)}") from error
+            squared_norms.append(weight.square().sum())
             self._formulas[layer] = formula
             self._starts.update({(layer, start.name): start for _, start in changes})
         self._squared_norm = total(squared_norms)
@@ -160,7 +146,7 @@ class AdapterSnapshot:
         """Compute the drift as a scalar to differentiate, float32 or wider.
 
         Raises:
-            ValueError: Adapters or shapes that are not those of the snapshot; an unknown reduction.
+            ValueError: Adapters or shapes that are not those of the snapshot.
         """
         return total([self._value(layers, reduction) for layers in self._batches(module)])
 
@@ -198,20 +184,19 @@ class AdapterSnapshot:
 
     def _value(self, layers: Layers, reduction: str) -> Tensor:
         """Compute the drift of the layers of one batch."""
-        if reduction not in self.reductions:
-            raise ValueError(f"reduction must be one of {', '.join(self.reductions)}, got {reduction!r}.")
         first = layers[0][0].now
+        formulas = {"product": self._formulas[first.layer], "factors": factors_drift}
         with torch.autocast(first.factors[0].device.type, enabled=False):
-            return (self._formulas[first.layer] if reduction == "product" else factors_drift)(layers)
+            return formulas[reduction](layers)
 
     def _batches(self, module: nn.Module) -> Iterator[Layers]:
         """Yield the layers: those with LoRA of one shape and scale in batches, others alone."""
         layers = find_trained_layers(module, self.names)
         expected, given = self._shapes, _shapes(layers)
         if expected != given:
-            first = min(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
-            was, shape = (None if size is None else tuple(size) for size in (expected.get(first), given.get(first)))
-            raise ValueError(f"{first}: expected shape {was}, got {shape} (None: no trained adapter).")
+            name = min(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+            was, found = (tuple(shapes[name]) if name in shapes else None for shapes in (expected, given))
+            raise ValueError(f"{name}: expected shape {was}, got {found} (None: no trained adapter).")
         batches: dict[Hashable, list[list[Change]]] = {}
         for adapters in layers:
             changes = [Change(adapter, self._starts[adapter.layer, adapter.name]) for adapter in adapters]
@@ -238,9 +223,11 @@ def _add_gradients(value: Tensor, layers: Layers, factor: float) -> None:
     trained = list(dict.fromkeys(tensor for changes in layers for now, _ in changes for tensor in now.trained))
     # The factor is put in at the top, in float32: a gradient in float16 might round to 0 before it.
     gradients = torch.autograd.grad(value, trained, value.new_tensor(factor), allow_unused=True)
-    both = [(tensor, gradient) for tensor, gradient in zip(trained, gradients, strict=True) if gradient is not None]
-    present = [(tensor.grad, gradient) for tensor, gradient in both if tensor.grad is not None]
-    if present:
-        torch._foreach_add_(*map(list, zip(*present, strict=True)))
-    for tensor, gradient in both:
-        tensor.grad = gradient if tensor.grad is None else tensor.grad
+    present, added = [], []
+    for tensor, gradient in zip(trained, gradients, strict=True):
+        if gradient is not None:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            present.append(tensor.grad)
+            added.append(gradient)
+    torch._foreach_add_(present, added)

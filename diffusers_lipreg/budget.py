@@ -32,11 +32,7 @@ TOLERANCE = 0.02  # fraction of the limit that `scale_to_budget` may leave unuse
 
 
 class WeightInterpolation:
-    """Put theta_0 + alpha (theta - theta_0) into parameters; theta is copied from them when this is built.
-
-    Args:
-        pairs: Parameters with their values in theta_0.
-    """
+    """Put theta_0 + alpha (theta - theta_0) into parameters, given as pairs with their values in theta_0."""
 
     def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         parts = ((to_local(parameter.detach()), to_local(start)) for parameter, start in pairs)
@@ -50,23 +46,21 @@ class WeightInterpolation:
             parameter.copy_(torch.lerp(start.to(parameter.device, wide), end.to(wide), alpha))
 
 
-def bisect_alpha(
-    measure: Callable[[float], float], limit: float, tolerance: float = TOLERANCE, steps: int = 30
-) -> float:
-    """Return the alpha in [0, 1] at which a growing `measure(alpha)` is at the limit, or below by a fraction `tolerance`.
+def bisect_alpha(measure: Callable[[float], float], limit: float) -> float:
+    """Return the alpha in [0, 1] at which a growing `measure(alpha)` is at the limit, or below it by `TOLERANCE`.
 
     Each guess is where a quadratic through zero and the last point above the limit meets the limit; without progress it is
-    the middle. Returns 1 if `measure(1)` is within the limit, and the largest known alpha within it after `steps`.
+    the middle. Returns 1 if `measure(1)` is within the limit, and the largest known alpha within it after 30 guesses.
     """
     low, high = 0.0, 1.0
     drift = measure(high)
     if drift <= limit:
         return high
-    for _ in range(steps):
-        guess = high * math.sqrt((1 - tolerance / 2) * limit / drift)
+    for _ in range(30):
+        guess = high * math.sqrt((1 - TOLERANCE / 2) * limit / drift)
         alpha = guess if low < guess else (low + high) / 2
         found = measure(alpha)
-        if (1 - tolerance) * limit <= found <= limit:
+        if (1 - TOLERANCE) * limit <= found <= limit:
             return alpha
         if found > limit:
             high, drift = alpha, found
@@ -82,10 +76,11 @@ class DriftBudget:
 
         budget.update(probe.measure(denoiser).output_drift_relative if budget.due(global_step) else None)
         drift_loss.add_gradient_(unet)
+        ...
+        budget.scale_to_budget(lambda: probe.measure(denoiser).output_drift_relative)  # after the last update
 
-    After the last update call `budget.scale_to_budget(lambda: probe.measure(denoiser).output_drift_relative)`. Training
-    that stays below a quarter of the limit is left alone. Keep `state_dict()` in checkpoints. Every process makes the same
-    calls with the same measurements, as `OutputProbe` returns them.
+    Training that stays below a quarter of the limit is left alone. Keep `state_dict()` in checkpoints. Every process makes
+    the same calls with the same measurements, as `OutputProbe` returns them.
 
     Args:
         limit: Largest relative output drift (`OutputDrift.output_drift_relative`), above 0.
@@ -103,9 +98,7 @@ class DriftBudget:
         if not penalties:
             raise ValueError("A budget needs at least one penalty whose weight it can adapt, got none.")
         if any(penalty.reduction == "factors" for penalty in penalties):
-            raise ValueError(
-                "The reduction factors does not measure a change, so no budget can steer it: use product."
-            )
+            raise ValueError("The reduction factors does not measure a change, so no budget steers it: use product.")
         self.limit = limit
         self.steps = steps
         self.penalties = dict(penalties)
@@ -141,37 +134,27 @@ class DriftBudget:
         if drift is None:
             drift = self._drift_per_sq_distance * self._last_sq_distance()
         else:
-            self._measure(drift)
+            self._learn(drift)
         error = self._log_ratio(drift) - self._noise
-        if self._integral is not None:
-            self._step(self._integral, error)
-        elif drift >= START_FRACTION * self.limit:
-            self._start(error, scale)
+        if self._integral is None:
+            ratio = gradient_norm_ratio(self.penalties, scale) if drift >= START_FRACTION * self.limit else None
+            if ratio is not None:
+                # The penalty's gradient grows with the root of the drift until the limit is reached.
+                self._integral = math.log(INITIAL_GRAD_RATIO * ratio) + error / 2
+                self._set_weight(math.exp(self._integral + min(0.0, error)))
+        else:
+            self._integral += INTEGRAL * max(-1.0, min(1.0, error)) / self.steps
+            change = self._integral + error - math.log(self.weight)
+            self._set_weight(self.weight * math.exp(max(-MAX_LOG_STEP, min(MAX_LOG_STEP, change))))
 
-    def _measure(self, drift: float) -> None:
+    def _learn(self, drift: float) -> None:
         """Learn from a measurement how drift depends on distance, and how noisy it is."""
-        sq_distance = sum(
-            penalty.measure(module).squared_distance.item() for penalty, module in self.penalties.items()
-        )
-        self._drift_per_sq_distance = drift / sq_distance if sq_distance > 0 else 0.0
+        distances = [penalty.measure(module).squared_distance.item() for penalty, module in self.penalties.items()]
+        self._drift_per_sq_distance = drift / sum(distances) if sum(distances) > 0 else 0.0
         if self._integral is not None:
             change = abs(self._log_ratio(drift) - self._log_ratio(self._measured))
             self._noise += (change - self._noise) / EMA_WINDOW
         self._measured = drift
-
-    def _start(self, error: float, scale: float) -> None:
-        """Set the first weight, if there are gradients to compare."""
-        ratio = gradient_norm_ratio(self.penalties, scale)
-        if ratio is not None:
-            # The penalty's gradient grows with the distance, and so with the root of the drift, until the limit is reached.
-            self._integral = math.log(INITIAL_GRAD_RATIO * ratio) + error / 2
-            self._set_weight(math.exp(self._integral + min(0.0, error)))
-
-    def _step(self, integral: float, error: float) -> None:
-        """Move the weight by the controller."""
-        self._integral = integral + INTEGRAL * max(-1.0, min(1.0, error)) / self.steps
-        change = self._integral + error - math.log(self.weight)
-        self._set_weight(self.weight * math.exp(max(-MAX_LOG_STEP, min(MAX_LOG_STEP, change))))
 
     def _log_ratio(self, drift: float) -> float:
         """Compute log(r / b) of a drift that may be zero."""
@@ -188,8 +171,8 @@ class DriftBudget:
         Args:
             measure: Returns the relative output drift of the current weights.
         """
-        snapshots: list[tuple[Any, nn.Module]] = [(loss.snapshot, module) for loss, module in self.penalties.items()]
-        interpolation = WeightInterpolation(pair for snapshot, module in snapshots for pair in snapshot.pairs(module))
+        snapshots: dict[Any, nn.Module] = {penalty.snapshot: module for penalty, module in self.penalties.items()}
+        interpolation = WeightInterpolation(pair for held, module in snapshots.items() for pair in held.pairs(module))
 
         def drift(alpha: float) -> float:
             interpolation.set_alpha(alpha)
@@ -238,28 +221,24 @@ def gradient_norm_ratio(penalties: Mapping[LipschitzDriftLoss, nn.Module], scale
     A parameter counts by its elements. Returns `None` if there is nothing to compare. Gradients are left as they are; a
     second set of them is in memory meanwhile.
     """
-    ratios, sizes = [], []
+    ratios = []
     for penalty, module in penalties.items():
-        gradients = [(parameter, parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
-        for parameter, _ in gradients:
+        gradients = {parameter: parameter.grad for parameter in module.parameters() if parameter.grad is not None}
+        for parameter in gradients:
             parameter.grad = None
-        before, penalty.weight = penalty.weight, 1.0
-        penalty.add_gradient_(module)
-        penalty.weight = before
-        for parameter, gradient in gradients:
+        penalty.snapshot.add_gradient_(module, penalty.reduction, weight=1.0)
+        for parameter, gradient in gradients.items():
             if parameter.grad is not None:
-                ratios.append(_norm(gradient) / scale / _norm(parameter.grad))
-                sizes.append(parameter.numel())
+                ratio = (_norm(gradient) / scale / _norm(parameter.grad)).item()
+                ratios.append((ratio, parameter.numel()))
             parameter.grad = gradient
-    if not ratios:
-        return None
-    ratio, size = torch.stack(ratios).cpu(), torch.tensor(sizes)
-    known = ratio.isfinite() & (ratio > 0)
-    if not known.any():
-        return None
-    ratio, order = ratio[known].sort()
-    elements = size[known][order].cumsum(0)
-    return ratio[elements >= elements[-1] / 2][0].item()
+    known = sorted((ratio, elements) for ratio, elements in ratios if 0 < ratio < math.inf)
+    rest = sum(elements for _, elements in known) / 2
+    for ratio, elements in known:
+        rest -= elements
+        if rest <= 0:
+            return ratio
+    return None
 
 
 def _norm(tensor: Tensor) -> Tensor:

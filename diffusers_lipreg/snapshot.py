@@ -1,7 +1,6 @@
 """The teacher: the pretrained parameters theta_0, frozen and kept by name."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -9,19 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift, slices
+from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift, slices, total
 from .sharding import all_reduce_sum, to_local
 
 
-def unwrap(module: nn.Module) -> nn.Module:
+def unwrap(module: Any) -> nn.Module:
     """Return the module inside `DistributedDataParallel`, `DataParallel` and `torch.compile`."""
-    while True:
-        if isinstance(module, (DistributedDataParallel, DataParallel)):
-            module = module.module
-        elif isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
-            module = compiled
-        else:
-            return module
+    while hasattr(module, "_orig_mod") or isinstance(module, (DistributedDataParallel, DataParallel)):
+        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
+    return module
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -37,9 +32,7 @@ def trained_parameters(module: nn.Module, names: Iterable[str] | None = None) ->
         ValueError: A name that the module does not have.
     """
     parameters = named_parameters(module)
-    if names is None:
-        return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    names = list(names)
+    names = [name for name, p in parameters.items() if p.requires_grad] if names is None else list(names)
     if unknown := set(names) - parameters.keys():
         raise ValueError(f"The module has no parameter named {abbreviate(unknown)}; it has {abbreviate(parameters)}.")
     return {name: parameters[name] for name in names}
@@ -56,7 +49,7 @@ def abbreviate(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def exact_dtype(tensor: Tensor) -> torch.dtype:
+def _exact_dtype(tensor: Tensor) -> torch.dtype:
     """Return the narrowest dtype that represents every value exactly: float16, bfloat16 or the tensor's own."""
     # A sharded tensor keeps its dtype: processes see different values, and so might choose different dtypes.
     if tensor.dtype == torch.float32 and to_local(tensor) is tensor:
@@ -64,6 +57,13 @@ def exact_dtype(tensor: Tensor) -> torch.dtype:
             if all(torch.equal(part.to(half).to(part.dtype), part) for (part,) in slices(tensor)):
                 return half
     return tensor.dtype
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+    """Copy a tensor, and pin the copy if it came from a GPU into host memory."""
+    copy = tensor.detach().to(device=device, dtype=dtype or _exact_dtype(tensor.detach()), copy=True)
+    pin = tensor.is_cuda and copy.device.type == "cpu" and to_local(copy) is copy
+    return copy.pin_memory() if pin else copy
 
 
 @torch.no_grad()
@@ -75,10 +75,7 @@ def rounding_error(tensor: Tensor, dtype: torch.dtype) -> float:
 
 def _sum_of_squares(tensor: Tensor, parts: Iterable[Tensor]) -> float:
     """Add up the squares of parts in float32, over all processes that share `tensor`."""
-    squares = torch.zeros((), device=tensor.device)
-    for part in parts:
-        squares += part.square().sum()
-    return all_reduce_sum(squares, tensor).item()
+    return all_reduce_sum(total([part.square().sum() for part in parts]), tensor).item()
 
 
 @torch.no_grad()
@@ -114,9 +111,7 @@ class TeacherSnapshot:
             `safetensors.torch.load_file` maps from the disk take no memory.
 
     Raises:
-        ValueError: No parameter to copy, a parameter of an adapter, a name that the module does not have, a dtype that
-            is not floating point, a tensor of `state_dict` that is missing or differs from the parameter, or a dtype or
-            device given beside `state_dict`.
+        ValueError: No parameter to copy, a parameter of an adapter, or arguments that do not fit the module or each other.
     """
 
     reductions = REDUCTIONS
@@ -144,23 +139,14 @@ class TeacherSnapshot:
                 "The weights of state_dict are held as they are: give a dtype or device, or state_dict, not both."
             )
         self.strict = names is None
-        self.dtype = dtype
-        self.device = None if device is None else torch.device(device)
-        if state_dict is None:
-            self._teacher = {name: self._copy(parameter) for name, parameter in parameters.items()}
-        else:
-            self.device = torch.device("cpu")
-            self._teacher = {name: _stored(name, parameter, state_dict) for name, parameter in parameters.items()}
+        self.beside_parameters = device is None and state_dict is None
+        self._teacher = {
+            name: _copy(parameter, dtype, device) if state_dict is None else _stored(name, parameter, state_dict)
+            for name, parameter in parameters.items()
+        }
 
     def __repr__(self) -> str:
         return f"TeacherSnapshot({len(self._teacher)} tensors)"
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor to the snapshot's device and dtype, and pin it if it came from a GPU into host memory."""
-        tensor = tensor.detach()
-        copy = tensor.to(device=self.device, dtype=self.dtype or exact_dtype(tensor), copy=True)
-        pin = tensor.is_cuda and copy.device.type == "cpu" and to_local(copy) is copy
-        return copy.pin_memory() if pin else copy
 
     @cached_property
     def squared_norm(self) -> float:
@@ -186,7 +172,7 @@ class TeacherSnapshot:
             parameter = parameters[name]
             if parameter.shape != teacher.shape:
                 raise ValueError(f"{name}: expected shape {tuple(teacher.shape)}, got {tuple(parameter.shape)}.")
-            if self.device is None and parameter.device != teacher.device:
+            if self.beside_parameters and parameter.device != teacher.device:
                 raise ValueError(
                     f"{name}: expected on {teacher.device}, got it on {parameter.device}. Move the module before the "
                     "snapshot, or give the snapshot a device of its own."
@@ -200,24 +186,6 @@ class TeacherSnapshot:
     def add_gradient_(self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0) -> Drift:
         """Add scale * weight * d(drift)/d(theta) to the module's gradients and return the drift."""
         return add_drift_gradient_(self.pairs(module), reduction, weight, scale)
-
-    @contextmanager
-    def applied_to(self, module: nn.Module) -> Iterator[nn.Module]:
-        """Put the teacher's weights into `module` inside a `with` block, and the module's own back after it."""
-        swapped = [(parameter, teacher, parameter.detach().clone()) for parameter, teacher in self.pairs(module)]
-        try:
-            for parameter, teacher, _ in swapped:
-                parameter.data.copy_(teacher)
-            yield module
-        finally:
-            for parameter, _, student in swapped:
-                parameter.data.copy_(student)
-
-    def to(self, device: torch.device | str) -> "TeacherSnapshot":
-        """Move the stored tensors to `device`, where the snapshot stays if the module moves; return the snapshot."""
-        self.device = torch.device(device)
-        self._teacher = {name: teacher.to(self.device) for name, teacher in self._teacher.items()}
-        return self
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the stored tensors by name: the live ones, not copies, as everywhere in torch."""

@@ -471,7 +471,7 @@ def test_a_scale_that_changed_in_other_kinds_is_an_error():
     net = STARTS["loha"]()
     snapshot = AdapterSnapshot(net)
     net.to_q.set_scale("default", 3.0)
-    with pytest.raises(ValueError, match="to_q: the scale of default was .* at the snapshot and is"):
+    with pytest.raises(ValueError, match="to_q: the scale of default was 1.25 at the snapshot, is 3.75"):
         snapshot.drift(net, "product")
 
 
@@ -703,19 +703,22 @@ LORA = r"peft\.tuners\.lora\.layer\."
 UNKNOWN = "no exact drift is known for this"
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "nothing": (lambda: Net().requires_grad_(False), "nothing to measure: the module trains no adapter"),
-    "no adapter": (Net, r"^to_q\.weight is trained, but .*part of no adapter\. Use TeacherSnapshot\.$"),
-    "another parameter": (unfrozen, r"^embed\.weight is trained, but .*part of no adapter"),
+    "no adapter": (
+        Net,
+        r"^to_q\.weight is trained, but .*no active adapter\..* Without adapters, use TeacherSnapshot\.$",
+    ),
+    "another parameter": (unfrozen, r"^embed\.weight is trained, but .*no active adapter"),
     "modules_to_save": (
         lambda: get_peft_model(Net(), lora(modules_to_save=["embed"])),
-        r"embed\.modules_to_save\.default\.weight is trained, but .*part of no adapter",
+        r"embed\.modules_to_save\.default\.weight is trained, but .*no active adapter",
     ),
     "inactive": (
         trained_but_inactive,
-        rf"^to_q\.lora_A\.default\.weight is trained, but .*part of {LORA}Linear, and of no active adapter",
+        r"^to_q\.lora_A\.default\.weight is trained, but .*no active adapter",
     ),
     "lora_bias": (
         lambda: adapted(lora(lora_bias=True)),
-        rf"^to_q\.lora_B\.default\.bias is .*{LORA}Linear, and of no active adapter",
+        r"^to_q\.lora_B\.default\.bias is trained, but .*no active adapter",
     ),
     "ia3": (
         lambda: adapted(peft.IA3Config(target_modules=["to_q"], feedforward_modules=[])),
@@ -742,7 +745,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "grouped": (lambda: adapted(lora(["grouped"])), rf"^grouped: {UNKNOWN} {LORA}Conv2d"),
     "merged": (merged, "^to_q has merged default into its base weight"),
-    "nested": (nested, r"to_q: .*it adapts a layer of peft\.tuners\.lora\.layer"),
+    "nested": (nested, "to_q: .*it adapts another adapter"),
     "dora twice": (lambda: adapted(lora(use_dora=True), lora()), rf"^to_q: {UNKNOWN} .*PEFT merges something else"),
     "unreadable weight": (unreadable, f"^to_q: {UNKNOWN} .*'Identity' object has no attribute 'weight'"),
 }
@@ -821,7 +824,7 @@ def test_names_have_to_be_of_adapters():
     net = adapted(lora())
     with pytest.raises(ValueError, match=r"no parameter named to_q\.lora_C"):
         AdapterSnapshot(net, ["to_q.lora_C"])
-    with pytest.raises(ValueError, match=r"^embed\.weight is trained, but .*part of no adapter"):
+    with pytest.raises(ValueError, match=r"^embed\.weight is trained, but .*no active adapter"):
         AdapterSnapshot(net, ["embed.weight", "to_q.lora_A.default.weight"])
 
 
@@ -858,12 +861,6 @@ def test_a_missing_adapter_is_named():
         layer.set_adapter("default")
     with pytest.raises(ValueError, match=r"^to_out\.lora_A\.1\.weight: expected shape \(2, 40\), got None"):
         snapshot.drift(both, "product")
-
-
-def test_an_unknown_reduction_is_an_error():
-    net = adapted(lora())
-    with pytest.raises(ValueError, match="one of product, factors, got 'sum'"):
-        AdapterSnapshot(net).drift(net, "sum")
 
 
 # As diffusers and PEFT put them on

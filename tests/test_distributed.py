@@ -32,6 +32,7 @@ def train(route: str, wrapper: str, rank: int, world: int) -> dict[str, Tensor]:
     wrapped = WRAPPERS[wrapper](model) if world > 1 else model
     snapshot = TeacherSnapshot(wrapped)
     penalty = LipschitzDriftLoss(snapshot, 5.0, "tensor_mean")
+    assert penalty.measure(wrapped).value == 0
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
     for _ in range(STEPS):
         x, y = torch.randn(8, 4, generator=generator), torch.randn(8, 2, generator=generator)
@@ -44,8 +45,6 @@ def train(route: str, wrapper: str, rank: int, world: int) -> dict[str, Tensor]:
             penalty.add_gradient_(wrapped)
         clip_grad_norm_(wrapped.parameters(), 1.0)
         optimizer.step()
-    with snapshot.applied_to(wrapped):
-        assert penalty.measure(wrapped).value == 0
     weights = {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
     norm = torch.tensor(snapshot.squared_norm)
     return {**weights, "norm": norm, **penalty.measure(wrapped)._asdict(), "loss": penalty(wrapped).detach()}

@@ -5,25 +5,21 @@ Neither an interruption nor the batch size changes an image, except for rounding
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
-from diffusers import SchedulerMixin
-from PIL import Image
 from tqdm.auto import tqdm
 
-from ..dreambooth.validation import set_scheduler
-from ..errors import RunError
 from ..loading import networks, one_line_errors
+from .prompts import Subject
 
-SETTINGS = "settings.json"
+CLASS_IMAGES = 16  # images of the class alone
 
 
 class Sampling(NamedTuple):
@@ -44,33 +40,51 @@ class Sampling(NamedTuple):
 
 
 class ImageSpec(NamedTuple):
-    """An image to generate, the `number`-th of its prompt, and its file."""
+    """An image to generate, the `number`-th of its prompt."""
 
     prompt: str
     number: int
-    path: Path
 
-    def seed(self, seed: int) -> int:
-        """Return the seed of its noise, which depends on prompt, number and `--seed`, but not on the pipeline."""
-        return int.from_bytes(sha256(f"{seed} {self.number} {self.prompt}".encode()).digest()[:6], "big")
+    def path(self, folder: Path) -> Path:
+        """Return its file, whose name has at most 90 characters; a checksum in it tells similar prompts apart."""
+        words = re.sub(r"[^a-zA-Z0-9]", "-", self.prompt[:60])
+        return folder / f"{words}-{sha256(self.prompt.encode()).hexdigest()[:8]}-{self.number}.png"
 
-
-def image_specs(folder: Path, prompts: Sequence[str], images: int) -> list[list[ImageSpec]]:
-    """Return `images` specs for each prompt, with files in `folder` that are named after prompt and number."""
-    return [
-        [ImageSpec(prompt, number, folder / f"{file_name(prompt)}-{number}.png") for number in range(images)]
-        for prompt in prompts
-    ]
+    def generator(self, seed: int) -> torch.Generator:
+        """Return the source of its noise, which depends on `seed`, prompt and number, but not on pipeline or device."""
+        digest = sha256(f"{seed} {self.number} {self.prompt}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
 
 
-def file_name(text: str) -> str:
-    """Return a file name of at most 69 characters for any text: its letters, digits and checksum."""
-    words = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text)
-    return f"{words[:60]}-{sha256(text.encode()).hexdigest()[:8]}"
+class ImageSet(NamedTuple):
+    """The images of a subject, the same for the base and the personalized pipeline: a row for each prompt."""
+
+    subject: list[list[ImageSpec]]
+    of_class: list[list[ImageSpec]]  # one prompt, with the class alone
+    unrelated: list[list[ImageSpec]]  # prompts that have nothing to do with the subject
+
+
+class SubjectFiles(NamedTuple):
+    """The photos of a subject, and the images that were generated."""
+
+    photos: Sequence[Path]
+    images: ImageSet
+    folders: Mapping[str, Path]  # those of the `base` and the `personalized` pipeline
+
+
+def image_set(subject: Subject, unrelated: Sequence[str], images_per_prompt: int) -> ImageSet:
+    def rows(prompts: Sequence[str], count: int) -> list[list[ImageSpec]]:
+        return [[ImageSpec(prompt, number) for number in range(count)] for prompt in prompts]
+
+    return ImageSet(
+        rows(subject.prompts, images_per_prompt),
+        rows([subject.class_prompt], CLASS_IMAGES),
+        rows(unrelated, images_per_prompt),
+    )
 
 
 def generate(pipeline: Any, prompts: list[str], generators: list[torch.Generator], **options: Any) -> list[Any]:
-    """Return one image for each prompt. CPU generators give the same noise on every device.
+    """Return one image for each prompt.
 
     Raises:
         RunError: The pipeline cannot be called like this, or there is too little memory.
@@ -80,84 +94,37 @@ def generate(pipeline: Any, prompts: list[str], generators: list[torch.Generator
         return pipeline(prompts, generator=generators, **options).images
 
 
-def generate_images(
-    pipeline: Any, folder: Path, specs: Sequence[ImageSpec], sampling: Sampling, device: torch.device, label: str
-) -> None:
-    """Generate the images that are missing in `folder`, which keeps their settings in a file.
+def image_folder(folder: Path, pipeline: Any, sampling: Sampling) -> Path:
+    """Return `folder` with a checksum in its name, which keeps images of other weights or settings apart.
 
-    Raises:
-        RunError: The folder's images were generated with other weights or settings.
+    Take it before adapters are merged: rounding may differ from run to run.
     """
-    _check_settings(folder, settings_of(pipeline, sampling))
-    specs = list(dict.fromkeys(specs))  # subjects of one class share images of the base
-    missing = [spec for spec in specs if not spec.path.is_file()]
-    if missing:
-        pipeline.to(device)
-    with tqdm(total=len(specs), initial=len(specs) - len(missing), desc=label, unit="image") as bar:
-        for start in range(0, len(missing), sampling.batch_size):
-            batch = missing[start : start + sampling.batch_size]
-            generators = [torch.Generator().manual_seed(spec.seed(sampling.seed)) for spec in batch]
-            images = generate(pipeline, [spec.prompt for spec in batch], generators, **sampling.call)
-            for spec, image in zip(batch, images, strict=True):
-                write_whole(spec.path, image)
-            bar.update(len(batch))
-
-
-def settings_of(pipeline: Any, sampling: Sampling) -> dict[str, Any]:
-    """Return everything except prompt and number that an image depends on."""
-    scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
-    return {
-        **sampling.call,
-        "seed": sampling.seed,
-        "scheduler": type(pipeline.scheduler).__name__,
-        "scheduler_config": json.dumps(scheduler, sort_keys=True, default=str),
-        "dtype": str(pipeline.dtype),
-        "weights": _checksum(pipeline),
-    }
-
-
-def _checksum(pipeline: Any) -> str:
-    """Return a checksum of the names and values of all weights."""
-    checksum = 0
+    settings = repr((sampling.call, sampling.seed, sampling.dtype, pipeline.scheduler))
+    checksum = zlib.crc32(settings.encode())
     for part in networks(pipeline).values():
         for name, tensor in part.state_dict().items():
             data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             checksum = zlib.crc32(data, zlib.crc32(name.encode(), checksum))
-    return f"{checksum:08x}"
+    return folder.with_name(f"{folder.name}-{checksum:08x}")
 
 
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a folder's images, and refuse a folder whose images have others."""
+def generate_images(
+    pipeline: Any, folder: Path, sets: Iterable[ImageSet], sampling: Sampling, device: torch.device
+) -> None:
+    """Generate the images that are not in `folder` yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    file, stored = folder / SETTINGS, settings
-    if any(folder.glob("*.png")):
-        with one_line_errors(f"{file}: it cannot be read. Remove {folder} to generate its images again"):
-            stored = dict(json.loads(file.read_text(encoding="utf-8")))
-    for name in sorted(stored.keys() | settings.keys()):
-        old, new = stored.get(name), settings.get(name)
-        if old != new:
-            raise RunError(
-                f"{folder}: its images were generated with another {name} ({old}, now {new}). "
-                "Choose another --output_dir, or remove that folder to generate them again."
-            )
-    write_whole(file, json.dumps(settings, indent=2) + "\n")
-
-
-def write_whole(path: Path, content: Image.Image | str) -> None:
-    """Write a file under a hidden name, then rename it: an interruption leaves no part of a file."""
-    hidden = path.with_name(f".{path.name}")
-    if isinstance(content, str):
-        hidden.write_text(content, encoding="utf-8")
-    else:
-        content.save(hidden, format="PNG")
-    os.replace(hidden, path)
-
-
-def use_scheduler(pipeline: Any, name: str | None) -> Any:
-    """Return the pipeline, with a scheduler of diffusers' class `name` if a name is given."""
-    if name is not None:
-        with one_line_errors(f"--scheduler {name}: it does not fit --base"):
-            if not issubclass(getattr(diffusers, name), SchedulerMixin):
-                raise TypeError("it is no scheduler")
-            set_scheduler(pipeline, name)
-    return pipeline
+    # Subjects of one class share images of the base.
+    images = list(dict.fromkeys(image for image_set in sets for rows in image_set for row in rows for image in row))
+    missing = [image for image in images if not image.path(folder).is_file()]
+    if missing:
+        pipeline.to(device, sampling.dtype)
+    done, label = len(images) - len(missing), f"images in {folder.name}"
+    with tqdm(total=len(images), initial=done, desc=label, unit="image") as bar:
+        for start in range(0, len(missing), sampling.batch_size):
+            batch = missing[start : start + sampling.batch_size]
+            generators = [image.generator(sampling.seed) for image in batch]
+            results = generate(pipeline, [image.prompt for image in batch], generators, **sampling.call)
+            for image, result in zip(batch, results, strict=True):
+                result.save(folder / ".part", format="PNG")
+                os.replace(folder / ".part", image.path(folder))  # an interruption leaves no part of an image
+            bar.update(len(batch))

@@ -1,11 +1,12 @@
-"""Prompts and class nouns of the DreamBooth benchmark (Ruiz et al., CVPR 2023, arXiv 2208.12242).
+"""The subjects to evaluate, and the prompts and class nouns of DreamBooth's benchmark (Ruiz et al., CVPR 2023).
 
 In a template, {} stands for the subject: the unique token and the class noun in prompts, the noun alone in CLIP's texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,6 @@ TEMPLATES = {
     for kind, own in (("live", CLOTHES), ("object", MORE_PLACES))
 }
 LIVE_NOUNS = ("cat", "dog")
-CLASS_TEMPLATE = "a photo of a {}"
 
 _SUBJECTS_BY_CLASS = {
     "backpack": ("backpack", "backpack_dog"),
@@ -71,7 +71,6 @@ class Subject(NamedTuple):
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts of its images."""
         return [template.replace("{}", self.text) for template in self.templates]
 
     @property
@@ -81,78 +80,47 @@ class Subject(NamedTuple):
 
     @property
     def class_prompt(self) -> str:
-        return CLASS_TEMPLATE.format(self.class_noun)
+        return f"a photo of a {self.class_noun}"
 
 
-def templates_for(class_noun: str) -> tuple[str, ...]:
-    """Return the benchmark's 25 templates for a class: those for live subjects if it is a cat or dog."""
-    return TEMPLATES["live" if class_noun in LIVE_NOUNS else "object"]
-
-
-def read_templates(path: Path) -> tuple[str, ...]:
-    """Read templates from a file with one in each line.
+def find_subjects(args: Namespace) -> list[Subject]:
+    """Return the subject that the flags describe, or all of `--dataset`, whose names replace {} in `--personalized`.
 
     Raises:
-        RunError: The file cannot be read, or a line does not contain {} once.
+        RunError: A value of these flags or a line of `--templates_file` that does not fit.
     """
-    templates = read_lines(path, "--templates_file")
-    for template in templates:
-        if template.count("{}") != 1:
+    templates = () if args.templates_file is None else read_lines(args.templates_file, "--templates_file")
+    if strange := [template for template in templates if template.count("{}") != 1]:
+        raise RunError(
+            f"--templates_file {args.templates_file}: expected one {{}} for the subject in each line, got {strange[0]!r}."
+        )
+
+    def subject(name: str, text: str, noun: str, photos: Path, personalized: str) -> Subject:
+        of_class = TEMPLATES["live" if noun in LIVE_NOUNS else "object"]
+        return Subject(name, text, noun, photos, personalized, templates or of_class)
+
+    if args.dataset is None:
+        text, noun = args.subject, args.class_noun
+        if not noun.strip() or noun not in text:
             raise RunError(
-                f"--templates_file {path}: expected one {{}} for the subject in each line, got {template!r}."
+                f"--subject {text!r}: it does not contain the class noun {noun!r}; expected a unique token and the noun, "
+                f"as the prompts in training had, for example 'sks {noun}'."
             )
-    return templates
+        name = re.sub(r"\W", "_", text)[:60]  # a folder's name has at most 255 bytes
+        return [subject(name, text, noun, Path(args.instance_data_dir), args.personalized)]
 
-
-def one_subject(
-    text: str, class_noun: str, photos: str, personalized: str, templates: Sequence[str] | None
-) -> Subject:
-    """Return a subject that is not from the benchmark.
-
-    Raises:
-        RunError: Its text lacks the class noun.
-    """
-    if not class_noun.strip() or class_noun not in text:
-        raise RunError(
-            f"--subject {text!r}: it does not contain the class noun {class_noun!r}; expected a unique token and the noun, "
-            f"as the prompts in training had, for example 'sks {class_noun}'."
-        )
-    name = "".join(letter if letter.isalnum() else "_" for letter in text)[
-        :60
-    ]  # a folder's name has at most 255 bytes
-    return Subject(name, text, class_noun, Path(photos), personalized, tuple(templates or templates_for(class_noun)))
-
-
-def benchmark_subjects(
-    dataset: str, unique_token: str, personalized: str, templates: Sequence[str] | None
-) -> list[Subject]:
-    """Return every folder of the benchmark's data set as a subject, whose name replaces {} in `personalized`.
-
-    Raises:
-        RunError: There are no folders, the benchmark does not know one of them, or `personalized` lacks {}.
-    """
-    if not Path(dataset).is_dir():
-        raise RunError(f"--dataset {dataset}: there is no such folder.")
-    folders = sorted(path for path in Path(dataset).iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise RunError(f"--dataset {dataset}: expected a folder of photos for each subject, found none.")
-    if "{}" not in personalized:
-        raise RunError(
-            f"--personalized {personalized}: expected {{}} in it, for the name of each subject of --dataset."
-        )
-    if unknown := [folder.name for folder in folders if folder.name not in CLASS_NOUNS]:
-        raise RunError(
-            f"--dataset {dataset}: the benchmark has no class noun for {', '.join(unknown)}. Evaluate such a subject on "
-            "its own, with --instance_data_dir, --subject and --class_noun."
-        )
-    return [
-        Subject(
-            folder.name,
-            f"{unique_token} {CLASS_NOUNS[folder.name]}",
-            CLASS_NOUNS[folder.name],
-            folder,
-            personalized.replace("{}", folder.name),
-            tuple(templates or templates_for(CLASS_NOUNS[folder.name])),
-        )
-        for folder in folders
-    ]
+    if "{}" not in args.personalized:
+        raise RunError(f"--personalized {args.personalized}: expected {{}} in it, for the name of each subject.")
+    subjects = []
+    for folder in sorted(path for path in Path(args.dataset).glob("[!.]*") if path.is_dir()):
+        name, noun = folder.name, CLASS_NOUNS.get(folder.name)
+        if noun is None:
+            raise RunError(
+                f"--dataset {args.dataset}: the benchmark has no class noun for {name}. Evaluate such a subject on its own, "
+                "with --instance_data_dir, --subject and --class_noun."
+            )
+        text, personalized = f"{args.unique_token} {noun}", args.personalized.replace("{}", name)
+        subjects.append(subject(name, text, noun, folder, personalized))
+    if not subjects:
+        raise RunError(f"--dataset {args.dataset}: expected a folder of photos for each subject, found none.")
+    return subjects

@@ -1,132 +1,69 @@
-"""Score images by cosines of embeddings: DINO, CLIP-I, CLIP-T and diversity.
+"""Score the images of one subject by cosines of embeddings.
 
-Public code disagrees on the details of these scores. Here, cosines are raw (not times 2.5 or 100), the text lacks the
-subject's unique token, and the score of a subject is the mean over all pairs. DINO embeddings are the [CLS] output of a
-ViT after its last norm. Its pixels are resized to 256/224 of the model's size (bicubic), cropped in the center and
-normalized by ImageNet's statistics, as in Caron et al., ICCV 2021. CLIP embeddings are projected features.
+Public code disagrees on the details of these scores. Here, cosines are raw (not times 2.5 or 100), the text of CLIP-T
+lacks the subject's unique token, and the score of a subject is the mean over all pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor
 
 from ..dreambooth.data import open_image
-from ..errors import RunError
-from ..loading import one_line_errors
+from .encoders import ClipEncoder, Encoder
+from .generation import ImageSpec, SubjectFiles
+from .prompts import Subject
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-RESIZE_PER_CROP = 256 / 224
-BATCH = 32  # images or texts encoded at a time
+SIDES = {"personalized": "personalized", "base": "base", "real": "photos among themselves"}
 
 
-def short_name(model: str) -> str:
-    """Return the Hub id of a model, or the name of its folder without the path: others may see the report."""
-    return Path(model).resolve().name if Path(model).exists() else model
+def score_subject(subject: Subject, files: SubjectFiles, encoders: Sequence[Encoder]) -> dict[str, Any]:
+    """Return `scores` by side and column, and `unrelated_change` by column; the columns name the encoders.
 
-
-def _load(flag: str, model: str) -> Any:
-    with one_line_errors(f"{flag} {model}: no model of transformers can be read from such a folder, or the Hub"):
-        return AutoModel.from_pretrained(model, dtype=torch.float32).eval()
-
-
-def _features(output: Any) -> Tensor:
-    """Return the features that CLIP returns, which newer transformers put into an output object."""
-    return output if isinstance(output, Tensor) else output.pooler_output
-
-
-class DinoEncoder:
-    """A DINO model, or another ViT of transformers with a [CLS] token, in float32.
-
-    Raises:
-        RunError: It cannot be loaded, or is another kind of model.
+    DINO, CLIP-I: cosines of images and photos, and of the photos among themselves.
+    CLIP-T: cosines of images and the texts of their prompts.
+    diversity: 1 - cosine between images of one prompt.
+    class resemblance: Cosines of images of the class alone and photos. If those of the personalized pipeline exceed the
+        base's, the subject leaks into its class.
+    unrelated_change: Difference of the two pipelines' images of unrelated prompts from the same noise: 1 - cosine,
+        and the mean squared difference of pixel values in [0, 1].
     """
-
-    metric = "DINO"
-
-    def __init__(self, model: str, device: torch.device) -> None:
-        self.name = short_name(model)
-        self.device = device
-        self.model = _load("--dino", model)
-        config = self.model.config
-        if not isinstance(getattr(config, "image_size", None), int) or not hasattr(config, "patch_size"):
-            raise RunError(
-                f"--dino {model}: expected a ViT such as facebook/dino-vits16, got a {type(self.model).__name__}."
-            )
-        self.size = config.image_size
-
-    def pixels(self, image: Image.Image) -> Tensor:
-        """Return the pixels (3, size, size) of an RGB image as the model takes them."""
-        short = round(self.size * RESIZE_PER_CROP)
-        scale = short / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        image = image.crop((left, top, left + self.size, top + self.size))
-        values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return (values - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
-
-    @torch.no_grad()
-    def images(self, images: Iterable[Image.Image]) -> Tensor:
-        """Return normalized embeddings (n, d) on the CPU."""
-        self.model.to(self.device)
-        batch = torch.stack([self.pixels(image) for image in images]).to(self.device)
-        return F.normalize(self.model(pixel_values=batch).last_hidden_state[:, 0], dim=-1).cpu()
+    photos, images, folders = files
+    scores: dict[str, dict[str, float | None]] = {side: {} for side in SIDES}
+    changes = {}
+    for encoder in encoders:
+        column, real = encoder.column, encoder.images(photos).double()
+        scores["real"][column] = mean_cosine_within(real)
+        for side, folder in folders.items():
+            of_subject, of_class = (_embed(encoder, rows, folder) for rows in (images.subject, images.of_class))
+            scores[side][column] = mean_cosine(of_subject.flatten(0, 1), real)
+            if isinstance(encoder, ClipEncoder):
+                texts = encoder.texts(subject.texts).double()
+                scores[side][encoder.text_column] = (of_subject * texts[:, None]).sum(dim=-1).mean().item()
+            within = mean_cosine_within(of_subject)
+            scores[side][f"diversity, {column}"] = None if within is None else 1 - within
+            scores[side][f"class resemblance, {column}"] = mean_cosine(of_class[0], real)
+        before, after = (_embed(encoder, images.unrelated, folders[side]) for side in ("base", "personalized"))
+        changes[column] = mean_and_error(1 - (before * after).sum(dim=-1))
+    pixels = [[pixel_change(*map(image.path, folders.values())) for image in row] for row in images.unrelated]
+    changes["pixels"] = mean_and_error(torch.tensor(pixels, dtype=torch.float64))
+    return {"scores": scores, "unrelated_change": changes}
 
 
-class ClipEncoder:
-    """A CLIP model of transformers, in float32.
-
-    Raises:
-        RunError: It cannot be loaded, or is another kind of model.
-    """
-
-    metric = "CLIP-I"
-
-    def __init__(self, model: str, device: torch.device) -> None:
-        self.name = short_name(model)
-        self.device = device
-        self.model = _load("--clip", model)
-        if not hasattr(self.model, "get_text_features"):
-            raise RunError(
-                f"--clip {model}: expected a CLIP such as openai/clip-vit-base-patch32, got a {type(self.model).__name__}."
-            )
-        with one_line_errors(f"--clip {model}: its tokenizer or image processor cannot be read"):
-            self.processor = AutoProcessor.from_pretrained(model)
-
-    @torch.no_grad()
-    def images(self, images: Iterable[Image.Image]) -> Tensor:
-        """Return normalized embeddings (n, d) on the CPU."""
-        self.model.to(self.device)
-        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
-        return F.normalize(_features(self.model.get_image_features(pixel_values=pixels)), dim=-1).cpu()
-
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Return normalized embeddings (n, d) on the CPU. Long texts are truncated."""
-        self.model.to(self.device)
-        tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(self.device)
-        tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-        return F.normalize(_features(self.model.get_text_features(**tokens)), dim=-1).cpu()
-
-
-def embed(encoder: DinoEncoder | ClipEncoder, paths: Sequence[Path]) -> Tensor:
-    """Return embeddings (n, d) of image files."""
-    parts = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
-    return torch.cat([encoder.images([open_image(path) for path in part]) for part in parts])
+def _embed(encoder: Encoder, rows: list[list[ImageSpec]], folder: Path) -> Tensor:
+    """Return embeddings (prompts, images, d)."""
+    return encoder.images([image.path(folder) for row in rows for image in row]).double().unflatten(0, (len(rows), -1))
 
 
 def mean_cosine(one: Tensor, other: Tensor) -> float:
     """Return the mean cosine over all pairs of normalized rows: the dot product of the two means."""
-    return (one.double().mean(0) @ other.double().mean(0)).item()
+    return (one.mean(0) @ other.mean(0)).item()
 
 
 def mean_cosine_within(rows: Tensor) -> float | None:
@@ -134,38 +71,32 @@ def mean_cosine_within(rows: Tensor) -> float | None:
     n = rows.shape[-2]
     if n < 2:
         return None
-    rows = rows.double()
     all_pairs, same_row = rows.sum(dim=-2).square().sum(dim=-1), rows.square().sum(dim=(-2, -1))
     return ((all_pairs - same_row) / (n * (n - 1))).mean().item()
 
 
-def diversity(rows: Tensor) -> float | None:
-    """Return 1 - the mean cosine between images of one prompt, for embeddings (prompts, images, d)."""
-    within = mean_cosine_within(rows)
-    return None if within is None else 1 - within
+def pixel_change(one: Path, other: Path) -> float:
+    """Return the mean squared difference of pixel values in [0, 1] of two image files of one size.
 
-
-def text_score(images: Tensor, texts: Tensor) -> float:
-    """Return the mean cosine between images (prompts, images, d) and the text of their prompt (prompts, d)."""
-    return (images.double() * texts.double()[:, None]).sum(dim=-1).mean().item()
-
-
-def pixel_change(pairs: Sequence[tuple[Path, Path]]) -> list[float]:
-    """Return the mean squared difference of pixel values in [0, 1] for each pair of image files of one size.
-
-    If a deterministic sampler generated each pair from the same noise, the mean times the number of values bounds the
-    squared 2-Wasserstein distance between the images of the two models.
+    If a deterministic sampler generated both from the same noise, its mean times the number of values bounds the squared
+    2-Wasserstein distance between the images of the two models.
     """
-
-    def values(path: Path) -> np.ndarray:
-        return np.asarray(open_image(path), dtype=np.float64) / 255
-
-    return [float(np.square(values(one) - values(other)).mean()) for one, other in pairs]
+    before, after = (np.asarray(open_image(path), dtype=np.float64) / 255 for path in (one, other))
+    return float(np.square(after - before).mean())
 
 
-def bootstrap_interval(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean, by percentiles over resampled subjects."""
-    sample = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(sample), size=(draws, len(sample)))
-    low, high = np.percentile(sample[picks].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+def mean_and_error(rows: Tensor) -> dict[str, float | None]:
+    """Return the mean of values (prompts, images) and its standard error over prompts."""
+    means = rows.mean(dim=1)
+    error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
+    return {"mean": means.mean().item(), "mean_se": error}
+
+
+def mean_over_subjects(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Return the mean over subjects and its 95 % bootstrap interval, by percentiles over resampled subjects."""
+    known = np.array([value for value in values if value is not None])  # a single photo has no score among the photos
+    if not len(known):
+        return None
+    picks = np.random.default_rng(0).integers(len(known), size=(10_000, len(known)))
+    interval = np.percentile(known[picks].mean(axis=1), [2.5, 97.5]).tolist()
+    return {"mean": float(known.mean()), "interval": interval, "subjects": len(known)}

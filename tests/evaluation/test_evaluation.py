@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from support.runs import PARITY, execute, load_pipeline
 
 from diffusers_lipreg.evaluation import __main__ as command
-from diffusers_lipreg.evaluation import prompts, report, results
+from diffusers_lipreg.evaluation import generation, prompts, report
 
 PHOTOS = PARITY / "instance"
 Evaluate = Callable[..., dict]
@@ -38,7 +38,7 @@ ONE = ["--instance_data_dir", str(PHOTOS), "--subject", "sks dog", "--class_noun
 @pytest.fixture
 def evaluate(arguments, tmp_path, monkeypatch) -> Evaluate:
     def run(*more: str) -> dict:
-        monkeypatch.setattr(results, "CLASS_IMAGES", 2)
+        monkeypatch.setattr(generation, "CLASS_IMAGES", 2)
         command.run([*arguments, *more])
         return json.loads((tmp_path / "out" / "report.json").read_text())
 
@@ -88,20 +88,18 @@ def test_one_subject_from_command_to_page(evaluate, tmp_path, capsys):
     found = evaluate(*ONE, "--scheduler", "DDPMScheduler")
     subject = found["subjects"]["sks_dog"]
     assert set(subject["scores"]) == {"personalized", "base", "real"}
-    columns = {"DINO tiny-dino", "CLIP-I tiny-clip", "CLIP-T tiny-clip"}
+    images = {"DINO tiny-dino", "CLIP-I tiny-clip"}
+    columns = {*images, "CLIP-T tiny-clip"}
+    columns |= {f"{kind}, {column}" for kind in ("diversity", "class resemblance") for column in images}
     assert subject["scores"]["personalized"].keys() == subject["scores"]["base"].keys() == columns
     assert subject["scores"]["personalized"] != subject["scores"]["base"]
-    assert subject["scores"]["real"].keys() == {"DINO tiny-dino", "CLIP-I tiny-clip"}
+    assert subject["scores"]["real"].keys() == images
     assert set(subject["drift"]["parameters"]) == {"unet", "text_encoder"}
     assert subject["drift"]["output"]["output_drift_percent"] > 0
     assert subject["drift"]["path_kl"]["nats"] == 0  # the only step is the last one, which adds no noise
     assert subject["unrelated_change"]["pixels"]["mean"] > 0
 
-    base, personalized = (
-        json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "images").rglob("settings.json"))
-    )
-    assert base.pop("weights") != personalized.pop("weights")
-    assert base == personalized and base["scheduler"] == "DDPMScheduler"
+    assert found["flags"]["scheduler"] == "DDPMScheduler" and found["flags"]["dtype"] == "fp32"
 
     printed = capsys.readouterr().out
     assert "photos among themselves" in printed and f"{subject['scores']['real']['DINO tiny-dino']:.3f}" in printed
@@ -168,7 +166,7 @@ def test_a_run_that_was_interrupted_goes_on(evaluate, arguments, tmp_path, monke
     lost = sorted(times)[3:9]
     for path in lost:
         path.unlink()
-    monkeypatch.setattr(results, "CLASS_IMAGES", 2)
+    monkeypatch.setattr(generation, "CLASS_IMAGES", 2)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
         patched.setattr(
             DiffusionPipeline, "set_progress_bar_config", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -186,16 +184,11 @@ def test_a_run_that_was_interrupted_goes_on(evaluate, arguments, tmp_path, monke
         assert after["scores"][side] == pytest.approx(scores, abs=1e-4)
 
 
-def test_a_long_subject_and_damaged_settings(evaluate, refuse, monkeypatch, tmp_path):
-    """No file name is too long; settings that cannot be read are named, with what to do."""
+def test_a_long_subject(evaluate, tmp_path):
+    """No file name is too long."""
     evaluate(*ONE, "--subject", "x" * 300 + " dog", "--images_per_prompt", "1")
-    (folder,) = (tmp_path / "out" / "images" / "personalized").iterdir()
-    monkeypatch.setattr(results, "CLASS_IMAGES", 2)
-    settings = tmp_path / "out" / "images" / "base" / "settings.json"
-    settings.write_text(settings.read_text()[:30])
-    line = refuse(*ONE, "--subject", "x" * 300 + " dog", "--images_per_prompt", "1")
-    assert f"{settings}: it cannot be read. Remove {settings.parent}" in line
-    assert len(list(folder.glob("*.png"))) == 2 + 2 + 2  # kept
+    (folder,) = (tmp_path / "out" / "images").glob("x*")
+    assert len(list(folder.glob("*.png"))) == 2 + 2 + 2
 
 
 def test_the_benchmark(evaluate, tmp_path, full, lora, capsys):
@@ -205,28 +198,59 @@ def test_the_benchmark(evaluate, tmp_path, full, lora, capsys):
         (tmp_path / "models" / name).parent.mkdir(exist_ok=True)
         shutil.copytree(personalized, tmp_path / "models" / name)
     found = evaluate("--dataset", str(tmp_path / "data"), "--personalized", str(tmp_path / "models" / "{}"))
-    assert [subject["subject"] for subject in found["subjects"].values()] == ["sks can", "sks dog"]
+    assert [subject["text"] for subject in found["subjects"].values()] == ["sks can", "sks dog"]
     for side in ("personalized", "real"):
         values = [subject["scores"][side]["DINO tiny-dino"] for subject in found["subjects"].values()]
         mean = found["mean"][side]["DINO tiny-dino"]
         assert mean["mean"] == pytest.approx(sum(values) / 2) and mean["interval"] == pytest.approx(sorted(values))
     printed = capsys.readouterr().out
-    assert re.search(r"SD1.5 DreamBooth \+ penalty +0.6394 +0.2976 +0.7948", printed)
+    assert re.search(r"SD1.5 DreamBooth +0.6028 → 0.6394 +0.2793 → 0.2976 +0.7881 → 0.7948", printed)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "SDXL DreamBooth-LoRA + penalty" in page and page.count("<tr><td>dog</td>") == 1
+    assert "<td>SDXL DreamBooth-LoRA</td><td>0.6562 → 0.6819</td>" in page and page.count("<h2>sks dog</h2>") == 1
 
 
 def test_the_benchmarks_prompts_and_subjects():
     assert [len(prompts.TEMPLATES[kind]) for kind in ("live", "object")] == [25, 25]
     assert len(prompts.CLASS_NOUNS) == 30
     assert sum(noun in prompts.LIVE_NOUNS for noun in prompts.CLASS_NOUNS.values()) == 9
-    subject = prompts.one_subject("sks stuffed animal", "stuffed animal", "photos", "p", None)
-    assert (
-        subject.prompts[0] == "a sks stuffed animal in the jungle"
-        and subject.texts[0] == "a stuffed animal in the jungle"
-    )
-    assert subject.templates == prompts.TEMPLATES["object"]
-    assert prompts.one_subject("sks dog", "dog", "photos", "p", None).prompts[11] == "a sks dog wearing a santa hat"
+
+
+@pytest.mark.parametrize(
+    ("text", "noun", "kind", "prompt", "of_class"),
+    [
+        ("sks dog", "dog", "live", "a sks dog wearing a santa hat", "a dog wearing a santa hat"),
+        (
+            "sks toy",
+            "toy",
+            "object",
+            "a sks toy with the Eiffel Tower in the background",
+            "a toy with the Eiffel Tower in the background",
+        ),
+        (
+            "sks stuffed animal",
+            "stuffed animal",
+            "object",
+            "a sks stuffed animal in the jungle",
+            "a stuffed animal in the jungle",
+        ),
+    ],
+)
+def test_the_prompts_of_a_subject(arguments, text, noun, kind, prompt, of_class):
+    flags = [
+        "--base",
+        "b",
+        "--personalized",
+        "p",
+        "--instance_data_dir",
+        "photos",
+        "--subject",
+        text,
+        "--class_noun",
+        noun,
+    ]
+    (subject,) = prompts.find_subjects(command.parse_args(flags))
+    assert subject.templates == prompts.TEMPLATES[kind]
+    assert (prompt, of_class) in zip(subject.prompts, subject.texts, strict=True)
 
 
 def test_the_papers_table_is_the_papers():
@@ -252,12 +276,16 @@ def test_what_the_user_gets_wrong_ends_in_one_line(refuse, tmp_path, clip):
     assert "error: --base /" in refuse(*ONE, "--base", str(tmp_path / "empty"))
     assert "has no class noun for my_cat" in refuse(*data, "--personalized", "models/{}")
     assert "expected {} in it" in refuse(*data)
+    for name in ("empty", "none"):
+        flags = ["--dataset", str(tmp_path / name), "--personalized", "models/{}"]
+        assert "expected a folder of photos for each subject, found none" in refuse(*flags)
     assert "--subject is for one subject" in refuse(*data, "--subject", "sks dog")
     for name in ("Nothing", "UNet2DConditionModel"):
         assert f"--scheduler {name}: it does not fit --base" in refuse(*ONE, "--scheduler", name)
     assert "--device nothing" in refuse(*ONE, "--device", "nothing")
     assert "--subject is empty" in refuse(*ONE, "--subject", "")
-    assert "--resolution 12: expected a multiple of 8" in refuse(*ONE, "--resolution", "12")
+    for size in ("0", "12"):
+        assert f"--resolution {size}: expected a multiple of 8" in refuse(*ONE, "--resolution", size)
     assert "--guidance_scale nan: expected a finite" in refuse(*ONE, "--guidance_scale", "nan")
     assert "--seed -1: expected 0 to" in refuse(*ONE, "--seed=-1")
     text_to_image = load_pipeline()

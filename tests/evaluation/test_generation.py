@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from support.runs import PARITY, load_pipeline
 
 from diffusers_lipreg import loading
 from diffusers_lipreg.errors import RunError
-from diffusers_lipreg.evaluation.generation import Sampling, generate_images, image_specs
+from diffusers_lipreg.evaluation.generation import ImageSet, ImageSpec, Sampling, generate_images, image_folder
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(num_inference_steps=2, batch_size=1)
@@ -21,10 +22,20 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path), dtype=int)
 
 
+def images_of(*prompts: str, count: int = 3) -> ImageSet:
+    return ImageSet([[ImageSpec(prompt, number) for number in range(count)] for prompt in prompts], [], [])
+
+
+def generate(pipeline, folder: Path, images: ImageSet, sampling: Sampling = SAMPLING) -> list[Path]:
+    """Return the files of the images in their order."""
+    folder = image_folder(folder, pipeline, sampling)
+    generate_images(pipeline, folder, [images], sampling, CPU)
+    return [image.path(folder) for row in images.subject for image in row]
+
+
 def test_batches_and_interruption_change_nothing(tmp_path, monkeypatch):
-    prompts = ["a dog", "a dog in the snow"]
-    one, other = (image_specs(tmp_path / name, prompts, 3) for name in ("one", "other"))
-    generate_images(load_pipeline(), tmp_path / "one", sum(one, []), SAMPLING, CPU, "")
+    images = images_of("a dog", "a dog in the snow")
+    one = generate(load_pipeline(), tmp_path / "one", images)
 
     pipeline, calls = load_pipeline(), []
     real = type(pipeline).__call__
@@ -38,50 +49,54 @@ def test_batches_and_interruption_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(type(pipeline), "__call__", interrupted)
     four = SAMPLING._replace(batch_size=4)
     with pytest.raises(KeyboardInterrupt):
-        generate_images(pipeline, tmp_path / "other", sum(other, []), four, CPU, "")
-    assert sorted(path.name for path in (tmp_path / "other").glob("*.png")) == sorted(
-        d.path.name for d in sum(other, [])[:4]
-    )
-    generate_images(pipeline, tmp_path / "other", sum(other, []), four, CPU, "")
+        generate(pipeline, tmp_path / "other", images, four)
+    assert len(list(tmp_path.glob("other*/*.png"))) == 4
+    other = generate(pipeline, tmp_path / "other", images, four)
     assert calls[2:] == [["a dog in the snow"] * 2]  # only what was missing
-    generate_images(pipeline, tmp_path / "other", sum(other, []), four, CPU, "")
+    generate(pipeline, tmp_path / "other", images, four)
     assert len(calls) == 3
 
-    for a, b in zip(sum(one, []), sum(other, []), strict=True):
-        assert np.abs(pixels(a.path) - pixels(b.path)).max() <= 1  # batched sums round otherwise
-    first, second, *_ = one[0]
-    assert np.abs(pixels(first.path) - pixels(second.path)).max() > 5  # each has noise of its own
+    for a, b in zip(one, other, strict=True):
+        assert np.abs(pixels(a) - pixels(b)).max() <= 1  # batched sums round otherwise
+    assert np.abs(pixels(one[0]) - pixels(one[1])).max() > 5  # each has noise of its own
 
 
 def test_a_half_written_image_is_not_one(tmp_path, monkeypatch):
-    (wanted,) = image_specs(tmp_path, ["a dog"], 1)
-
     def full_disk(self, path, **options):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(OSError):
         patched.setattr(Image.Image, "save", full_disk)
-        generate_images(load_pipeline(), tmp_path, wanted, SAMPLING, CPU, "")
-    assert not wanted[0].path.exists()
-    generate_images(load_pipeline(), tmp_path, wanted, SAMPLING, CPU, "")
-    assert pixels(wanted[0].path).shape == (64, 64, 3)
+        generate(load_pipeline(), tmp_path / "images", images_of("a dog", count=1))
+    assert not list(tmp_path.rglob("*.png"))
+    (file,) = generate(load_pipeline(), tmp_path / "images", images_of("a dog", count=1))
+    assert pixels(file).shape == (64, 64, 3)
 
 
-def test_images_of_other_weights_or_settings_are_refused(tmp_path):
-    (wanted,) = image_specs(tmp_path, ["a dog"], 1)
-    generate_images(load_pipeline(), tmp_path, wanted, SAMPLING, CPU, "")
-    with pytest.raises(RunError, match="generated with another num_inference_steps .2, now 3..*--output_dir"):
-        generate_images(load_pipeline(), tmp_path, wanted, SAMPLING._replace(num_inference_steps=3), CPU, "")
-    moved = load_pipeline()
+def test_images_of_other_weights_or_settings_are_not_taken_for_these(tmp_path):
+    def folder(pipeline, **settings) -> Path:
+        sampling = SAMPLING._replace(**settings)
+        return generate(pipeline, tmp_path / "images", images_of("a dog", count=1), sampling)[0].parent
+
+    first = folder(load_pipeline())
+    moved, ddpm = load_pipeline(), load_pipeline()
     moved.unet.conv_in.bias.data[0] += 1e-3
-    with pytest.raises(RunError, match="generated with another weights"):
-        generate_images(moved, tmp_path, wanted, SAMPLING, CPU, "")
-    generate_images(load_pipeline(), tmp_path, wanted, SAMPLING._replace(batch_size=3), CPU, "")
+    ddpm.scheduler = DDPMScheduler.from_config(ddpm.scheduler.config)
+    others = [
+        folder(load_pipeline(), num_inference_steps=3),
+        folder(load_pipeline(), seed=1),
+        folder(moved),
+        folder(ddpm),
+    ]
+    assert len({first, *others}) == 5
+    assert folder(load_pipeline(), batch_size=3) == first
 
 
-def test_file_names_tell_prompts_apart(tmp_path):
-    names = [d.path.name for row in image_specs(tmp_path, ["a dog, red", "a dog. red", "x" * 300], 2) for d in row]
+def test_file_names_tell_prompts_apart():
+    names = [
+        ImageSpec(prompt, i).path(Path()).name for prompt in ("a dog, red", "a dog. red", "x" * 300) for i in range(2)
+    ]
     assert len(set(names)) == 6 and max(map(len, names)) < 100
 
 

@@ -8,15 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, CLIPImageProcessor, CLIPModel
+from transformers import AutoModel, AutoProcessor, CLIPModel
 
 from diffusers_lipreg.errors import RunError
 from diffusers_lipreg.evaluation import scores
-from diffusers_lipreg.evaluation.generation import ImageSpec
-from diffusers_lipreg.evaluation.prompts import one_subject
-from diffusers_lipreg.evaluation.results import ImageSet, score_subject
-
-CPU = torch.device("cpu")
+from diffusers_lipreg.evaluation.encoders import ClipEncoder, DinoEncoder
+from diffusers_lipreg.evaluation.generation import ImageSpec, SubjectFiles, image_set
+from diffusers_lipreg.evaluation.prompts import Subject
 
 
 def noise_images(folder: Path, count: int, seed: int, size: tuple[int, int] = (48, 40)) -> list[Path]:
@@ -38,34 +36,29 @@ def plain_mean(one: torch.Tensor, other: torch.Tensor, same: bool = False) -> fl
 
 @torch.no_grad()
 def plain_dino(model: Path, paths: list[Path]) -> torch.Tensor:
-    """The original transform, by the processor of another model family."""
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": 37},  # 32 * 256 / 224, rounded
-        crop_size={"height": 32, "width": 32},
-        resample=Image.Resampling.BICUBIC,
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-    )
-    pixels = processor(images=[Image.open(path) for path in paths], return_tensors="pt")["pixel_values"]
+    """The original transform: 32 * 256 / 224 = 37 pixels for the shorter side, then the 32 x 32 in the center."""
+    batch = []
+    for path in paths:
+        image = Image.open(path)
+        image = image.resize((37 * image.width // image.height, 37), Image.Resampling.BICUBIC)
+        left, top = (image.width - 32) // 2, (image.height - 32) // 2
+        values = np.asarray(image.crop((left, top, left + 32, top + 32)), dtype=np.float32) / 255
+        batch.append((values - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225]))
+    pixels = torch.tensor(np.array(batch), dtype=torch.float32).permute(0, 3, 1, 2)
     return AutoModel.from_pretrained(model)(pixel_values=pixels).last_hidden_state[:, 0]
 
 
 def test_a_subjects_scores_equal_a_plain_computation(tmp_path, clip, dino):
     photos = noise_images(tmp_path, 3, seed=0)
-    subject = one_subject("sks dog", "dog", str(tmp_path), "p", ["a {} here", "a red {}"])
-
-    def image_set(seed: int) -> ImageSet:
-        def rows(prompts: int, images: int, seed: int) -> list[list[ImageSpec]]:
-            paths = iter(noise_images(tmp_path, prompts * images, seed))
-            return [[ImageSpec(f"{row}", number, next(paths)) for number in range(images)] for row in range(prompts)]
-
-        return ImageSet(rows(2, 3, seed), rows(1, 4, seed + 1), rows(3, 2, seed + 2))
-
-    class Generated:
-        personalized, base = image_set(10), image_set(20)
-
-    got = score_subject(
-        subject, photos, Generated, [scores.DinoEncoder(str(dino), CPU), scores.ClipEncoder(str(clip), CPU)]
+    subject = Subject("sks_dog", "sks dog", "dog", tmp_path, "p", ("a {} here", "a red {}"))
+    images = image_set(subject, ["a tree", "a house", "a car"], 3)
+    folders = {side: tmp_path / side for side in ("base", "personalized")}
+    for seed, folder in enumerate(folders.values(), start=1):
+        generated = [image for rows in images for row in rows for image in row]
+        for path, image in zip(noise_images(folder, len(generated), seed), generated, strict=True):
+            path.rename(image.path(folder))
+    got = scores.score_subject(
+        subject, SubjectFiles(photos, images, folders), [DinoEncoder(str(dino)), ClipEncoder(str(clip))]
     )
 
     model, processor = CLIPModel.from_pretrained(clip), AutoProcessor.from_pretrained(clip)
@@ -75,24 +68,21 @@ def test_a_subjects_scores_equal_a_plain_computation(tmp_path, clip, dino):
         images = [Image.open(path) for path in paths]
         return model(**processor(text=["x"], images=images, return_tensors="pt")).image_embeds
 
-    def paths(rows: list[list[ImageSpec]]) -> list[Path]:
-        return [image.path for row in rows for image in row]
+    def paths(rows: list[list[ImageSpec]], side: str) -> list[Path]:
+        return [image.path(folders[side]) for row in rows for image in row]
 
     embedders = {"DINO tiny-dino": lambda p: plain_dino(dino, p), "CLIP-I tiny-clip": plain_clip}
     for column, embed in embedders.items():
         real = embed(photos)
         assert got["scores"]["real"][column] == pytest.approx(plain_mean(real, real, same=True), abs=1e-6)
-        for side in ("personalized", "base"):
-            generated_set = getattr(Generated, side)
-            generated = embed(paths(generated_set.subject))
+        for side in folders:
+            generated = embed(paths(images.subject, side))
             assert got["scores"][side][column] == pytest.approx(plain_mean(generated, real), abs=1e-6)
             within = [plain_mean(rows, rows, same=True) for rows in generated.split(3)]
-            assert got["diversity"][side][column] == pytest.approx(1 - sum(within) / 2, abs=1e-6)
-            of_class = plain_mean(embed(paths(generated_set.of_class)), real)
-            assert got["class_resemblance"][side][column] == pytest.approx(of_class, abs=1e-6)
-        before, after = (
-            embed(paths(generated_set.unrelated)) for generated_set in (Generated.base, Generated.personalized)
-        )
+            assert got["scores"][side][f"diversity, {column}"] == pytest.approx(1 - sum(within) / 2, abs=1e-6)
+            of_class = plain_mean(embed(paths(images.of_class, side)), real)
+            assert got["scores"][side][f"class resemblance, {column}"] == pytest.approx(of_class, abs=1e-6)
+        before, after = (embed(paths(images.unrelated, side)) for side in folders)
         change = (1 - F.cosine_similarity(before, after, dim=1)).mean().item()
         assert got["unrelated_change"][column]["mean"] == pytest.approx(change, abs=1e-6)
 
@@ -105,7 +95,7 @@ def test_a_subjects_scores_equal_a_plain_computation(tmp_path, clip, dino):
     plain = torch.stack(
         [
             F.cosine_similarity(rows, t, dim=-1).mean()
-            for rows, t in zip(plain_clip(paths(Generated.base.subject)).split(3), text.text_embeds, strict=True)
+            for rows, t in zip(plain_clip(paths(images.subject, "base")).split(3), text.text_embeds, strict=True)
         ]
     )
     assert got["scores"]["base"]["CLIP-T tiny-clip"] == pytest.approx(plain.mean().item(), abs=1e-6)
@@ -116,39 +106,41 @@ def test_means_over_pairs_by_hand():
     east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     assert scores.mean_cosine(torch.stack([east, north]), east[None]) == 0.5
     assert scores.mean_cosine_within(torch.stack([east, east, north])) == pytest.approx(1 / 3)  # of pairs 12, 13, 23
+    assert scores.mean_cosine_within(torch.stack([torch.stack([east, east]), torch.stack([east, north])])) == 0.5
     assert scores.mean_cosine_within(east[None]) is None
-    assert scores.diversity(torch.stack([torch.stack([east, east]), torch.stack([east, north])])) == pytest.approx(0.5)
-    assert scores.text_score(torch.stack([east, north])[None], east[None]) == 0.5
 
 
 def test_pixel_change_by_hand(tmp_path):
     for name, level in (("black", 0), ("gray", 51)):
         Image.new("RGB", (4, 4), (level, level, level)).save(tmp_path / f"{name}.png")
-    assert scores.pixel_change([(tmp_path / "black.png", tmp_path / "gray.png")]) == [pytest.approx(0.2**2)]
+    assert scores.pixel_change(tmp_path / "black.png", tmp_path / "gray.png") == pytest.approx(0.2**2)
 
 
 def test_the_bootstrap_interval_is_that_of_the_mean():
     values = np.random.default_rng(0).normal(0.6, 0.1, 200).tolist()
-    low, high = scores.bootstrap_interval(values)
+    found = scores.mean_over_subjects([*values, None])
+    low, high = found["interval"]
     error = np.std(values) / 200**0.5
+    assert found["mean"] == pytest.approx(np.mean(values)) and found["subjects"] == 200
     assert low == pytest.approx(np.mean(values) - 1.96 * error, abs=0.1 * error)
     assert high == pytest.approx(np.mean(values) + 1.96 * error, abs=0.1 * error)
-    assert scores.bootstrap_interval([0.5]) == (0.5, 0.5)
+    assert scores.mean_over_subjects([0.5]) == {"mean": 0.5, "interval": [0.5, 0.5], "subjects": 1}
+    assert scores.mean_over_subjects([None]) is None
 
 
 def test_texts_longer_than_the_model_takes_are_cut(clip):
-    assert scores.ClipEncoder(str(clip), CPU).texts(["dog " * 200, "a dog"]).shape == (2, 8)
+    assert ClipEncoder(str(clip)).texts(["dog " * 200, "a dog"]).shape == (2, 8)
 
 
-@pytest.mark.parametrize(("encoder", "flag"), [(scores.DinoEncoder, "--dino"), (scores.ClipEncoder, "--clip")])
+@pytest.mark.parametrize(("encoder", "flag"), [(DinoEncoder, "--dino"), (ClipEncoder, "--clip")])
 def test_a_missing_encoder_is_named(encoder, flag, tmp_path):
     with pytest.raises(RunError, match=f"^{flag} {tmp_path}/none: no model of transformers can be read") as raised:
-        encoder(f"{tmp_path}/none", CPU)
+        encoder(f"{tmp_path}/none")
     assert "\n" not in str(raised.value)
 
 
 def test_an_encoder_of_another_kind_is_refused(clip, dino):
     with pytest.raises(RunError, match="expected a CLIP such as .*, got a ViTModel"):
-        scores.ClipEncoder(str(dino), CPU)
+        ClipEncoder(str(dino))
     with pytest.raises(RunError, match="expected a ViT such as .*, got a CLIPModel"):
-        scores.DinoEncoder(str(clip), CPU)
+        DinoEncoder(str(clip))
