@@ -10,23 +10,56 @@ A call is kept as the pipeline makes it, so this serves every pipeline of diffus
 class with other prompts and another seed is the yardstick: `measure` tells the change on calls that are not trained on.
 """
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
 from .drift import Drift
-from .recording import Call, Chain, Store, can_be_joined, eval_mode, floats, record, replay, squared_error, tensors
+from .recording import (
+    Call,
+    Chain,
+    Store,
+    can_be_joined,
+    eval_mode,
+    prediction_of,
+    record,
+    replay,
+    squared_error,
+    tensors,
+)
 from .sharding import is_sharded, reshard
 from .snapshot import unwrap
 
 STEPS = (8, 24)  # fewest and most steps of a chain
 POINTS_PER_CHAIN = 8
 WINDOW = 16  # updates over which `Drift.squared_distance` is averaged
+POINTS_PER_MEASURED_CHAIN = 4
 BINS = 4  # parts of a chain, from noise to image, that `OutputDrift.by_timestep` tells apart
+
+# For measuring, what is never trained on.
+MEASURED_PROMPTS = (
+    "a photo of a dog",
+    "a woman reading a book in a cafe",
+    "a red car parked on a city street",
+    "an oil painting of a mountain lake at sunset",
+    "a bowl of fruit on a wooden table",
+    "a black and white drawing of an old house",
+    "two children playing on the beach",
+    "a close-up of a flower in a garden",
+)
+MEASURED_SEED = 2**31
+
+
+def generic_prompts() -> tuple[str, ...]:
+    """Return some hundred short prompts on all kinds of things, people, places, styles and ideas, and the empty one."""
+    text = files(__package__).joinpath("generic_prompts.txt").read_text(encoding="utf-8")
+    return ("", *text.splitlines())
 
 
 class OutputDrift(NamedTuple):
@@ -99,11 +132,12 @@ class OutputSnapshot:
         pipeline: The pretrained pipeline, on its device; it is not kept. Samplers and models that need more than a prompt
             cannot be recorded.
         module: The part of it that is trained, its denoiser or a text encoder, bare or wrapped, with or without adapters.
-        prompts: What the pipeline is asked for, in turn: anything that has nothing to do with the subject.
+        prompts: What the pipeline is asked for, in turn: anything but the subject. Default: some hundred generic prompts.
         chains: How many chains to sample. Default: one for each prompt, and one for at most eight points.
         points: Calls to keep in all. A module that is called less often, as text encoders are, gives fewer.
         seed: Seed of the noise, of the numbers of steps, and of the order in which points are replayed.
         batch_size: Points of an update, on each process.
+        micro_batch_size: Points of one forward and backward pass, to save memory. Default: all of them.
         steps: Fewest and most steps of a chain. They vary, so that timesteps spread.
         options: Further arguments of the pipeline's call, such as `height` and `width`, or `guidance_scale`.
 
@@ -118,21 +152,26 @@ class OutputSnapshot:
         pipeline: Any,
         module: nn.Module,
         *,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         chains: int | None = None,
         points: int = 1024,
         seed: int = 0,
         batch_size: int = 4,
+        micro_batch_size: int | None = None,
         steps: tuple[int, int] = STEPS,
         **options: Any,
     ) -> None:
+        prompts = generic_prompts() if prompts is None else prompts
         if not prompts or points < 1:
             raise ValueError(f"Expected a prompt and a point at least, got {len(prompts)} prompts, {points} points.")
         bare = unwrap(module)
         names = [name for name, part in pipeline.components.items() if part is bare]
         if not names:
             raise ValueError(f"The {type(bare).__name__} is no part of the {type(pipeline).__name__}.")
-        self.part, self.seed, self.batch_size, self.options = names[0], seed, batch_size, options
+        if "image" in inspect.signature(type(pipeline).__call__).parameters:
+            raise ValueError(f"Expected a text-to-image pipeline, got a {type(pipeline).__name__}.")
+        self.part, self.seed, self.options = names[0], seed, options
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
         number = min(points, chains or max(len(prompts), math.ceil(points / POINTS_PER_CHAIN)))
         generator = torch.Generator().manual_seed(seed)
         seeds = torch.randint(2**31, (number,), generator=generator).tolist()
@@ -161,6 +200,14 @@ class OutputSnapshot:
         self._updates = 0
         self._average: Tensor | float = 0.0  # of the drift in the latest updates
 
+    @classmethod
+    def for_measuring(
+        cls, pipeline: Any, module: nn.Module, prompts: Sequence[str] = MEASURED_PROMPTS, seed: int = 0, **options: Any
+    ) -> "OutputSnapshot":
+        """Record what output drift is measured on: prompts and noise that no recording to train on has by default."""
+        points = POINTS_PER_MEASURED_CHAIN * len(prompts)
+        return cls(pipeline, module, prompts=prompts, points=points, seed=MEASURED_SEED + seed, **options)
+
     def __repr__(self) -> str:
         return f"OutputSnapshot({len(self._calls)} points)"
 
@@ -169,6 +216,11 @@ class OutputSnapshot:
         """Return the bytes of host memory that the recorded tensors take."""
         predictions = [tensor for call in self._calls for tensor in call.prediction]
         return sum(tensor.nbytes for tensor in [*self._store.values(), *predictions])
+
+    @property
+    def elements(self) -> int:
+        """Return the number of elements of a prediction."""
+        return sum(tensor.numel() for tensor in self._calls[0].prediction)
 
     def drift(self, module: nn.Module, reduction: str) -> Tensor:
         """Compute the drift on the next points of this process: a scalar to differentiate, float32 or wider.
@@ -261,8 +313,9 @@ class OutputSnapshot:
             number += 1
             if number in points:
                 row, call = points[number]
-                output = call.answer(forward, args, kwargs)
-                errors[row] = squared_error(floats(output), [call])
+                args, kwargs = call.with_conditions(args, kwargs)
+                output = forward(*args, **kwargs)
+                errors[row] = squared_error(prediction_of(output, call), [call])
             elif output is None:
                 output = forward(*args, **kwargs)
             return output  # the sampler may go astray, because its samples are not used
@@ -307,7 +360,9 @@ class OutputSnapshot:
             generator = torch.Generator().manual_seed((self.seed + 1) * 2**16 + turn)
             number = int(torch.randperm(len(self._calls), generator=generator)[place_in_turn])
             groups.setdefault(place if alone else self._kinds[number], []).append(self._calls[number])
-        return [(len(calls) / self.batch_size, calls) for calls in groups.values()]
+        size = self.micro_batch_size
+        parts = [calls[i : i + size] for calls in groups.values() for i in range(0, len(calls), size)]
+        return [(len(calls) / self.batch_size, calls) for calls in parts]
 
 
 def _error(module: nn.Module, calls: Sequence[Call]) -> Tensor:

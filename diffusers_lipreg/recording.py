@@ -65,7 +65,8 @@ class Call(NamedTuple):
     number: int  # among the calls of the chain
     inputs: Any  # (args, kwargs)
     shared: Any  # a tree like `inputs` that says of each leaf whether other calls of the chain get an equal tensor
-    prediction: list[Tensor]  # each with one row for a sample
+    taken: tuple[int, ...]  # of the output's tensors, those that the pipeline takes
+    prediction: list[Tensor]  # these, each with one row for a sample
     timestep: float  # nan for a module that takes none
 
     @property
@@ -89,16 +90,41 @@ class Call(NamedTuple):
             joined = leaf.ndim == 0 or len(leaf) == self.rows
             return (leaf.shape, leaf.dtype) if joined else id(leaf)  # others have to be the same tensor
 
-        return repr(_map(describe, self.inputs)), tuple(tensor.shape for tensor in self.prediction)
+        shapes = tuple(tensor.shape for tensor in self.prediction)
+        return repr(_map(describe, self.inputs)), self.taken, shapes
 
-    def answer(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Return what `forward` makes of the recorded sample with the conditions of another call in its place."""
+    def with_conditions(self, args: Any, kwargs: Any) -> Any:
+        """Return the inputs of the call, (args, kwargs), with the conditions of another in place of its own."""
 
         def choose(shared: bool, now: Any, recorded: Any) -> Any:
             return now if shared or not isinstance(recorded, Tensor) else recorded.to(now.device)
 
-        args, kwargs = _map(choose, self.shared, (args, kwargs), self.inputs)
-        return forward(*args, **kwargs)
+        return _map(choose, self.shared, (args, kwargs), self.inputs)
+
+
+class Output:
+    """The output of a model, which notes the tensors that a pipeline takes out of it.
+
+    A text encoder may return the hidden states of all its layers, of which the pipeline uses one.
+    """
+
+    def __init__(self, output: Any, taken: list[Tensor]) -> None:
+        self._output = output
+        self._taken = taken
+
+    def _take(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self._taken.append(value)
+        return Output(value, self._taken) if isinstance(value, (tuple, list)) else value
+
+    def __getattr__(self, name: str) -> Any:
+        return self._take(getattr(self._output, name))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._take(self._output[key])
+
+    def __len__(self) -> int:
+        return len(self._output)
 
 
 @contextmanager
@@ -120,7 +146,7 @@ def record(
 ) -> list[Call]:
     """Return the calls of the bare `module` while `pipeline` samples chain `number`; their tensors go into `store`."""
     inputs: list[Any] = []
-    outputs: list[list[Tensor]] = []
+    outputs: list[tuple[list[Tensor], list[Tensor]]] = []  # all tensors, and those that the pipeline takes
     known: dict[int, tuple[Any, Tensor]] = {}  # with the tensor itself, so that no other gets its id
 
     def keep(leaf: Any) -> Any:
@@ -131,9 +157,13 @@ def record(
             known[id(leaf)] = leaf, store.setdefault(_content(host), host)
         return known[id(leaf)][1]
 
-    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         inputs.append(_map(keep, (args, kwargs)))
-        outputs.append([_to_host(tensor) for tensor in floats(output)])
+        if not isinstance(output, Mapping):  # a tuple of which the pipeline takes the first and only tensor
+            outputs.append((floats(output), floats(output)))
+            return None
+        outputs.append((floats(output), []))
+        return Output(output, outputs[-1][1])
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
@@ -142,10 +172,12 @@ def record(
         handle.remove()
     uses = Counter(key for tree in inputs for key in {id(leaf) for leaf in tensors(tree)})
     calls = []
-    for place, (tree, prediction) in enumerate(zip(inputs, outputs, strict=True)):
+    for place, (tree, (found, used)) in enumerate(zip(inputs, outputs, strict=True)):
+        taken = tuple(i for i, tensor in enumerate(found) if any(tensor is one for one in used))
+        prediction = [_to_host(found[i]) for i in taken]
         shared = _map(lambda leaf: isinstance(leaf, Tensor) and uses[id(leaf)] > 1, tree)
         position = (place + 0.5) / len(inputs)
-        calls.append(Call(number, position, place, tree, shared, prediction, _timestep(module, *tree)))
+        calls.append(Call(number, position, place, tree, shared, taken, prediction, _timestep(module, *tree)))
     return calls
 
 
@@ -164,7 +196,13 @@ def replay(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
         return first.to(device, non_blocking=True)
 
     args, kwargs = _map(join, *(call.inputs for call in calls))
-    return floats(module(*args, **kwargs))
+    return prediction_of(module(*args, **kwargs), calls[0])
+
+
+def prediction_of(output: Any, call: Call) -> list[Tensor]:
+    """Return the tensors of a module's output that the pipeline takes from that of `call`."""
+    found = floats(output)
+    return [found[i] for i in call.taken]
 
 
 def squared_error(prediction: Sequence[Tensor], calls: Sequence[Call]) -> Tensor:
