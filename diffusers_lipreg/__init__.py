@@ -9,17 +9,13 @@ if TYPE_CHECKING:
     from .callbacks import TeacherSnapshotCallback as TeacherSnapshotCallback
     from .losses import LipschitzDriftLoss as LipschitzDriftLoss
     from .outputs import OutputSnapshot as OutputSnapshot
-    from .probe import Denoiser as Denoiser
-    from .probe import OutputProbe as OutputProbe
     from .snapshot import TeacherSnapshot as TeacherSnapshot
 
 __version__ = "0.1.0"
 _MODULES = {
     "AdapterSnapshot": "adapters",
-    "Denoiser": "probe",
     "DriftBudget": "budget",
     "LipschitzDriftLoss": "losses",
-    "OutputProbe": "probe",
     "OutputSnapshot": "outputs",
     "TeacherSnapshot": "snapshot",
     "TeacherSnapshotCallback": "callbacks",

@@ -6,9 +6,10 @@ logarithm at every update. With e = log(r / b) - s and T updates in all,
 
     I <- I + INTEGRAL e / T        log lambda <- I + e        (e at most 1 in I, log lambda moves by at most MAX_LOG_STEP)
 
-Between two measurements r is assumed to grow as ||theta - theta_0||^2, which the penalty computes at every update.
-Overshoot is removed at the end by `scale_to_budget`, which shrinks theta - theta_0 (WiSE-FT, arXiv 2109.01903). Undershoot
-cannot be recovered, so the controller aims above the limit by the noise s of log r: its mean change between measurements.
+Between two measurements r is assumed to grow as ||theta - theta_0||^2, or where outputs are held as the drift on the points
+that hold them; the penalty computes it at every update. Overshoot is removed at the end by `scale_to_budget`, which shrinks
+theta - theta_0 (WiSE-FT, arXiv 2109.01903). Undershoot cannot be recovered, so the controller aims above the limit by the
+noise s of log r: its mean change between measurements. Where outputs are held nothing is shrunk, and s is 0.
 """
 
 import math
@@ -80,12 +81,12 @@ class DriftBudget:
 
     Call `update` between backward and the penalty's gradient, because the loss's gradients decide where the weight starts:
 
-        budget.update(probe.measure(denoiser).output_drift_relative if budget.due(global_step) else None)
+        budget.update(yardstick.measure(unet).output_drift_relative if budget.due(global_step) else None)
         drift_loss.add_gradient_(unet)
 
-    After the last update call `budget.scale_to_budget(lambda: probe.measure(denoiser).output_drift_relative)`. Training
-    that stays below a quarter of the limit is left alone. Keep `state_dict()` in checkpoints. Every process makes the same
-    calls with the same measurements, as `OutputProbe` returns them.
+    After the last update call `budget.scale_to_budget(lambda: yardstick.measure(unet).output_drift_relative)` if
+    `can_scale`. Training that stays below a quarter of the limit is left alone. Keep `state_dict()` in checkpoints.
+    Every process makes the same calls with the same measurements, as `OutputSnapshot.measure` returns them.
 
     Args:
         limit: Largest relative output drift (`OutputDrift.output_drift_relative`), above 0.
@@ -119,6 +120,11 @@ class DriftBudget:
         self._set_weight(0.0)
 
     @property
+    def can_scale(self) -> bool:
+        """Whether `scale_to_budget` knows pretrained weights to scale towards: not where outputs are held."""
+        return all(penalty.reduction != "output" for penalty in self.penalties)
+
+    @property
     def weight(self) -> float:
         """The weight that all penalties have now."""
         return next(iter(self.penalties)).weight
@@ -142,7 +148,7 @@ class DriftBudget:
             drift = self._drift_per_sq_distance * self._last_sq_distance()
         else:
             self._measure(drift)
-        error = self._log_ratio(drift) - self._noise
+        error = self._log_ratio(drift) - (self._noise if self.can_scale else 0.0)
         if self._integral is not None:
             self._step(self._integral, error)
         elif drift >= START_FRACTION * self.limit:

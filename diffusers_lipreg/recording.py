@@ -173,7 +173,7 @@ def record(
     uses = Counter(key for tree in inputs for key in {id(leaf) for leaf in tensors(tree)})
     calls = []
     for place, (tree, (found, used)) in enumerate(zip(inputs, outputs, strict=True)):
-        taken = tuple(i for i, tensor in enumerate(found) if any(tensor is one for one in used))
+        taken = tuple(i for i, tensor in enumerate(found) if any(tensor is one for one in used or found))
         prediction = [_to_host(found[i]) for i in taken]
         shared = _map(lambda leaf: isinstance(leaf, Tensor) and uses[id(leaf)] > 1, tree)
         position = (place + 0.5) / len(inputs)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from support.pipelines import family
 from support.runs import HAS_FSDP2
 from torch import Tensor, distributed, nn
@@ -16,10 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from diffusers_lipreg import LipschitzDriftLoss, OutputSnapshot, TeacherSnapshot
-from diffusers_lipreg.probe import Denoiser, OutputProbe
 
 STEPS, WORLD = 6, 2
-UNEVEN = {"bins": 1, "batch_size": 1}
 ROUTES = ["in place", "autograd"]
 WRAPPERS = {"DDP": DistributedDataParallel, **({"FSDP2": fully_shard} if HAS_FSDP2 else {})}
 
@@ -78,18 +75,15 @@ def hold_outputs(route: str, wrapper: str, rank: int, world: int) -> dict[str, T
     return {**weights, "values": torch.tensor(values), "reading": snapshot.measure(wrapped).squared_error}
 
 
-def probe(shard: bool = False, **options: int) -> Tensor:
-    """What a probe of three chains measures of a model that was moved."""
-    model = nn.Conv2d(2, 2, 3, padding=1)
-    for number, parameter in enumerate(model.parameters()):
-        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
-    denoiser = Denoiser(lambda sample, timestep, prompts: model(sample), [model])
+def reading(shard: bool = False) -> Tensor:
+    """What a recording of three points measures of a UNet that was moved."""
+    pipeline, unet, _ = family("SD1.5")
+    snapshot = OutputSnapshot(pipeline, unet, prompts=["a dog", "a cat", "the sea"], points=3, steps=(2, 4))
     if shard:
-        fully_shard(model)
-    taken = OutputProbe(denoiser, DDPMScheduler(), (2, 4, 4), prompts=["a", "b", "c"], **options)
+        fully_shard(unet)
     with torch.no_grad():
-        model.weight.add_(0.1)
-    return taken.measure(denoiser).squared_error
+        unet.conv_in.weight.add_(0.1)
+    return snapshot.measure(unet).squared_error
 
 
 def worker(rank: int, folder: Path) -> None:
@@ -98,8 +92,8 @@ def worker(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     results = {case: train(*case, rank, WORLD) for case in product(ROUTES, WRAPPERS)}
     results |= {("outputs", *case): hold_outputs(*case, rank, WORLD) for case in product(ROUTES, WRAPPERS)}
-    probes = {"probe": probe(batch_size=2), "uneven": probe(shard=HAS_FSDP2, **UNEVEN)}
-    torch.save({**results, **probes}, folder / f"{rank}.pt")
+    readings = {"reading": reading(), "shards": reading(shard=HAS_FSDP2)}
+    torch.save({**results, **readings}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -118,17 +112,12 @@ def test_ranks_do_not_drift_apart(ranks, case):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_processes_share_the_probes_and_agree_to_the_last_bit(ranks):
-    first, second = (rank["probe"] for rank in ranks)
+@pytest.mark.parametrize("case", ["reading", "shards"])
+def test_processes_share_the_points_and_agree_to_the_last_bit(ranks, case):
+    """Three points for two processes: who has none left joins in, and weights are shards again when they change."""
+    first, second = (rank[case] for rank in ranks)
     assert first.min() > 0
-    assert torch.equal(first, second) and torch.equal(first, probe(batch_size=2))
-
-
-def test_shards_are_probed_where_the_probes_cannot_be_shared_out_evenly(ranks):
-    """Three calls for two processes; who has none left joins in, and the weights are shards again when they change."""
-    first, second = (rank["uneven"] for rank in ranks)
-    assert first.min() > 0
-    assert torch.equal(first, second) and torch.equal(first, probe(**UNEVEN))
+    assert torch.equal(first, second) and torch.equal(first, reading())
 
 
 @pytest.mark.parametrize("case", list(product(ROUTES, WRAPPERS)))

@@ -22,10 +22,9 @@ CORE = {  # besides the standard library; another core module states here what i
     "outputs": {"torch", "drift", "recording", "sharding", "snapshot"},
     "losses": {"torch", "drift"},
     "callbacks": {"torch", "transformers", "adapters", "losses", "snapshot"},
-    "probe": {"torch", "diffusers", "sharding"},
     "budget": {"torch", "losses", "sharding"},
-    "regularizer": {"torch", "budget", "errors", "losses", "probe", "snapshot"},
-    "__init__": {"adapters", "budget", "callbacks", "losses", "outputs", "probe", "snapshot"},
+    "regularizer": {"torch", "budget", "errors", "losses", "outputs", "recording", "sharding", "snapshot"},
+    "__init__": {"adapters", "budget", "callbacks", "losses", "outputs", "snapshot"},
 }
 LIGHT = ("AdapterSnapshot", "DriftBudget", "LipschitzDriftLoss", "OutputSnapshot", "TeacherSnapshot")
 
