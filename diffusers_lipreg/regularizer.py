@@ -130,7 +130,7 @@ class Recordings(NamedTuple):
             logger.warning(f"{problem[0].upper()}{problem[1:]}, and no output drift is measured.")
             return cls()
         side = max(8, args.resolution // 8 * 8)
-        size = {"height": side, "width": side}
+        size: dict[str, Any] = {"height": side, "width": side}
         held = {name: model for name, model in models.items() if _weight(args, name) != 0} if training_prompts else {}
         outputs, yardstick = {}, None
         networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
@@ -139,17 +139,18 @@ class Recordings(NamedTuple):
         with accelerator.autocast():
             for name, model in held.items():
                 logger.info(f"Recording what the pretrained {name} predicts.")
-                # A text encoder is called once for a prompt, and what the sampler does then is of no interest.
-                kind: dict[str, Any] = {"points": args.lipreg_points} if name == "unet" else {"steps": (2, 2)}
+                prompts, options = training_prompts, {"points": args.lipreg_points, **size}
+                if name != "unet":  # called once for a prompt, whatever the sampler does
+                    prompts = list(dict.fromkeys(training_prompts))
+                    options |= {"points": len(prompts), "steps": (2, 2)}
                 outputs[name] = OutputSnapshot(
                     pipeline,
                     model,
-                    prompts=training_prompts,
+                    prompts=prompts,
                     seed=(args.seed or 0) % 2**31,
                     batch_size=args.train_batch_size * args.gradient_accumulation_steps,
                     micro_batch_size=args.train_batch_size,
-                    **kind,
-                    **size,
+                    **options,
                 )
             if measured_prompts:
                 yardstick = OutputSnapshot.for_measuring(pipeline, models["unet"], measured_prompts, **size)
