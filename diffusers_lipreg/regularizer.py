@@ -4,14 +4,13 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .budget import DriftBudget
-from .errors import RunError
+from .errors import RunError, one_line
 from .losses import LipschitzDriftLoss, Snapshot
 from .outputs import OutputDrift, OutputSnapshot
 from .recording import eval_mode
@@ -119,16 +118,8 @@ class Recordings(NamedTuple):
             training_prompts, measured_prompts: What to record to hold the models, and to measure their drift; may be empty.
 
         Raises:
-            RunError: The pipeline needs more than a prompt, and a flag asks for its predictions.
+            RunError: The pipeline does not answer a prompt alone, and a flag asks for its predictions.
         """
-        if "image" in signature(type(pipeline).__call__).parameters:
-            problem = (
-                f"a {type(pipeline).__name__} needs an image besides a prompt, so its predictions are not recorded"
-            )
-            if training_prompts or args.drift_budget is not None or args.keep_best:
-                raise RunError(f"{problem}: leave out --lipreg_reduction output, --drift_budget and --keep_best.")
-            logger.warning(f"{problem[0].upper()}{problem[1:]}, and no output drift is measured.")
-            return cls()
         side = max(8, args.resolution // 8 * 8)
         size: dict[str, Any] = {"height": side, "width": side}
         held = {name: model for name, model in models.items() if _weight(args, name) != 0} if training_prompts else {}
@@ -136,24 +127,32 @@ class Recordings(NamedTuple):
         networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         devices = {name: next(part.parameters()).device for name, part in networks.items()}
         pipeline.to(accelerator.device)
-        with accelerator.autocast():
-            for name, model in held.items():
-                logger.info(f"Recording what the pretrained {name} predicts.")
-                prompts, options = training_prompts, {"points": args.lipreg_points, **size}
-                if name != "unet":  # called once for a prompt, whatever the sampler does
-                    prompts = list(dict.fromkeys(training_prompts))
-                    options |= {"points": len(prompts), "steps": (2, 2)}
-                outputs[name] = OutputSnapshot(
-                    pipeline,
-                    model,
-                    prompts=prompts,
-                    seed=(args.seed or 0) % 2**31,
-                    batch_size=args.train_batch_size * args.gradient_accumulation_steps,
-                    micro_batch_size=args.train_batch_size,
-                    **options,
-                )
-            if measured_prompts:
-                yardstick = OutputSnapshot.for_measuring(pipeline, models["unet"], measured_prompts, **size)
+        try:
+            with accelerator.autocast():
+                for name, model in held.items():
+                    logger.info(f"Recording what the pretrained {name} predicts.")
+                    prompts, options = training_prompts, {"points": args.lipreg_points, **size}
+                    if name != "unet":  # called once for a prompt, whatever the sampler does
+                        prompts = list(dict.fromkeys(training_prompts))
+                        options |= {"points": len(prompts), "steps": (2, 2)}
+                    outputs[name] = OutputSnapshot(
+                        pipeline,
+                        model,
+                        prompts=prompts,
+                        seed=(args.seed or 0) % 2**31,
+                        batch_size=args.train_batch_size * args.gradient_accumulation_steps,
+                        micro_batch_size=args.train_batch_size,
+                        **options,
+                    )
+                if measured_prompts:
+                    yardstick = OutputSnapshot.for_measuring(pipeline, models["unet"], measured_prompts, **size)
+        except Exception as error:  # any pipeline of diffusers may be here, and some need more than a prompt
+            problem = f"The predictions of this {type(pipeline).__name__} cannot be recorded ({one_line(error)})"
+            if held or args.drift_budget is not None or args.keep_best:
+                raise RunError(
+                    f"{problem}: leave out --lipreg_reduction output, --drift_budget, --keep_best."
+                ) from error
+            logger.warning(f"{problem}, so no output drift is measured.")
         for name, part in networks.items():
             if name not in models:  # accelerate moves those
                 part.to(devices[name])
