@@ -99,7 +99,9 @@ class DriftMeter:
             "output_drift": drift.output_drift,
             **_report_percent(drift),
             "chains": len(drift.chains.unique()),
-            "by_timestep": [{"timestep": t, **_report_percent(part)} for t, part in drift.by_timestep.items()],
+            "by_timestep": [
+                {"timestep": float(f"{t:.3g}"), **_report_percent(part)} for t, part in drift.by_timestep.items()
+            ],
         }
 
     def _report_path_kl(self, personalized: Any) -> dict[str, Any]:
