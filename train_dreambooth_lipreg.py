@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from diffusers_lipreg import AdapterSnapshot, Denoiser, TeacherSnapshot
+from diffusers_lipreg import AdapterSnapshot, TeacherSnapshot
 from diffusers_lipreg.dreambooth import (
     arguments,
     checkpoints,
@@ -46,8 +46,8 @@ from diffusers_lipreg.dreambooth.prompts import PromptEncoder
 from diffusers_lipreg.drift import REDUCTIONS
 from diffusers_lipreg.errors import OneLineParser
 from diffusers_lipreg.losses import Snapshot
-from diffusers_lipreg.probe import PROMPTS
-from diffusers_lipreg.regularizer import DriftRegularizer, check_rounding
+from diffusers_lipreg.outputs import MEASURED_PROMPTS, generic_prompts
+from diffusers_lipreg.regularizer import DriftRegularizer, Recordings, check_rounding
 
 logger = get_logger(__name__)
 EmbedPrompts = Callable[[Sequence[str]], Tensor]  # from B prompts to prompt_embeds (B, length, width)
@@ -72,9 +72,11 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     args = arguments.parse(parser, input_args)
     arguments.check_sd(parser, args)
     fitting = REDUCTIONS if args.rank is None else AdapterSnapshot.reductions
-    if args.lipreg_reduction not in fitting:
+    if args.lipreg_reduction not in (*fitting, "output"):
         kind = "full fine-tuning" if args.rank is None else "--rank"
-        parser.error(f"--lipreg_reduction {args.lipreg_reduction} is not for {kind}: choose {' or '.join(fitting)}")
+        parser.error(
+            f"--lipreg_reduction {args.lipreg_reduction} is not for {kind}: choose {' or '.join((*fitting, 'output'))}"
+        )
     return args
 
 
@@ -155,26 +157,23 @@ def encode_prompts(
     return embed_prompts, validation_inputs
 
 
-def probe_denoiser(
-    args: argparse.Namespace, accelerator: Accelerator, models: Models, prompts: Sequence[str]
-) -> Denoiser:
-    """Return the unwrapped models as the probe calls them on its prompts. Call it before `encode_prompts`."""
-    unet, text_encoder = models.unet, models.text_encoder
-    embed_prompts: EmbedPrompts = partial(models.prompt_encoder.encode, text_encoder)
-    if not args.train_text_encoder:  # then the text encoder is freed
-        batches = [[prompt] for prompt in prompts]
-        embed_prompts = models.prompt_encoder.precompute(text_encoder, accelerator.device, batches)
+def record_outputs(
+    args: argparse.Namespace, accelerator: Accelerator, base: Base, models: Models, prompts: Sequence[Sequence[str]]
+) -> Recordings:
+    """Record what the pretrained pipeline predicts. Call it before `encode_prompts`, which may free the text encoder.
 
-    def denoise(noisy_latents: Tensor, timestep: Tensor, prompts: list[str]) -> Tensor:
-        prompt_embeds = torch.cat([embed_prompts([prompt]) for prompt in prompts]).to(models.weight_dtype)
-        timesteps = timestep.expand(len(noisy_latents))
-        return predict(args, models, unet, noisy_latents.to(models.weight_dtype), timesteps, prompt_embeds)
-
-    return Denoiser(denoise, list(models.trainable.values()))
+    Args:
+        prompts: Those to hold outputs on, and those to measure them on.
+    """
+    if not any(prompts):
+        return Recordings()
+    parts = {"unet": models.unet, "text_encoder": models.text_encoder, "tokenizer": models.tokenizer}
+    pipeline = base.sampler(models.vae, **parts)
+    return Recordings.from_args(args, accelerator, pipeline, models.unwrapped, *prompts)
 
 
 def take_snapshot(args: argparse.Namespace, base: Base, models: Models, name: str) -> Snapshot:
-    """Return the snapshot of the pretrained model `name`."""
+    """Return the snapshot of the pretrained weights of the model `name`."""
     model = models.unwrapped[name]
     if args.rank is not None:
         return AdapterSnapshot(model)
@@ -294,17 +293,17 @@ def hub_metadata(args: argparse.Namespace, models: Models) -> dict[str, Any]:
 @guarded
 def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     # Check the flags, folders and the base; sample class images; load the models.
-    probe_prompts = preflight.probe_prompts(args, PROMPTS)
+    prompts = preflight.prompts_to_record(args, generic_prompts(), MEASURED_PROMPTS)
     run = TrainingRun(args, graceful_exit, sdxl=False)
     accelerator = run.accelerator
     with loading(args):
         models = Models(args, accelerator, run.base)
 
-    # Encode what frozen models encode, and hand the rest to accelerate.
+    # Record the pretrained pipeline, encode what frozen models encode, and hand the rest to accelerate.
     held_out = {}
     if args.keep_best:
         held_out = latents.held_out_batch(models.vae, run.photos, args.resolution, accelerator.device)
-    denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
+    recordings = record_outputs(args, accelerator, run.base, models, prompts)
     embed_prompts, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
     run.prepare(models, data.DreamBoothDataset(run.photos, run.class_images, run.transform))
 
@@ -314,10 +313,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         accelerator,
         models.trainable,
         take_snapshot=partial(take_snapshot, args, run.base, models),
-        denoiser=denoiser,
-        noise_scheduler=models.noise_scheduler,
-        shape=latents.latent_shape(models.vae, args.resolution),
-        probe_prompts=probe_prompts,
+        recordings=recordings,
         subject_loss=partial(denoising_loss, args, models, held_out, embed_prompts),
         save_best=partial(run.checkpoints.save_best, models.unwrapped, partial(save_weights, args)),
     )

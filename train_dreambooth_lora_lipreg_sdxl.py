@@ -31,7 +31,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusers_lipreg import AdapterSnapshot, Denoiser
+from diffusers_lipreg import AdapterSnapshot
 from diffusers_lipreg.dreambooth import (
     arguments,
     checkpoints,
@@ -49,8 +49,8 @@ from diffusers_lipreg.dreambooth.models import Base, loading, text_encoder_class
 from diffusers_lipreg.dreambooth.prompts import cached_tokenize, encode_sdxl
 from diffusers_lipreg.errors import OneLineParser, RunError
 from diffusers_lipreg.losses import Snapshot
-from diffusers_lipreg.probe import PROMPTS
-from diffusers_lipreg.regularizer import DriftRegularizer
+from diffusers_lipreg.outputs import MEASURED_PROMPTS, generic_prompts
+from diffusers_lipreg.regularizer import DriftRegularizer, Recordings
 
 EmbedPrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # from prompts to their embeddings, and pooled ones
 
@@ -158,29 +158,23 @@ def encode_prompts(
     return embed_prompts, {"prompt": args.validation_prompt}
 
 
-def probe_denoiser(
-    args: argparse.Namespace, accelerator: Accelerator, models: Models, prompts: Sequence[str]
-) -> Denoiser:
-    """Return the unwrapped models as the probe calls them on its prompts. Call it before `encode_prompts`."""
-    unet, dtype = models.unet, models.weight_dtype
-    encode: Callable[..., tuple[Tensor, Tensor]] = partial(encode_sdxl, models.tokens, models.text_encoders)
-    if not args.train_text_encoder:  # then the text encoders are freed
-        encode = {(prompt,): encode([prompt]) for prompt in prompts}.__getitem__
-    size = float(args.resolution)
+def record_outputs(
+    args: argparse.Namespace, accelerator: Accelerator, base: Base, models: Models, prompts: Sequence[Sequence[str]]
+) -> Recordings:
+    """Record what the pretrained pipeline predicts. Call it before `encode_prompts`, which may free text encoders.
 
-    def denoise(noisy_latents: Tensor, timestep: Tensor, prompts: list[str]) -> Tensor:
-        encoded = [encode((prompt,)) for prompt in prompts]
-        prompt_embeds, pooled_prompt_embeds = (torch.cat(parts).to(dtype) for parts in zip(*encoded, strict=True))
-        time_ids = noisy_latents.new_tensor([[size, size, 0.0, 0.0, size, size]] * len(prompts), dtype=dtype)
-        conditions = {"time_ids": time_ids, "text_embeds": pooled_prompt_embeds}
-        noisy_latents = noisy_latents.to(dtype)
-        return unet(noisy_latents, timestep, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
-
-    return Denoiser(denoise, list(models.trainable.values()))
+    Args:
+        prompts: Those to hold outputs on, and those to measure them on.
+    """
+    if not any(prompts):
+        return Recordings()
+    parts = {"unet": models.unet, "text_encoder": models.text_encoder, "text_encoder_2": models.text_encoder_2}
+    pipeline = base.sampler(models.vae, **parts)
+    return Recordings.from_args(args, accelerator, pipeline, models.unwrapped, *prompts)
 
 
 def take_snapshot(args: argparse.Namespace, base: Base, models: Models, name: str) -> Snapshot:
-    """Return the snapshot of the pretrained model `name`."""
+    """Return the snapshot of the pretrained weights of the model `name`."""
     return AdapterSnapshot(models.unwrapped[name])
 
 
@@ -302,17 +296,17 @@ def hub_metadata(args: argparse.Namespace, models: Models) -> dict[str, Any]:
 @guarded
 def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     # Check the flags, folders and the base; sample class images; load the models.
-    probe_prompts = preflight.probe_prompts(args, PROMPTS)
+    prompts = preflight.prompts_to_record(args, generic_prompts(), MEASURED_PROMPTS)
     run = TrainingRun(args, graceful_exit, DistributedDataParallelKwargs(find_unused_parameters=True), sdxl=True)
     accelerator = run.accelerator
     with loading(args):
         models = Models(args, accelerator, run.base)
 
-    # Encode what frozen models encode, and hand the rest to accelerate.
+    # Record the pretrained pipeline, encode what frozen models encode, and hand the rest to accelerate.
     held_out = {}
     if args.keep_best:
         held_out = latents.held_out_batch(models.vae, run.photos, args.resolution, accelerator.device)
-    denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
+    recordings = record_outputs(args, accelerator, run.base, models, prompts)
     embed_prompts, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
     run.prepare(models, data.SDXLDreamBoothDataset(run.photos, args.repeats, run.class_images, run.transform))
 
@@ -322,10 +316,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         accelerator,
         models.trainable,
         take_snapshot=partial(take_snapshot, args, run.base, models),
-        denoiser=denoiser,
-        noise_scheduler=models.noise_scheduler,
-        shape=latents.latent_shape(models.vae, args.resolution),
-        probe_prompts=probe_prompts,
+        recordings=recordings,
         subject_loss=partial(denoising_loss, args, models, held_out, embed_prompts),
         save_best=partial(run.checkpoints.save_best, models.unwrapped, partial(save_weights, args)),
     )

@@ -1,4 +1,4 @@
-"""Personalize diffusion models without distributional drift: one loss, two snapshots, one callback."""
+"""Personalize diffusion models without distributional drift: one loss, three snapshots, one callback."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -8,17 +8,15 @@ if TYPE_CHECKING:
     from .budget import DriftBudget as DriftBudget
     from .callbacks import TeacherSnapshotCallback as TeacherSnapshotCallback
     from .losses import LipschitzDriftLoss as LipschitzDriftLoss
-    from .probe import Denoiser as Denoiser
-    from .probe import OutputProbe as OutputProbe
+    from .outputs import OutputSnapshot as OutputSnapshot
     from .snapshot import TeacherSnapshot as TeacherSnapshot
 
 __version__ = "0.1.0"
 _MODULES = {
     "AdapterSnapshot": "adapters",
-    "Denoiser": "probe",
     "DriftBudget": "budget",
     "LipschitzDriftLoss": "losses",
-    "OutputProbe": "probe",
+    "OutputSnapshot": "outputs",
     "TeacherSnapshot": "snapshot",
     "TeacherSnapshotCallback": "callbacks",
 }

@@ -142,6 +142,10 @@ class AdapterSnapshot:
         """Return the sum over adapted layers of ||base weight||^2, to which `drift_relative` compares."""
         return self._squared_norm.item()
 
+    def relative(self, drift: Drift) -> dict[str, float]:
+        """Return the ratio of norms of the change of the adapted weights and of the base weights, under its log key."""
+        return drift.relative_to(self.squared_norm)
+
     def drift(self, module: nn.Module, reduction: str) -> Tensor:
         """Compute the drift as a scalar to differentiate, float32 or wider.
 

@@ -6,9 +6,10 @@ logarithm at every update. With e = log(r / b) - s and T updates in all,
 
     I <- I + INTEGRAL e / T        log lambda <- I + e        (e at most 1 in I, log lambda moves by at most MAX_LOG_STEP)
 
-Between two measurements r is assumed to grow as ||theta - theta_0||^2, which the penalty computes at every update.
-Overshoot is removed at the end by `scale_to_budget`, which shrinks theta - theta_0 (WiSE-FT, arXiv 2109.01903). Undershoot
-cannot be recovered, so the controller aims above the limit by the noise s of log r: its mean change between measurements.
+Between two measurements r is assumed to grow as ||theta - theta_0||^2, or where outputs are held as the drift on the points
+that hold them; the penalty computes it at every update. Overshoot is removed at the end by `scale_to_budget`, which shrinks
+theta - theta_0 (WiSE-FT, arXiv 2109.01903). Undershoot cannot be recovered, so the controller aims above the limit by the
+noise s of log r: its mean change between measurements. Where outputs are held nothing is shrunk, and s = log(OUTPUT_AIM).
 """
 
 import math
@@ -28,6 +29,7 @@ INTEGRAL = 40.0  # e-folds of the weight in a whole run if the drift is one e-fo
 EMA_WINDOW = 4  # measurements over which the noise is averaged
 MAX_LOG_STEP = 0.5  # largest change of the weight in an update, in e-folds
 MEASUREMENTS = 20  # evenly spaced measurements in a run, in addition to those at its beginning
+OUTPUT_AIM = 0.9  # fraction of the limit to aim at where outputs are held, as nothing corrects the end
 TOLERANCE = 0.02  # fraction of the limit that `scale_to_budget` may leave unused
 
 
@@ -74,13 +76,14 @@ class DriftBudget:
 
     Call `update` between backward and the penalty's gradient, because the loss's gradients decide where the weight starts:
 
-        budget.update(probe.measure(denoiser).output_drift_relative if budget.due(global_step) else None)
+        budget.update(yardstick.measure(unet).output_drift_relative if budget.due(global_step) else None)
         drift_loss.add_gradient_(unet)
         ...
-        budget.scale_to_budget(lambda: probe.measure(denoiser).output_drift_relative)  # after the last update
+        if budget.can_scale:  # after the last update
+            budget.scale_to_budget(lambda: yardstick.measure(unet).output_drift_relative)
 
     Training that stays below a quarter of the limit is left alone. Keep `state_dict()` in checkpoints. Every process makes
-    the same calls with the same measurements, as `OutputProbe` returns them.
+    the same calls with the same measurements, as `OutputSnapshot.measure` returns them.
 
     Args:
         limit: Largest relative output drift (`OutputDrift.output_drift_relative`), above 0.
@@ -112,6 +115,11 @@ class DriftBudget:
         self._set_weight(0.0)
 
     @property
+    def can_scale(self) -> bool:
+        """Whether `scale_to_budget` knows pretrained weights to scale towards: not where outputs are held."""
+        return all(penalty.reduction != "output" for penalty in self.penalties)
+
+    @property
     def weight(self) -> float:
         """The weight that all penalties have now."""
         return next(iter(self.penalties)).weight
@@ -135,7 +143,7 @@ class DriftBudget:
             drift = self._drift_per_sq_distance * self._last_sq_distance()
         else:
             self._learn(drift)
-        error = self._log_ratio(drift) - self._noise
+        error = self._log_ratio(drift) - (self._noise if self.can_scale else math.log(OUTPUT_AIM))
         if self._integral is None:
             ratio = gradient_norm_ratio(self.penalties, scale) if drift >= START_FRACTION * self.limit else None
             if ratio is not None:

@@ -9,6 +9,7 @@ Differences are taken in float32 or wider and before any scaling: w * theta - w 
 carry the drift. Source: Kim, Park, Kim, "Preserve and Personalize", ICLR 2026, arXiv 2505.19519.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,7 +28,11 @@ class Drift(NamedTuple):
     """Drift as two scalars on the parameters' device, float32 or wider."""
 
     value: Tensor  # as the reduction defines it
-    squared_distance: Tensor  # ||theta - theta_0||^2 over all elements, whatever the reduction
+    squared_distance: Tensor  # ||theta - theta_0||^2 over all elements; of outputs, what grows in proportion to it
+
+    def relative_to(self, squared_norm: float) -> dict[str, float]:
+        """Return the ratio of norms of the weights' change and of the pretrained weights, under its log key."""
+        return {"drift_relative": (float(self.squared_distance) / max(squared_norm, sys.float_info.min)) ** 0.5}
 
 
 class Slice(NamedTuple):

@@ -80,10 +80,10 @@ def choose_alpha(args: argparse.Namespace, base: Any, set_alpha: Callable[[float
     """
     if args.budget is None:
         return args.alpha
-    probe = loading.record_probe(base, loading.read_probe_prompts(args.probe_prompts), args.device)
+    recorded = loading.record_outputs(base, loading.read_probe_prompts(args.probe_prompts))
 
     def drift(alpha: float) -> float:
-        return loading.measure_drift(probe, set_alpha(alpha), args.personalized).output_drift_relative
+        return loading.measure_drift(recorded, set_alpha(alpha), args.personalized).output_drift_relative
 
     return bisect_alpha(drift, args.budget)
 

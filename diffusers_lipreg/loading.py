@@ -19,7 +19,7 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -30,7 +30,7 @@ from .dreambooth.base import check_part, find_classes
 from .dreambooth.models import Base, read_json
 from .dreambooth.output import INDEX
 from .errors import RunError, as_run_error, one_line, read_lines
-from .probe import PROMPTS, OutputDrift, OutputProbe, pipeline_denoiser
+from .outputs import MEASURED_PROMPTS, OutputDrift, OutputSnapshot
 
 # Separates the name of a layer from those of its factors: PEFT's, diffusers' older ones, kohya's and LyCORIS'.
 FACTOR = re.compile(r"[._](?:lora[._]|lora_linear_layer\.|hada_|lokr_|alpha$)")
@@ -210,26 +210,25 @@ def check_same_architecture(base: Any, personalized: Any, name: str) -> None:
 
 def read_probe_prompts(file: str | None) -> tuple[str, ...]:
     """Return the lines of `--probe_prompts`, or the default prompts."""
-    return PROMPTS if file is None else read_lines(file, "--probe_prompts")
+    return MEASURED_PROMPTS if file is None else read_lines(file, "--probe_prompts")
 
 
-def record_probe(base: Any, prompts: tuple[str, ...], device: torch.device, seed: int = 0) -> OutputProbe:
-    """Record predictions of the base.
+def record_outputs(base: Any, prompts: tuple[str, ...], seed: int = 0) -> OutputSnapshot:
+    """Record what the denoiser of the base predicts, to measure output drift on.
 
     Raises:
-        RunError: The base is not a Stable Diffusion or SDXL that makes images from a prompt alone.
+        RunError: The base does not make images from a prompt alone.
     """
-    is_text_to_image = isinstance(base, (StableDiffusionPipeline, StableDiffusionXLPipeline))
-    if not is_text_to_image or base.unet.config.in_channels != base.unet.config.out_channels:
-        raise RunError(f"--base: it is a {type(base).__name__}; expected a text-to-image Stable Diffusion or SDXL.")
-    side = base.unet.config.sample_size
-    shape = (base.unet.config.in_channels, side, side)
-    return OutputProbe(pipeline_denoiser(base), base.scheduler, shape, prompts=prompts, device=device, seed=seed)
+    denoisers = [part for name, part in networks(base).items() if name in ("unet", "transformer")]
+    if not denoisers:
+        raise RunError(f"--base: it is a {type(base).__name__}, without a UNet or transformer.")
+    with one_line_errors("--base: expected a text-to-image pipeline whose predictions can be recorded"):
+        return OutputSnapshot.for_measuring(base, denoisers[0], prompts, seed)
 
 
-def measure_drift(probe: OutputProbe, personalized: Any, name: str) -> OutputDrift:
+def measure_drift(recorded: OutputSnapshot, personalized: Any, name: str) -> OutputDrift:
     """Return the output drift of a pipeline; refuse predictions that are not numbers."""
-    drift = probe.measure(pipeline_denoiser(personalized))
+    drift = recorded.measure(personalized)
     if not math.isfinite(drift.output_drift_relative):
         raise RunError(f"--personalized {name}: its predictions are not numbers.")
     return drift

@@ -1,7 +1,6 @@
 """The penalty of the paper: weight times the squared drift from the pretrained model."""
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -16,12 +15,11 @@ class Snapshot(Protocol):
     @property
     def reductions(self) -> Mapping[str, str]: ...  # the purpose of each, by name
 
-    @property
-    def squared_norm(self) -> float: ...  # squared norm of the weights that drift, when pretrained
-
     def drift(self, module: nn.Module, reduction: str) -> Tensor: ...
 
     def add_gradient_(self, module: nn.Module, reduction: str, weight: float, scale: float = 1.0) -> Drift: ...
+
+    def relative(self, drift: Drift) -> dict[str, float]: ...  # to what is pretrained, under its log key
 
 
 class LipschitzDriftLoss(nn.Module):
@@ -36,10 +34,12 @@ class LipschitzDriftLoss(nn.Module):
     optimizer step, after backward and before clipping. The second builds no graph.
 
     Args:
-        snapshot: The pretrained model: a `TeacherSnapshot`, or an `AdapterSnapshot` of a model with adapters.
+        snapshot: The pretrained model: a `TeacherSnapshot`, an `AdapterSnapshot` of a model with adapters, or for either an
+            `OutputSnapshot`.
         weight: The paper's lambda: a finite number, 0 or more. Its scale depends on the reduction: the published 500 is
             for `tensor_mean`; with `sum` it would be about a million times stronger on SD1.5.
-        reduction: One of `snapshot.reductions`: `sum` or `tensor_mean` of a teacher, `product` or `factors` of adapters.
+        reduction: One of `snapshot.reductions`: `sum` or `tensor_mean` of a teacher, `product` or `factors` of adapters,
+            `output` of recorded predictions.
 
     Raises:
         ValueError: A weight that is negative or not finite, or a reduction that the snapshot does not have.
@@ -61,14 +61,14 @@ class LipschitzDriftLoss(nn.Module):
     def logs(self) -> dict[str, float]:
         """Return the most recent drift for a tracker; nothing before the first.
 
-        `drift` is as the reduction defines it, `loss_drift` is weight * drift, and `drift_relative` is the ratio of norms
-        ||theta - theta_0|| / ||theta_0||, taken of the merged weights if there are adapters.
+        `drift` is as the reduction defines it, and `loss_drift` is weight * drift. Where weights are held, `drift_relative`
+        is the ratio of norms ||theta - theta_0|| / ||theta_0||, taken of the merged weights if there are adapters. Where
+        outputs are held, `drift_percent` is `drift` in percent of the mean square of the pretrained predictions.
         """
         if self.last_drift is None:
             return {}
-        value, squared_distance = (float(scalar) for scalar in self.last_drift)
-        relative = (squared_distance / max(self.snapshot.squared_norm, sys.float_info.min)) ** 0.5
-        return {"loss_drift": self.weight * value, "drift": value, "drift_relative": relative}
+        value = float(self.last_drift.value)
+        return {"loss_drift": self.weight * value, "drift": value, **self.snapshot.relative(self.last_drift)}
 
     def extra_repr(self) -> str:
         return f"weight={self.weight:g}, reduction={self.reduction!r}, snapshot={self.snapshot!r}"

@@ -1,17 +1,20 @@
-"""DriftRegularizer: the models of a training loop with their penalties, the probe, and the budget or best checkpoint."""
+"""DriftRegularizer: the models of a training loop with their penalties, the yardstick, and the budget or best checkpoint."""
 
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .budget import DriftBudget
-from .errors import RunError
+from .errors import RunError, one_line
 from .losses import LipschitzDriftLoss, Snapshot
-from .probe import Denoiser, OutputDrift, OutputProbe
+from .outputs import OutputDrift, OutputSnapshot
+from .recording import eval_mode
+from .sharding import reshard
 from .snapshot import rounding_error, trained_parameters
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,7 @@ class BestCheckpoint:
     retention = 1 - sqrt(relative output drift), each at least 0.
 
     Args:
+        models: Those in training.
         subject_loss: Returns the denoising loss on views of the subject that are not trained on.
         save: Writes the current model.
     """
@@ -50,12 +54,12 @@ class BestCheckpoint:
     def __init__(
         self,
         accelerator: Any,
-        denoiser: Denoiser,
+        models: Sequence[nn.Module],
         subject_loss: Callable[[], torch.Tensor],
         save: Callable[[], Any],
     ) -> None:
         self.accelerator = accelerator
-        self.denoiser = denoiser
+        self.models = models
         self.subject_loss = subject_loss
         self.save = save
         self.best: dict[str, float] = {}  # its step and scores
@@ -66,9 +70,12 @@ class BestCheckpoint:
         device = self.accelerator.device
         devices = [] if device.type == "cpu" else [device.index or 0]
         kind = "cuda" if device.type == "cpu" else device.type
-        with self.denoiser.eval_mode(), torch.random.fork_rng(devices, device_type=kind):
+        with eval_mode(*self.models), torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
             torch.manual_seed(0)
-            return self.accelerator.gather(self.subject_loss()).mean().item()
+            loss = self.accelerator.gather(self.subject_loss()).mean().item()
+        for model in self.models:
+            reshard(model)
+        return loss
 
     def update(self, global_step: int, output_drift_relative: float) -> dict[str, float]:
         """Save the model if it is the best so far; return its scores."""
@@ -84,6 +91,77 @@ class BestCheckpoint:
                 f"and retention {retention:.4f}."
             )
         return scores
+
+
+class Recordings(NamedTuple):
+    """What the pretrained pipeline predicts, recorded before training."""
+
+    outputs: Mapping[str, OutputSnapshot] = {}  # by the name of a model that they hold
+    yardstick: OutputSnapshot | None = None  # for measuring output drift
+    measured: Any = None  # what the yardstick measures: the UNet, or a pipeline if text encoders are trained, too
+
+    @classmethod
+    def from_args(
+        cls,
+        args: Any,
+        accelerator: Any,
+        pipeline: Any,
+        models: Mapping[str, nn.Module],
+        training_prompts: Sequence[str],
+        measured_prompts: Sequence[str],
+    ) -> "Recordings":
+        """Record what a script's flags ask for, in the precision of training. Networks move to the accelerator's device.
+
+        Args:
+            pipeline: The pretrained pipeline. It is kept if text encoders are trained.
+            models: Those to be trained, by name, before accelerate prepares them.
+            training_prompts, measured_prompts: What to record to hold the models, and to measure their drift; may be empty.
+
+        Raises:
+            RunError: The pipeline does not answer a prompt alone, and a flag asks for its predictions.
+        """
+        side = max(8, args.resolution // 8 * 8)
+        size: dict[str, Any] = {"height": side, "width": side}
+        held = {name: model for name, model in models.items() if _weight(args, name) != 0} if training_prompts else {}
+        outputs, yardstick = {}, None
+        networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        devices = {name: next(part.parameters()).device for name, part in networks.items()}
+        pipeline.to(accelerator.device)
+        try:
+            with accelerator.autocast():
+                for name, model in held.items():
+                    logger.info(f"Recording what the pretrained {name} predicts.")
+                    prompts, options = training_prompts, {"points": args.lipreg_points, **size}
+                    if name != "unet":  # called once for a prompt, whatever the sampler does
+                        prompts = list(dict.fromkeys(training_prompts))
+                        options |= {"points": len(prompts), "steps": (2, 2)}
+                    outputs[name] = OutputSnapshot(
+                        pipeline,
+                        model,
+                        prompts=prompts,
+                        seed=(args.seed or 0) % 2**31,
+                        batch_size=args.train_batch_size * args.gradient_accumulation_steps,
+                        micro_batch_size=args.train_batch_size,
+                        **options,
+                    )
+                if measured_prompts:
+                    yardstick = OutputSnapshot.for_measuring(pipeline, models["unet"], measured_prompts, **size)
+        except Exception as error:  # any pipeline of diffusers may be here, and some need more than a prompt
+            problem = f"The predictions of this {type(pipeline).__name__} cannot be recorded ({one_line(error)})"
+            if held or args.drift_budget is not None or args.keep_best:
+                raise RunError(
+                    f"{problem}: leave out --lipreg_reduction output, --drift_budget, --keep_best."
+                ) from error
+            logger.warning(f"{problem}, so no output drift is measured.")
+        for name, part in networks.items():
+            if name not in models:  # accelerate moves those
+                part.to(devices[name])
+        return cls(outputs, yardstick, models["unet"] if len(models) == 1 else pipeline)
+
+
+def _weight(args: Any, name: str) -> float | None:
+    """Return the weight of a model's penalty, `None` if a budget finds it."""
+    return args.lipreg_weight if name == "unet" else args.lipreg_text_encoder_weight
 
 
 class DriftRegularizer:
@@ -104,8 +182,8 @@ class DriftRegularizer:
     Args:
         accelerator: Its gradient scaler tells the scale of the gradients.
         penalties: The models to hold.
-        probe: Predictions of the pretrained model; `None` to measure no output drift.
-        denoiser: The model in training, for the probe.
+        yardstick: Recorded predictions to measure output drift on; `None` to measure none.
+        measured: The module, or pipeline, in training that the yardstick measures.
         every: Updates between measurements.
         last_step: The last update, after which there is a measurement, too.
         budget: Finds the weight of the penalties, and asks for more measurements.
@@ -116,8 +194,8 @@ class DriftRegularizer:
         self,
         accelerator: Any,
         penalties: Sequence[Penalty],
-        probe: OutputProbe | None,
-        denoiser: Denoiser,
+        yardstick: OutputSnapshot | None,
+        measured: Any,
         every: int,
         *,
         last_step: int | None = None,
@@ -126,8 +204,8 @@ class DriftRegularizer:
     ) -> None:
         self.accelerator = accelerator
         self.penalties = list(penalties)
-        self.probe = probe
-        self.denoiser = denoiser
+        self.yardstick = yardstick
+        self.measured = measured
         self.every = every
         self.last_step = last_step
         self.budget = budget
@@ -144,10 +222,7 @@ class DriftRegularizer:
         models: Mapping[str, nn.Module],
         *,
         take_snapshot: Callable[[str], Snapshot],
-        denoiser: Denoiser,
-        noise_scheduler: Any,
-        shape: Sequence[int],
-        probe_prompts: Sequence[str],
+        recordings: Recordings,
         subject_loss: Callable[[], torch.Tensor],
         save_best: Callable[[], Any],
     ) -> "DriftRegularizer":
@@ -155,27 +230,26 @@ class DriftRegularizer:
 
         Args:
             models: Those in training, by name. A model is held if its weight is above 0 or left to a budget.
-            take_snapshot: Returns the snapshot of the model of a name.
-            denoiser, noise_scheduler, shape: The arguments of `OutputProbe`.
-            probe_prompts: The prompts of the probe; without any, no output drift is measured.
+            take_snapshot: Returns the snapshot of the weights of a model of that name.
+            recordings: Of the pretrained pipeline. Without a yardstick no output drift is measured.
             subject_loss, save_best: The arguments of `BestCheckpoint`, for `--keep_best`.
         """
-        weights = {name: args.lipreg_weight if name == "unet" else args.lipreg_text_encoder_weight for name in models}
+        take = recordings.outputs.__getitem__ if args.lipreg_reduction == "output" else take_snapshot
         penalties = [
-            Penalty(name, model, LipschitzDriftLoss(take_snapshot(name), weights[name] or 0.0, args.lipreg_reduction))
+            Penalty(name, model, LipschitzDriftLoss(take(name), _weight(args, name) or 0.0, args.lipreg_reduction))
             for name, model in models.items()
-            if weights[name] is None or weights[name] > 0
+            if _weight(args, name) != 0
         ]
-        budget = probe = None
+        budget = best = None
         if args.drift_budget is not None:
             held = {penalty.loss: penalty.model for penalty in penalties}
             budget = DriftBudget(args.drift_budget, args.max_train_steps, held)
-        if probe_prompts:
-            probe = OutputProbe(denoiser, noise_scheduler, shape, prompts=probe_prompts, device=accelerator.device)
-        best = BestCheckpoint(accelerator, denoiser, subject_loss, save_best) if args.keep_best else None
+        if args.keep_best:
+            best = BestCheckpoint(accelerator, list(models.values()), subject_loss, save_best)
         last_step = args.max_train_steps
         every = args.probe_steps or last_step
-        return cls(accelerator, penalties, probe, denoiser, every, last_step=last_step, budget=budget, best=best)
+        yardstick, measured = recordings.yardstick, recordings.measured
+        return cls(accelerator, penalties, yardstick, measured, every, last_step=last_step, budget=budget, best=best)
 
     def add_gradient_(self) -> None:
         """Add the penalties' gradients to those of the loss: after backward, before clipping, on steps that update."""
@@ -193,8 +267,8 @@ class DriftRegularizer:
         # Trackers draw this key at every update, so its last value stays.
         self._logs = {key: value for key, value in self._logs.items() if key == "output_drift_percent"}
         due = global_step % self.every == 0 or global_step == self.last_step
-        if self.probe is not None and (due or (self.budget is not None and self.budget.due(global_step))):
-            self._output_drift = self.probe.measure(self.denoiser)
+        if self.yardstick is not None and (due or (self.budget is not None and self.budget.due(global_step))):
+            self._output_drift = self.yardstick.measure(self.measured)
             self._unused_drift = self._output_drift.output_drift_relative
             self._logs = self._output_drift.logs
             if self.best is not None:
@@ -209,17 +283,19 @@ class DriftRegularizer:
         return logs | self._logs
 
     def finish(self) -> None:
-        """Scale the drift down to the budget if it is above, and measure what the run ends with.
+        """Scale the change of weights down to the budget if weights are held, and measure what the run ends with.
 
         Raises:
             RunError: The predictions of the model are not finite.
         """
-        if self.probe is not None:
-            probe, output_drift = self.probe, self._output_drift or self.probe.measure(self.denoiser)
-            if self.budget is not None and output_drift.output_drift_relative > self.budget.limit:
+        if self.yardstick is not None:
+            measure = partial(self.yardstick.measure, self.measured)
+            output_drift = self._output_drift or measure()
+            above = self.budget is not None and output_drift.output_drift_relative > self.budget.limit
+            if self.budget is not None and above and self.budget.can_scale:
                 before = output_drift.output_drift_percent
-                self.budget.scale_to_budget(lambda: probe.measure(self.denoiser).output_drift_relative)
-                output_drift = probe.measure(self.denoiser)
+                self.budget.scale_to_budget(lambda: measure().output_drift_relative)
+                output_drift = measure()
                 logger.info(
                     f"Output drift was {before:.4g} percent: the change of the weights is scaled by "
                     f"{self.budget.alpha:.3f}, for the budget of {100 * self.budget.limit:g} percent."
@@ -239,10 +315,11 @@ class DriftRegularizer:
         """Return the rows of the model card."""
         metadata = {}
         for penalty in self.penalties:
-            relative = f"{penalty.prefix}drift_relative"
             metadata[f"lipreg_{penalty.prefix}weight"] = f"{penalty.loss.weight:g}"
             metadata["lipreg_reduction"] = penalty.loss.reduction
-            metadata[relative] = f"{penalty.logs[relative]:.3g}"
+            relative = f"{penalty.prefix}drift_relative"
+            if relative in penalty.logs:
+                metadata[relative] = f"{penalty.logs[relative]:.3g}"
         if "output_drift_percent" in self._logs:
             metadata["output_drift_percent"] = f"{self._logs['output_drift_percent']:.3g}"
         if self.budget is not None:
@@ -258,6 +335,7 @@ class DriftRegularizer:
             "logs": self._logs,
             "best": {} if self.best is None else self.best.best,
             "budget": {} if self.budget is None else self.budget.state_dict(),
+            "outputs": {name: snapshot.state_dict() for name, snapshot in self._snapshots.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -268,6 +346,14 @@ class DriftRegularizer:
             self.best.best = dict(state["best"])
         if self.budget is not None:
             self.budget.load_state_dict(state["budget"])
+        for name, snapshot in self._snapshots.items():
+            snapshot.load_state_dict(state["outputs"][name])
+
+    @property
+    def _snapshots(self) -> dict[str, OutputSnapshot]:
+        """Return the recordings that models are held by, by name."""
+        held = {penalty.name: penalty.loss.snapshot for penalty in self.penalties}
+        return {name: snapshot for name, snapshot in held.items() if isinstance(snapshot, OutputSnapshot)}
 
 
 def check_rounding(model: nn.Module, dtype: torch.dtype, learning_rate: float) -> None:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 def to_local(tensor: Any) -> Tensor:
     """Return the part of a sharded tensor that this process holds, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def _is_sharded(tensor: Any) -> bool:
+def is_sharded(tensor: Any) -> bool:
     # Importing this takes half as long as all of torch, and until somebody does there is no such tensor.
     sharding = sys.modules.get("torch.distributed.tensor")
     return sharding is not None and isinstance(tensor, sharding.DTensor)
@@ -19,7 +19,7 @@ def _is_sharded(tensor: Any) -> bool:
 
 def all_reduce_sum(sums: Tensor, like: Any) -> Tensor:
     """Add up sums over local parts on all processes that share `like`, with one all-reduce."""
-    if not _is_sharded(like):
+    if not is_sharded(like):
         return sums
     from torch.distributed.tensor import DTensor, Partial, Replicate
 

@@ -153,6 +153,10 @@ class TeacherSnapshot:
         """Return ||theta_0||^2, to which `drift_relative` compares."""
         return sum(_sum_of_squares(t, (part.float() for (part,) in slices(t))) for t in self._teacher.values())
 
+    def relative(self, drift: Drift) -> dict[str, float]:
+        """Return the ratio of norms ||theta - theta_0|| / ||theta_0||, under its log key."""
+        return drift.relative_to(self.squared_norm)
+
     def pairs(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each parameter of `module` with its teacher.
 

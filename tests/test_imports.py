@@ -1,4 +1,4 @@
-"""Imports go one way: errors, sharding <- drift, adapter_drift <- snapshot <- adapters, losses <- callbacks, budget <- regularizer.
+"""Imports go one way: errors, sharding <- drift, adapter_drift <- snapshot <- adapters, outputs, losses <- callbacks, budget <- regularizer.
 
 Only commands join the core and `dreambooth`: the scripts, `interpolate` and `evaluation`, and `loading` for those two.
 """
@@ -18,14 +18,15 @@ CORE = {  # besides the standard library; another core module states here what i
     "snapshot": {"torch", "drift", "sharding"},
     "adapter_drift": {"torch", "peft", "drift"},
     "adapters": {"torch", "adapter_drift", "drift", "errors", "snapshot"},
+    "recording": {"torch", "drift"},
+    "outputs": {"torch", "drift", "recording", "sharding", "snapshot"},
     "losses": {"torch", "drift"},
     "callbacks": {"torch", "transformers", "adapters", "losses", "snapshot"},
-    "probe": {"torch", "diffusers", "sharding"},
     "budget": {"torch", "losses", "sharding"},
-    "regularizer": {"torch", "budget", "errors", "losses", "probe", "snapshot"},
-    "__init__": {"adapters", "budget", "callbacks", "losses", "probe", "snapshot"},
+    "regularizer": {"torch", "budget", "errors", "losses", "outputs", "recording", "sharding", "snapshot"},
+    "__init__": {"adapters", "budget", "callbacks", "losses", "outputs", "snapshot"},
 }
-LIGHT = ("AdapterSnapshot", "DriftBudget", "LipschitzDriftLoss", "TeacherSnapshot")
+LIGHT = ("AdapterSnapshot", "DriftBudget", "LipschitzDriftLoss", "OutputSnapshot", "TeacherSnapshot")
 
 
 def imports(source: str, package: str) -> set[str]:

@@ -15,7 +15,7 @@ from support.runs import PARITY, load
 from diffusers_lipreg import interpolate
 from diffusers_lipreg.dreambooth import lora
 from diffusers_lipreg.interpolate import main
-from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser
+from diffusers_lipreg.outputs import OutputSnapshot
 
 BASE = PARITY / "pipeline"
 ADAPTERS = "pytorch_lora_weights.safetensors"
@@ -55,12 +55,11 @@ def adapters(folder: Path, **options) -> Path:
 def drift(out: Path) -> float:
     """Relative output drift of what is on disk."""
     base = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
-    side = base.unet.config.sample_size
-    probe = OutputProbe(pipeline_denoiser(base), base.scheduler, (4, side, side))
+    recorded = OutputSnapshot.for_measuring(base, base.unet)
     if (out / ADAPTERS).exists():
         base.load_lora_weights(out)
-        return probe.measure(pipeline_denoiser(base)).output_drift_relative
-    return probe.measure(pipeline_denoiser(DiffusionPipeline.from_pretrained(out))).output_drift_relative
+        return recorded.measure(base).output_drift_relative
+    return recorded.measure(DiffusionPipeline.from_pretrained(out)).output_drift_relative
 
 
 def test_a_pipeline_by_alpha(personalized, tmp_path):

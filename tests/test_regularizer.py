@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_lipreg import Denoiser, LipschitzDriftLoss, TeacherSnapshot
+from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
 from diffusers_lipreg.errors import RunError
-from diffusers_lipreg.probe import OutputDrift
+from diffusers_lipreg.outputs import OutputDrift
 from diffusers_lipreg.regularizer import DriftRegularizer, Penalty, check_rounding
 
 
@@ -32,18 +32,17 @@ def model() -> nn.Linear:
     return nn.Linear(1, 1, bias=False)
 
 
-def regularizer(model: nn.Module, scale: float = 1.0, probe: Any = None, **options: Any) -> DriftRegularizer:
+def regularizer(model: nn.Module, scale: float = 1.0, yardstick: Any = None, **options: Any) -> DriftRegularizer:
     """One that holds `model` by 10 * drift, in `sum`."""
     scaler = None if scale == 1 else SimpleNamespace(get_scale=lambda: scale)
     penalty = Penalty("unet", model, LipschitzDriftLoss(TeacherSnapshot(model), 10.0, "sum"))
-    denoiser = Denoiser(lambda sample, timestep, prompts: model.weight * sample, [model])
-    return DriftRegularizer(SimpleNamespace(scaler=scaler), [penalty], probe, denoiser, 2, **options)
+    return DriftRegularizer(SimpleNamespace(scaler=scaler), [penalty], yardstick, model, 2, **options)
 
 
 class Budget:
     """As a `DriftBudget` that finds the weight 10, from gradients of 5 of the loss alone."""
 
-    weight, limit = 0.0, 0.5
+    weight, limit, can_scale = 0.0, 0.5, True
 
     def __init__(self, model: nn.Module, scale: float) -> None:
         self.model, self.scale, self.drifts = model, scale, []
@@ -69,19 +68,25 @@ def test_the_penalty_joins_the_gradients_of_an_update(model: nn.Linear, scale: f
         assert held.logs["drift"] == pytest.approx(4.0) and held.logs["loss_drift"] == pytest.approx(40.0)
 
 
+def reading(drift: float) -> OutputDrift:
+    """Of two chains of one call each."""
+    rows = [[drift] * 2, [1.0] * 2, [0, 1], [0, 0], [7.0] * 2]
+    return OutputDrift(*(torch.tensor(row) for row in rows))
+
+
 @pytest.fixture
-def probe() -> Any:
-    """Measures, one after another, 10, 20 and 30 percent, on two chains."""
+def yardstick() -> Any:
+    """Measures, one after another, 10, 20 and 30 percent."""
     drifts = iter([0.1, 0.2, 0.3])
-    return SimpleNamespace(
-        measure=lambda denoiser: OutputDrift([7.0], torch.full((1, 2), next(drifts)), torch.ones(1, 2))
-    )
+    return SimpleNamespace(measure=lambda model: reading(next(drifts)))
 
 
-def test_output_drift_is_measured_when_due_and_the_last_one_stays_in_the_logs(model: nn.Linear, probe: Any) -> None:
+def test_output_drift_is_measured_when_due_and_the_last_one_stays_in_the_logs(
+    model: nn.Linear, yardstick: Any
+) -> None:
     """Every second update, and where the budget asks: after the first."""
     model.weight.grad = torch.full((1, 1), 5.0)
-    held = regularizer(model, probe=probe, budget=Budget(model, 1.0))
+    held = regularizer(model, yardstick=yardstick, budget=Budget(model, 1.0))
     percent = []
     for step in range(1, 4):
         held.after_step(step)
@@ -98,16 +103,14 @@ def test_output_drift_is_measured_when_due_and_the_last_one_stays_in_the_logs(mo
     }  # fmt: skip
 
 
-def test_its_state_is_json_and_comes_back(model: nn.Linear, probe: Any) -> None:
-    first, second = regularizer(model, probe=probe), regularizer(model)
+def test_its_state_is_json_and_comes_back(model: nn.Linear, yardstick: Any) -> None:
+    first, second = regularizer(model, yardstick=yardstick), regularizer(model)
     first.after_step(2)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.state_dict() == first.state_dict() and second.logs == first.logs
 
 
 def test_a_lost_model_ends_in_one_line(model: nn.Linear) -> None:
-    lost = SimpleNamespace(
-        measure=lambda denoiser: OutputDrift([7.0], torch.full((1, 1), torch.nan), torch.ones(1, 1))
-    )
+    lost = SimpleNamespace(measure=lambda model: reading(float("nan")))
     with pytest.raises(RunError, match="output drift is nan after training, so the model is lost"):
-        regularizer(model, probe=lost).finish()
+        regularizer(model, yardstick=lost).finish()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from support.runs import PARITY, ROOT, assert_equal_weights, draw, load
 
 from diffusers_lipreg.errors import RunError, read_lines
-from diffusers_lipreg.probe import OutputDrift, OutputProbe, pipeline_denoiser
+from diffusers_lipreg.outputs import MEASURED_PROMPTS, OutputDrift, OutputSnapshot
 
 LORA = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -264,19 +265,21 @@ def test_measuring_output_drift_changes_no_weight(train, tmp_path, logs):
     assert_equal_weights(plain / UNET, out / UNET)
     at = {step: values.get("output_drift") for step, values in logs}
     assert at[1] is None and at[2] > 0 and at[3] is None and at[4] > 0
-    assert {"output_drift_percent", "output_drift_percent_se", "output_drift_percent_t874", "subject_similarity",
-            "retention", "harmonic_mean"} <= logs[3][1].keys()  # fmt: skip
+    assert {"output_drift_percent", "output_drift_percent_se", "subject_similarity", "retention", "harmonic_mean"} <= (
+        logs[3][1].keys()
+    )
+    assert sum(key.startswith("output_drift_percent_t") for key in logs[3][1]) == 4
     assert drift_on_disk(out).output_drift == pytest.approx(at[4], rel=1e-4)
 
 
-def drift_on_disk(out: Path, **options: list[str]) -> OutputDrift:
+def drift_on_disk(out: Path, prompts: Sequence[str] = MEASURED_PROMPTS) -> OutputDrift:
     """The output drift of what a run left, pipeline or adapters, against the base."""
     base = StableDiffusionPipeline.from_pretrained(PARITY / "pipeline", safety_checker=None)
-    probe = OutputProbe(pipeline_denoiser(base), base.scheduler, (4, 8, 8), **options)
+    recorded = OutputSnapshot.for_measuring(base, base.unet, prompts)
     if (out / LORA).exists():
         base.load_lora_weights(out)
-        return probe.measure(pipeline_denoiser(base))
-    return probe.measure(pipeline_denoiser(StableDiffusionPipeline.from_pretrained(out, safety_checker=None)))
+        return recorded.measure(base)
+    return recorded.measure(StableDiffusionPipeline.from_pretrained(out, safety_checker=None))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +302,7 @@ def test_a_drift_budget_is_kept_and_resumed(more, train, tmp_path, logs):
     file = LORA if "--rank" in more else UNET
     weights = load_file(out / file)
     assert seen[1]["lipreg_weight"] == 0 < seen[6]["lipreg_weight"]
-    assert drift_on_disk(out, prompts=["a dog", "a cat"]).output_drift_relative <= 1.001e-3
+    assert drift_on_disk(out, ["a dog", "a cat"]).output_drift_relative <= 1.001e-3
     logs.clear()
     train(out, *steps, "--resume_from_checkpoint", "checkpoint-3")
     assert logs == [(step, seen[step]) for step in range(4, 7)]

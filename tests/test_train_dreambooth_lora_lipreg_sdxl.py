@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from support.runs import PARITY, ROOT, assert_equal_weights, draw, execute, flags
 
-from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser
+from diffusers_lipreg.outputs import OutputSnapshot
 
 BASE = PARITY / "pipeline_sdxl"
 LORA = "pytorch_lora_weights.safetensors"
@@ -233,6 +233,6 @@ def test_a_drift_budget_is_kept(more, train_sdxl, tmp_path, logs):
     seen = {step: values for step, values in logs}
     assert seen[1]["lipreg_weight"] == 0 < seen[4]["lipreg_weight"]
     base = StableDiffusionXLPipeline.from_pretrained(PARITY / "pipeline_sdxl")
-    probe = OutputProbe(pipeline_denoiser(base), base.scheduler, (4, 8, 8), prompts=["a dog", "a cat"])
+    recorded = OutputSnapshot.for_measuring(base, base.unet, ["a dog", "a cat"])
     base.load_lora_weights(out)
-    assert 0 < probe.measure(pipeline_denoiser(base)).output_drift_relative <= 1.001e-3
+    assert 0 < recorded.measure(base).output_drift_relative <= 1.001e-3

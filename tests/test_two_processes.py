@@ -14,10 +14,10 @@ from support import two_processes
 from support.hub_client import client_of_loopback_hub
 from support.loopback_hub import LoopbackHub
 from support.runs import PARITY, ROOT
-from support.two_processes import FIXED, FULL, RUNS_FSDP2, Run, fixed_loss
+from support.two_processes import FIXED, FULL, HELD, RUNS_FSDP2, Run, fixed_loss
 
 needs_fsdp2 = pytest.mark.skipif(not RUNS_FSDP2, reason="torch without FSDP2 on CPUs, or accelerate without it")
-SHARDS = [pytest.param(name, marks=needs_fsdp2) for name in ("shards", "sharded")]
+SHARDS = [pytest.param(name, marks=needs_fsdp2) for name in ("shards", "sharded", "held-shards")]
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("00.png", "01.png"):
         Image.open(PARITY / "instance" / name).convert("RGB").resize((64, 64)).save(folder / "squares" / name)
     (folder / "probes.txt").write_text("a dog\na cat\n")
+    (folder / "held.txt").write_text("a tree\na house\n")
     Run(folder / "one", *FULL, "--instance_data_dir", str(folder / "photos")).save(folder / "one.pt")
     return folder
 
@@ -66,7 +67,7 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any], **tolerance: float)
         torch.testing.assert_close(other["weights"][model], weights, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
-@pytest.mark.parametrize("run", ["whole", "fixed", "two-after-one", "sdxl", *SHARDS])
+@pytest.mark.parametrize("run", ["whole", "fixed", "held", "two-after-one", "sdxl", *SHARDS])
 def test_the_processes_end_with_one_model(ranks, run: str) -> None:
     assert_equal(*ranks(run))
 
@@ -81,6 +82,7 @@ def assert_resumed_exactly(ranks, run: str, stop: int) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(ranks) -> None:
     """In mid-epoch, where a photo that both have seen comes again."""
     assert_resumed_exactly(ranks, "whole", 1)
+    assert_resumed_exactly(ranks, "held", 1)
 
 
 @pytest.mark.slow
@@ -138,6 +140,24 @@ def test_two_processes_equal_one_with_the_whole_batch(ranks, folder: Path) -> No
     assert [values["drift"] for _, values in two["logs"]] == pytest.approx(
         [values["drift"] for _, values in alone["logs"]], rel=1e-3
     )
+
+
+def test_two_processes_hold_outputs_as_one_with_the_whole_batch(ranks, folder: Path) -> None:
+    """Each process replays its own points: the one replays as many as the two together, in the same order."""
+    photos = ("--instance_data_dir", str(folder / "squares"), "--train_batch_size", "2")
+    Run(folder / "held alone", *HELD, str(folder / "held.txt"), *photos, loss=fixed_loss).save(
+        folder / "held-alone.pt"
+    )
+    alone = torch.load(folder / "held-alone.pt", weights_only=False)
+    for name in ("held", *(["held-shards"] if RUNS_FSDP2 else [])):
+        two = ranks(name)[0]
+        assert_equal(alone, two, rtol=1e-5, atol=1e-6)
+        drifts = [[values["drift"] for _, values in run["logs"]] for run in (alone, two)]
+        assert drifts[1] == pytest.approx(drifts[0], rel=1e-3, abs=1e-12) and drifts[0][-1] > 1e-8
+    start, end = (
+        torch.nn.utils.parameters_to_vector(ranks(n)[0]["weights"]["unet"].values()) for n in ("fixed", "held")
+    )
+    assert not torch.allclose(start, end, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("processes", ["two after one", "one after two"])

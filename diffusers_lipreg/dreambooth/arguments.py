@@ -15,9 +15,10 @@ from ..errors import OneLineParser
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 AT_LEAST_ONE = """
     resolution sample_batch_size train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps
-    checkpointing_steps validation_steps validation_epochs tokenizer_max_length repeats rank extract_lora_rank
+    checkpointing_steps validation_steps validation_epochs tokenizer_max_length repeats rank extract_lora_rank lipreg_points
 """.split()
 AT_LEAST_ZERO = ("dataloader_num_workers", "lr_warmup_steps", "probe_steps")
+OUTPUT_WEIGHT = 3.0  # where predictions have a mean square of about 1, as those of noise
 BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
 
 
@@ -199,7 +200,10 @@ def add_lipreg_arguments(
     flag("--lipreg_weight", type=float, default=weight, help="Weight of the penalty; 0 is the official script.")
     flag("--drift_budget", type=float, help="Find the weight that ends at this relative output drift, such as 0.02.")
     flag(
-        "--lipreg_reduction", default=reduction, choices=list(reductions), help="How squared drift becomes one number."
+        "--lipreg_reduction",
+        default=reduction,
+        choices=[*reductions, "output"],
+        help="What is held near the pretrained model: weights, in one of several ways, or output, its predictions.",
     )
     flag("--lipreg_text_encoder_weight", type=float, help="Weight for a trained text encoder; default: the UNet's.")
     flag("--lipreg_teacher_device", help='Where pretrained weights are kept: "cpu", "disk"; adapters need none.')
@@ -208,6 +212,8 @@ def add_lipreg_arguments(
         choices=["fp32", "fp16", "bf16"],
         help="Their type; default: the smallest that is exact.",
     )
+    flag("--lipreg_prompts", help="With the reduction output: file with a prompt a line; default: generic ones.")
+    flag("--lipreg_points", type=int, default=1024, help="With the reduction output: recorded calls to hold it on.")
     flag = parser.add_argument_group("output drift").add_argument
     flag("--probe_steps", type=int, default=500, help="Updates between measurements of output drift; 0: never.")
     flag("--probe_prompts", help="File with a prompt in each line to measure it on; default: a few generic ones.")
@@ -259,7 +265,7 @@ def check_shared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error("--with_prior_preservation needs --class_data_dir, a folder for class images")
         if args.class_prompt is None:
             parser.error("--with_prior_preservation needs --class_prompt, a prompt for class images")
-    elif args.class_data_dir is not None or args.class_prompt is not None:
+    elif args.class_data_dir is not None or (args.class_prompt is not None and args.lipreg_reduction != "output"):
         warnings.warn("--class_data_dir and --class_prompt do nothing without --with_prior_preservation", stacklevel=2)
     schedulers = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
     if args.lr_scheduler not in schedulers:
@@ -302,15 +308,7 @@ def check_lipreg(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
     The decay pulls towards zero, the penalty towards the pretrained weights.
     """
-    teacher = (args.lipreg_teacher_device, args.lipreg_teacher_dtype)
-    if args.rank is not None and teacher != (None, None):
-        parser.error(
-            "--lipreg_teacher_device and --lipreg_teacher_dtype are for full fine-tuning: adapters need no teacher"
-        )
-    if args.lipreg_teacher_device == "disk" and args.lipreg_teacher_dtype is not None:
-        parser.error(
-            "--lipreg_teacher_dtype does nothing with --lipreg_teacher_device disk, which keeps the file's type"
-        )
+    _check_kind(parser, args)
     # argparse hands out the default object itself, so `is` tells a default from the same number given by the user.
     weight_is_default = args.lipreg_weight is parser.get_default("lipreg_weight")
     if args.drift_budget is not None:
@@ -318,7 +316,9 @@ def check_lipreg(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         return
     if args.keep_best and args.probe_steps == 0:
         parser.error("--keep_best chooses by what is measured along the way: it needs --probe_steps above 0")
-    if weight_is_default and args.lipreg_reduction != parser.get_default("lipreg_reduction"):
+    if weight_is_default and args.lipreg_reduction == "output":
+        args.lipreg_weight = OUTPUT_WEIGHT
+    elif weight_is_default and args.lipreg_reduction != parser.get_default("lipreg_reduction"):
         parser.error(
             f"--lipreg_reduction {args.lipreg_reduction} needs a --lipreg_weight of its own: the default, "
             f"{args.lipreg_weight:g}, is meant for {parser.get_default('lipreg_reduction')}"
@@ -335,6 +335,25 @@ def check_lipreg(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         warnings.warn("--lipreg_text_encoder_weight does nothing without --train_text_encoder", stacklevel=2)
     if args.lipreg_weight > 0 or (args.train_text_encoder and args.lipreg_text_encoder_weight > 0):
         _stop_weight_decay(parser, args)
+
+
+def _check_kind(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that belong to another kind of penalty."""
+    teacher = (args.lipreg_teacher_device, args.lipreg_teacher_dtype)
+    if args.rank is not None and teacher != (None, None):
+        parser.error(
+            "--lipreg_teacher_device and --lipreg_teacher_dtype are for full fine-tuning: adapters need no teacher"
+        )
+    if args.lipreg_teacher_device == "disk" and args.lipreg_teacher_dtype is not None:
+        parser.error(
+            "--lipreg_teacher_dtype does nothing with --lipreg_teacher_device disk, which keeps the file's type"
+        )
+    points_are_default = args.lipreg_points == parser.get_default("lipreg_points")
+    if args.lipreg_reduction == "output":
+        if teacher != (None, None):
+            parser.error("--lipreg_teacher_device and --lipreg_teacher_dtype are for weights, not for outputs")
+    elif args.lipreg_prompts is not None or not points_are_default:
+        parser.error("--lipreg_prompts and --lipreg_points need --lipreg_reduction output")
 
 
 def _stop_weight_decay(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -85,6 +85,18 @@ class Base:
         pipeline.register_to_config(_name_or_path=self.title)
         return pipeline
 
+    def sampler(self, vae: Any, **networks: nn.Module) -> Any:
+        """Return the pipeline that samples latents with these networks, and without the parts that make images of them.
+
+        Args:
+            vae: The VAE, which tells the size of latents; `None` for a pipeline that diffuses pixels.
+        """
+        absent = {name: None for name in self.classes if not name.startswith(("scheduler", "tokenizer"))}
+        pipeline = self.pipeline(torch.float32, **{**absent, "requires_safety_checker": False, **networks})
+        if vae is not None:
+            pipeline.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        return pipeline
+
     def stored(self, name: str, part: nn.Module) -> dict[str, Tensor]:
         """Map the files that the bare model `part` was loaded from; see `mapped_weights`."""
         _, files = find_weights(self.folders[name], type(part), self.variant)

@@ -22,6 +22,7 @@ from .data import open_image
 from .models import Base
 
 logger = get_logger(__name__)
+CLASS_PROMPT_EVERY = 32
 
 
 def check_processes(args: Namespace, accelerator: Accelerator) -> None:
@@ -105,11 +106,36 @@ def check_environment(args: Namespace) -> None:
             raise RunError(f"--validation_images {error}") from error
 
 
-def probe_prompts(args: Namespace, default: Sequence[str]) -> Sequence[str]:
-    """Return the lines of `--probe_prompts` or else `default`, and nothing if no flag asks for measurements."""
+def prompts_to_record(
+    args: Namespace, generic: Sequence[str], measured: Sequence[str]
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the prompts that outputs are held on and those that drift is measured on; none that no flag asks for.
+
+    The two share none: what is trained on is no measure. The first are the lines of `--lipreg_prompts`, with
+    `--class_prompt` in front and again and again.
+
+    Args:
+        generic, measured: The prompts where no file is given.
+    """
+    training: Sequence[str] = ()
+    if args.lipreg_reduction == "output":
+        training = generic if args.lipreg_prompts is None else read_lines(args.lipreg_prompts, "--lipreg_prompts")
+        if args.instance_prompt in training:
+            raise RunError(
+                f"--lipreg_prompts {args.lipreg_prompts} holds the --instance_prompt, whose outputs are to change: "
+                "leave it out."
+            )
+        if args.class_prompt is not None and args.class_prompt != args.instance_prompt:
+            parts = [training[i : i + CLASS_PROMPT_EVERY] for i in range(0, len(training), CLASS_PROMPT_EVERY)]
+            training = [prompt for part in parts for prompt in (args.class_prompt, *part)]
     if args.probe_steps == 0 and args.drift_budget is None:
-        return ()
-    return default if args.probe_prompts is None else read_lines(args.probe_prompts, "--probe_prompts")
+        return training, ()
+    found = measured if args.probe_prompts is None else read_lines(args.probe_prompts, "--probe_prompts")
+    if not (left := [prompt for prompt in found if prompt not in training]):
+        raise RunError(
+            f"--probe_prompts {args.probe_prompts}: --lipreg_prompts holds all of them, so nothing is left to measure on."
+        )
+    return training, left
 
 
 def check_disk(args: Namespace, parameters: Sequence[nn.Parameter]) -> None:

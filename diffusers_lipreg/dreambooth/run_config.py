@@ -50,6 +50,7 @@ RULES = {
     "warned": """
         instance_data_dir dataset_name dataset_config_name image_column caption_column repeats instance_prompt
         with_prior_preservation class_data_dir class_prompt num_class_images
+        lipreg_prompts lipreg_points
         resolution center_crop random_flip image_interpolation_mode offset_noise seed
         train_batch_size gradient_accumulation_steps mixed_precision variant pretrained_vae_model_name_or_path
         tokenizer_name tokenizer_max_length text_encoder_use_attention_mask class_labels_conditioning

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ..budget import WeightInterpolation
 from ..loading import networks
-from ..probe import OutputProbe, pipeline_denoiser
+from ..outputs import OutputSnapshot
 from .generation import Sampling, generate
 
 FRACTIONS = (0.25, 0.5, 1.0)  # the last one restores the weights
 
 
 def lipschitz_slopes(
-    probe: OutputProbe, base: Any, personalized: Any, changed: Mapping[str, Iterable[str]], distance: float
+    recorded: OutputSnapshot, base: Any, personalized: Any, changed: Mapping[str, Iterable[str]], distance: float
 ) -> list[dict[str, float | None]]:
     """Return ||d eps|| / ||d theta|| at `FRACTIONS` of the drift: constant if predictions change linearly.
 
-    ||d eps|| is the root mean square, over probes, of the norm of the change of a prediction. The weights of
+    ||d eps|| is the root mean square, over the recorded calls, of the norm of the change of a prediction. The weights of
     `personalized` end as they began.
 
     Args:
@@ -35,11 +35,10 @@ def lipschitz_slopes(
         before, after = (dict(networks(pipeline)[part].named_parameters()) for pipeline in (base, personalized))
         pairs += [(after[name], before[name].detach()) for name in names]
     change = WeightInterpolation(pairs)
-    elements = base.unet.config.in_channels * base.unet.config.sample_size**2  # of a prediction
     points = []
     for fraction in FRACTIONS:
         change.set_alpha(fraction)
-        moved = math.sqrt(probe.measure(pipeline_denoiser(personalized)).output_drift * elements)
+        moved = math.sqrt(recorded.measure(personalized).output_drift * recorded.elements)
         slope = moved / (fraction * distance) if distance else None
         points.append({"fraction": fraction, "parameters": fraction * distance, "predictions": moved, "slope": slope})
     return points

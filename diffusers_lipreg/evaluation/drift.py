@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..loading import measure_drift, networks, record_probe
+from ..loading import measure_drift, networks, record_outputs
+from ..outputs import OutputDrift
 from .analysis import PathKL, lipschitz_slopes
 from .generation import Sampling
 
@@ -61,12 +62,12 @@ class DriftMeter:
         sampling: Settings of the images, for path-KL.
 
     Raises:
-        RunError: The base is not a text-to-image Stable Diffusion or SDXL.
+        RunError: The base does not make images from a prompt alone.
     """
 
     def __init__(self, base: Any, prompts: tuple[str, ...], sampling: Sampling, device: torch.device) -> None:
         self.base, self.device = base.to(device), device
-        self.probe = record_probe(base, prompts, device, sampling.seed)
+        self.recorded = record_outputs(base, prompts, sampling.seed)
         self.path_kl = PathKL(base, prompts, sampling) if PathKL.covers(base) else None
         base.to("cpu")
 
@@ -88,26 +89,18 @@ class DriftMeter:
         return {
             "parameters": {part: _report_weights(changed) for part, changed in changes.items()},
             "output": self._report_output(personalized, name),
-            "slopes": lipschitz_slopes(self.probe, self.base, personalized, changes, distance),
+            "slopes": lipschitz_slopes(self.recorded, self.base, personalized, changes, distance),
             "path_kl": self._report_path_kl(personalized),
         }
 
     def _report_output(self, personalized: Any, name: str) -> dict[str, Any]:
-        drift = measure_drift(self.probe, personalized, name)
-        chains = drift.squared_error.shape[1]
-        errors = 100 * drift.squared_error.std(dim=1) / math.sqrt(chains) / drift.squared_reference.mean(dim=1)
+        drift = measure_drift(self.recorded, personalized, name)
         return {
             "output_drift": drift.output_drift,
-            "output_drift_percent": drift.output_drift_percent,
-            "output_drift_percent_se": _none_if_nan(100 * drift.standard_error),
-            "chains": chains,
+            **_report_percent(drift),
+            "chains": len(drift.chains.unique()),
             "by_timestep": [
-                {
-                    "timestep": timestep,
-                    "output_drift_percent": 100 * relative,
-                    "output_drift_percent_se": _none_if_nan(error),
-                }
-                for (timestep, relative), error in zip(drift.by_timestep.items(), errors.tolist(), strict=True)
+                {"timestep": float(f"{t:.3g}"), **_report_percent(part)} for t, part in drift.by_timestep.items()
             ],
         }
 
@@ -124,6 +117,13 @@ class DriftMeter:
             "chains": len(chains),
             "by_step": [{"timestep": timestep, "nats": nats} for timestep, nats in by_step],
         }
+
+
+def _report_percent(drift: OutputDrift) -> dict[str, float | None]:
+    return {
+        "output_drift_percent": drift.output_drift_percent,
+        "output_drift_percent_se": _none_if_nan(drift.standard_error_percent),
+    }
 
 
 def _none_if_nan(value: float) -> float | None:

@@ -40,7 +40,7 @@ from world import PHOTOS, SUBJECTS  # noqa: E402
 
 import train_dreambooth_lipreg as script  # noqa: E402
 from diffusers_lipreg.budget import measurement_steps  # noqa: E402
-from diffusers_lipreg.probe import OutputProbe, pipeline_denoiser  # noqa: E402
+from diffusers_lipreg.outputs import OutputSnapshot  # noqa: E402
 
 CAPTIONS = [
     "a photo of a red circle on a blue background", "a green star on a white background", "a picture of a heart",
@@ -101,13 +101,13 @@ def on_disk(args: argparse.Namespace, folder: Path, subject: str, kind: str) -> 
     """The drift and the subject's loss of what the run left, in a pipeline that is loaded anew."""
     pipeline = StableDiffusionPipeline.from_pretrained(TESTBED / "pipeline", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    probe = OutputProbe(pipeline_denoiser(pipeline), pipeline.scheduler, (8, 8, 8), prompts=CAPTIONS)
+    recorded = OutputSnapshot.for_measuring(pipeline, pipeline.unet, CAPTIONS)
     yardstick = Yardstick(pipeline, SUBJECTS[subject], 1, Sampling(1))
     if kind == "lora":
         pipeline.load_lora_weights(str(folder))
     else:
         pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    reading = probe.measure(pipeline_denoiser(pipeline))
+    reading = recorded.measure(pipeline)
     losses = yardstick.losses(pipeline.unet)
     shutil.rmtree(folder)
     return {"drift": reading.output_drift_relative, "se": reading.standard_error, **losses}
@@ -229,17 +229,17 @@ def cost(args: argparse.Namespace) -> list[str]:
     )
     update = (long - short) / (args.cost_steps - 10)
     pipeline = StableDiffusionPipeline.from_pretrained(TESTBED / "pipeline", dtype=torch.float32)
-    denoiser = pipeline_denoiser(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
     marks = [time.process_time()]
-    probe = OutputProbe(denoiser, pipeline.scheduler, (8, 8, 8), prompts=CAPTIONS)
+    recorded = OutputSnapshot.for_measuring(pipeline, pipeline.unet, CAPTIONS)
     marks.append(time.process_time())
     for _ in range(5):
-        probe.measure(denoiser)
+        recorded.measure(pipeline.unet)
     marks.append(time.process_time())
     take, measure = marks[1] - marks[0], (marks[2] - marks[1]) / 5
     encoding, cached, *probing = sd15()
     return [
-        "| | updates | taking the probe | once measured | default | with a budget |", "|---" * 6 + "|",
+        "| | updates | recording | once measured | default | with a budget |", "|---" * 6 + "|",
         shares("testbed, batch 4", 400, update, take, measure, "s"), shares("testbed, batch 4", 1000, update, take, measure, "s"),
         shares("SD1.5, batch 1, 512 pixels, counted", 1000, encoding + cached, *probing, "TFLOP"),
         shares("the same with cached images, counted", 1000, cached, *probing, "TFLOP"),
@@ -254,7 +254,7 @@ def shares(name: str, steps: int, update: float, take: float, measure: float, un
 
 
 def sd15() -> tuple[float, float, float, float]:
-    """1e12 floating-point operations of encoding an image, of an update, of taking the probe and of measuring; counted."""
+    """1e12 floating-point operations of encoding an image, of an update, of recording (16 steps in the mean) and of measuring; counted."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         channels, blocks = (128, 256, 512, 512), ["DownEncoderBlock2D"] * 4
@@ -271,7 +271,7 @@ def sd15() -> tuple[float, float, float, float]:
         with FlopCounterMode(display=False) as both:
             unet(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)).sample.sum().backward()
     row = forward.get_total_flops() / 1e12
-    return encoding.get_total_flops() / 1e12, both.get_total_flops() / 1e12, 64 * row, 32 * row
+    return encoding.get_total_flops() / 1e12, both.get_total_flops() / 1e12, 8 * 16 * row, 8 * 4 * row
 
 
 def main() -> None:

@@ -34,6 +34,8 @@ LIPREG = {
     "--lipreg_text_encoder_weight",
     "--lipreg_teacher_device",
     "--lipreg_teacher_dtype",
+    "--lipreg_prompts",
+    "--lipreg_points",
     "--drift_budget",
     "--probe_steps",
     "--probe_prompts",

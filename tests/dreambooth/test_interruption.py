@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from support.runs import ROOT, assert_equal_weights, flags, forget_accelerate, write_output_to
 
 import train_dreambooth_lipreg
-from diffusers_lipreg import OutputProbe
+from diffusers_lipreg import OutputSnapshot
 from diffusers_lipreg.dreambooth import interruption
 from diffusers_lipreg.dreambooth.checkpoint_files import list_checkpoints
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, run_script
@@ -178,7 +178,7 @@ def test_a_signal_while_class_images_are_sampled(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        (OutputProbe, "measure", 1),  # at the end, where a budget is settled
+        (OutputSnapshot, "measure", 1),  # at the end, where a budget is settled
         (UNet2DConditionModel, "save_pretrained", 1),
         (HfApi, "upload_folder", 1),
     ],

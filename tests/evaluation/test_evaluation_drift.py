@@ -11,7 +11,7 @@ from support.runs import PARITY, load_pipeline
 from diffusers_lipreg.evaluation import analysis, drift
 from diffusers_lipreg.evaluation.generation import Sampling
 from diffusers_lipreg.loading import load_personalized
-from diffusers_lipreg.probe import PROMPTS
+from diffusers_lipreg.outputs import MEASURED_PROMPTS
 
 BASE = str(PARITY / "pipeline")
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def test_weight_changes_of_adapters_are_their_products(lora):
 
 @pytest.mark.parametrize("kind", ["full", "dora"])
 def test_slopes_are_changes_of_predictions_over_changes_of_weights(kind, request):
-    meter = drift.DriftMeter(load_pipeline(), PROMPTS[:2], Sampling(num_inference_steps=2), CPU)
+    meter = drift.DriftMeter(load_pipeline(), MEASURED_PROMPTS[:2], Sampling(num_inference_steps=2), CPU)
     personalized, again = load(request.getfixturevalue(kind)), load(request.getfixturevalue(kind))
     report = meter.measure(personalized, "personalized")
     drift.merge_adapters(again)
@@ -107,7 +107,7 @@ def test_path_kl_equals_two_models_along_one_chain(full):
         pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     assert analysis.PathKL.covers(base)
     sampling = Sampling(num_inference_steps=4, guidance_scale=1.0, batch_size=2, seed=5)
-    prompts = PROMPTS[:3]
+    prompts = MEASURED_PROMPTS[:3]
     meter = analysis.PathKL(base, prompts, sampling)
     assert meter.measure(base).abs().max() == 0
     got = meter.measure(personalized)

@@ -55,6 +55,8 @@ SHARDED = (
     "--keep_best",
 )
 SHARDED += ("--validation_prompt", "a dog", "--validation_steps", "2", "--num_validation_images", "1")
+HELD = (*FIXED, "--checkpointing_steps", "1", "--lipreg_reduction", "output", "--lipreg_weight", "1000")
+HELD += ("--lipreg_points", "5", "--lipreg_prompts")  # and a file
 ADAPTERS = (*FULL, "--max_train_steps", "2", "--train_text_encoder", "--lipreg_weight", "1", "--probe_steps", "2")
 
 
@@ -174,11 +176,15 @@ def main(folder: Path, thorough: bool) -> None:
     train(folder, "whole", *MANY, *prior, *push)
     train(folder, "whole-from-1", *MANY, *prior, resume="whole/checkpoint-1")
     train(folder, "fixed", *FIXED, *squares, loss=fixed_loss)
+    held = (*HELD, str(folder / "held.txt"), *squares)
+    train(folder, "held", *held, loss=fixed_loss)
+    train(folder, "held-from-1", *held, resume="held/checkpoint-1", loss=fixed_loss)
     train(folder, "two-after-one", *FULL, resume="one/checkpoint-2")
     train(folder, "sdxl", *ADAPTERS, sdxl=True)
     if RUNS_FSDP2:
         with fsdp2():
             train(folder, "shards", *FIXED, *squares, loss=fixed_loss)
+            train(folder, "held-shards", *held, loss=fixed_loss)
             train(folder, "sharded", *SHARDED)
     sys.argv = ["train_dreambooth_lipreg.py"]
     run_cli(lambda _: Run(folder / "lost", *photos(folder), loss=lost_loss), Namespace(debug=False))
