@@ -45,8 +45,8 @@ from diffusers_lipreg.dreambooth import (
 )
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
 from diffusers_lipreg.dreambooth.loop import TrainableModels, TrainingRun
-from diffusers_lipreg.dreambooth.models import Base, loading, text_encoder_class
-from diffusers_lipreg.dreambooth.prompts import cached_tokenize, encode_sdxl
+from diffusers_lipreg.dreambooth.models import Base, loading_errors, text_encoder_class
+from diffusers_lipreg.dreambooth.prompts import encode_sdxl, sdxl_tokenizer
 from diffusers_lipreg.errors import OneLineParser, RunError
 from diffusers_lipreg.losses import Snapshot
 from diffusers_lipreg.probe import PROMPTS
@@ -79,7 +79,7 @@ class Models(TrainableModels):
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, base: Base) -> None:
         self.weight_dtype = setup.weight_dtype(accelerator)
-        self.tokens = cached_tokenize([base.load(name) for name in ("tokenizer", "tokenizer_2")])
+        self.tokenize = sdxl_tokenizer([base.load(name) for name in ("tokenizer", "tokenizer_2")])
         self.noise_scheduler = base.load("scheduler", noise_scheduler_class(args, base))
         self.edm = not isinstance(self.noise_scheduler, DDPMScheduler)
         self.playground = isinstance(self.noise_scheduler, EDMEulerScheduler)
@@ -107,6 +107,11 @@ class Models(TrainableModels):
     def text_encoders(self) -> list[Any]:
         return [self.text_encoder, self.text_encoder_2]
 
+    def free_text_encoders(self) -> None:
+        """Free the memory of the text encoders."""
+        self.text_encoder = self.text_encoder_2 = None
+        release_memory()
+
 
 def noise_scheduler_class(args: argparse.Namespace, base: Base) -> type:
     """Return the scheduler class to train with: EDM's for a model trained with it, Euler's for EDM training, or DDPM's."""
@@ -127,24 +132,21 @@ def encode_prompts(
 ) -> tuple[EmbedPrompts, dict[str, Any]]:
     """Return a lookup of prompt embeddings, and the inputs by which a pipeline samples the validation prompt.
 
-    Text encoders that are not trained encode everything here, and are freed.
+    Text encoders that are not trained encode everything here: no later step needs them.
     """
-    if args.train_text_encoder:
 
-        def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-            # The encoders are looked up at each step: what DDP wraps around them later averages their gradients.
-            return encode_sdxl(models.tokens, models.text_encoders, prompts)
+    class_prompt = [args.class_prompt] if args.with_prior_preservation else []
+    distinct = {*(photo.prompt for photo in photos), *class_prompt}
 
-    else:
-        class_prompt = [args.class_prompt] if args.with_prior_preservation else []
-        distinct = {*(photo.prompt for photo in photos), *class_prompt}
-        known = {prompt: encode_sdxl(models.tokens, models.text_encoders, [prompt]) for prompt in sorted(distinct)}
-        models.text_encoder = models.text_encoder_2 = None
-        release_memory()
+    def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        # The encoders are looked up at each step: what DDP wraps around them later averages their gradients.
+        return encode_sdxl(models.text_encoders, models.tokenize(prompts))
 
-        def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-            prompt_embeds, pooled_prompt_embeds = zip(*(known[prompt] for prompt in prompts), strict=True)
-            return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds)
+    known = {} if args.train_text_encoder else {prompt: encode([prompt]) for prompt in sorted(distinct)}
+
+    def look_up(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        prompt_embeds, pooled_prompt_embeds = zip(*(known[prompt] for prompt in prompts), strict=True)
+        return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds)
 
     # The official script encodes a prompt that all photos share once, and repeats the embeddings.
     shared = args.caption_column is None and len({photo.prompt for photo in photos}) == 1
@@ -152,7 +154,7 @@ def encode_prompts(
     def embed_prompts(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         encoded = list(dict.fromkeys(prompts)) if shared else prompts
         repeats = len(prompts) // len(encoded)
-        prompt_embeds, pooled_prompt_embeds = encode(encoded)
+        prompt_embeds, pooled_prompt_embeds = (encode if args.train_text_encoder else look_up)(encoded)
         return prompt_embeds.repeat_interleave(repeats, dim=0), pooled_prompt_embeds.repeat_interleave(repeats, dim=0)
 
     return embed_prompts, {"prompt": args.validation_prompt}
@@ -163,13 +165,14 @@ def probe_denoiser(
 ) -> Denoiser:
     """Return the unwrapped models as the probe calls them on its prompts. Call it before `encode_prompts`."""
     unet, dtype = models.unet, models.weight_dtype
-    encode: Callable[..., tuple[Tensor, Tensor]] = partial(encode_sdxl, models.tokens, models.text_encoders)
-    if not args.train_text_encoder:  # then the text encoders are freed
-        encode = {(prompt,): encode([prompt]) for prompt in prompts}.__getitem__
+    text_encoders, known = models.text_encoders, {}
+    if not args.train_text_encoder:
+        known = {prompt: encode_sdxl(text_encoders, models.tokenize([prompt])) for prompt in prompts}
+        text_encoders = []  # they are freed
     size = float(args.resolution)
 
     def denoise(noisy_latents: Tensor, timestep: Tensor, prompts: list[str]) -> Tensor:
-        encoded = [encode((prompt,)) for prompt in prompts]
+        encoded = [known.get(prompt) or encode_sdxl(text_encoders, models.tokenize([prompt])) for prompt in prompts]
         prompt_embeds, pooled_prompt_embeds = (torch.cat(parts).to(dtype) for parts in zip(*encoded, strict=True))
         time_ids = noisy_latents.new_tensor([[size, size, 0.0, 0.0, size, size]] * len(prompts), dtype=dtype)
         conditions = {"time_ids": time_ids, "text_embeds": pooled_prompt_embeds}
@@ -223,19 +226,21 @@ def denoising_loss(
         added_cond_kwargs={"time_ids": time_ids, "text_embeds": pooled_prompt_embeds},
         return_dict=False,
     )[0]
-    noise_weights = None
+    snr_weights = sigma_weights = None
     if models.edm:
         model_pred, target = optimization.edm_denoised(scheduler, model_pred, noisy_latents, sigmas), model_input
         if not models.playground:
-            noise_weights = sigmas**-2
+            sigma_weights = sigmas**-2
     else:
         target = optimization.diffusion_target(scheduler, model_input, noise, timesteps)
+        if args.snr_gamma is not None:
+            snr_weights = optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma)
     return optimization.dreambooth_loss(
         model_pred,
         target,
-        None if args.snr_gamma is None else optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma),
-        args.prior_loss_weight if batch["has_class_images"] else None,
-        noise_weights,
+        snr_weights=snr_weights,
+        prior_loss_weight=args.prior_loss_weight if batch["has_class_images"] else None,
+        sigma_weights=sigma_weights,
     )
 
 
@@ -305,7 +310,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     probe_prompts = preflight.probe_prompts(args, PROMPTS)
     run = TrainingRun(args, graceful_exit, DistributedDataParallelKwargs(find_unused_parameters=True), sdxl=True)
     accelerator = run.accelerator
-    with loading(args):
+    with loading_errors(args):
         models = Models(args, accelerator, run.base)
 
     # Encode what frozen models encode, and hand the rest to accelerate.
@@ -314,6 +319,8 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         held_out = latents.held_out_batch(models.vae, run.photos, args.resolution, accelerator.device)
     denoiser = probe_denoiser(args, accelerator, models, probe_prompts)
     embed_prompts, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
+    if not args.train_text_encoder:
+        models.free_text_encoders()
     run.prepare(models, data.SDXLDreamBoothDataset(run.photos, args.repeats, run.class_images, run.transform))
 
     # Remember the pretrained model, then go on from a checkpoint.

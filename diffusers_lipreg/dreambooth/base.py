@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RunError, one_line
 from . import optimization
-from .models import BASE_FLAGS, Base, find_weights, loading, read_json
+from .models import BASE_FLAGS, Base, find_weights, loading_errors, read_json
 from .output import INDEX
 
 logger = get_logger(__name__)
@@ -51,7 +51,7 @@ def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
         RunError: The pipeline is missing, not whole, brings code, or is of a kind that the loss does not suit.
     """
     others = _check_other_parts(args, accelerator)
-    with loading(args, BASE_FLAGS):
+    with loading_errors(args, BASE_FLAGS):
         folder, commit = _find_index(args, accelerator)
         index = read_json(folder / INDEX)
         pipeline_class, classes = find_classes(index)
@@ -84,12 +84,12 @@ def _check_other_parts(args: Namespace, accelerator: Accelerator) -> dict[str, P
     """Check the parts that flags name outside of the pipeline; return the folder of the VAE if it is one."""
     tokenizer = vars(args).get("tokenizer_name")
     if tokenizer is not None and Path(tokenizer).is_dir():
-        with loading(args, ("tokenizer_name",)):
+        with loading_errors(args, ("tokenizer_name",)):
             check_part(Path(tokenizer), PreTrainedTokenizerBase, None)
     vae = vars(args).get("pretrained_vae_model_name_or_path")
     if vae is None:
         return {}
-    with loading(args, ("pretrained_vae_model_name_or_path",)), accelerator.local_main_process_first():
+    with loading_errors(args, ("pretrained_vae_model_name_or_path",)), accelerator.local_main_process_first():
         folder = Path(vae)
         if not folder.is_dir():
             weights = f"{Path(SAFETENSORS_WEIGHTS_NAME).stem}*.safetensors*"

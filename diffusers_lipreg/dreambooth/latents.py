@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import RunError
-from . import data
+from . import data, images
 
 
 def latent_shape(vae: AutoencoderKL | None, size: int) -> tuple[int, int, int]:
@@ -52,7 +52,7 @@ def held_out_batch(
     Training sees the photos, but never these crops. Call it before `cache_latents`, which frees the VAE.
     """
     photos = photos[:4]
-    pixels = data.held_out_crops([photo.open for photo in photos], size)
+    pixels = images.held_out_crops([photo.open for photo in photos], size)
     batch = {"pixel_values": pixels.to(device)} if vae is None else {"moments": encode_moments(vae, pixels)}
     time_ids = torch.tensor([[size, size, 0, 0, size, size]] * len(photos))
     prompts = [photo.prompt for photo in photos]
@@ -60,7 +60,7 @@ def held_out_batch(
 
 
 def should_cache_latents(
-    args: Namespace, number: int, cropped: Sequence[Path], transform: data.PhotoTransform, has_vae: bool
+    args: Namespace, number: int, cropped: Sequence[Path], transform: images.PhotoTransform, has_vae: bool
 ) -> bool:
     """Tell whether to encode images once: by default only if that cannot change the result and saves encodings.
 
@@ -77,7 +77,7 @@ def should_cache_latents(
         if args.cache_latents:
             raise RunError("--cache_latents: this pipeline diffuses pixels, it has no latents. Leave the flag out.")
         return False
-    random_crop = data.first_random_crop(cropped, transform)
+    random_crop = images.first_random_crop(cropped, transform)
     if random_crop is not None:
         if args.cache_latents:
             raise RunError(
@@ -95,7 +95,7 @@ def cache_latents(
     accelerator: Accelerator,
     vae: AutoencoderKL,
     dataset: data.DreamBoothDataset | data.SDXLDreamBoothDataset,
-) -> data.Layouts:
+) -> data.MemoryFormats:
     """Replace the data set's pixels by moments in host memory, and free the VAE's weights; its configuration stays.
 
     Returns the memory format of the moments that the VAE makes of a full batch and of the last batch of an epoch.
@@ -104,7 +104,7 @@ def cache_latents(
     sizes = {full, photos_left * full // args.train_batch_size} - {0}
     memory_formats = {size: _memory_format(vae, size, args.resolution) for size in sizes}
     with tqdm(desc="Encoding images", disable=not accelerator.is_local_main_process) as progress:
-        dataset.encode(lambda images: _encode_all(vae, images, full, progress))
+        dataset.encode(lambda pixels: _encode_all(vae, pixels, full, progress))
     vae.to("meta")
     release_memory()
     return memory_formats
@@ -129,13 +129,13 @@ def _memory_format(vae: AutoencoderKL, batch_size: int, size: int) -> torch.memo
 
 
 @torch.no_grad()
-def _encode_all(vae: AutoencoderKL, images: Iterable[Tensor], batch_size: int, progress: tqdm) -> Iterator[Tensor]:
+def _encode_all(vae: AutoencoderKL, pixels: Iterable[Tensor], batch_size: int, progress: tqdm) -> Iterator[Tensor]:
     """Yield the moments (2C, h, w), in host memory, of each of the pixels (3, H, W).
 
     Every batch is filled up to the size that training has: the VAE rounds differently in other shapes.
     """
-    images = iter(images)
-    while group := list(islice(images, batch_size)):
+    images_left = iter(pixels)
+    while group := list(islice(images_left, batch_size)):
         filled = torch.stack(group + group[-1:] * (batch_size - len(group)))
         yield from encode_moments(vae, filled).cpu()[: len(group)].unbind()
         progress.update(len(group))

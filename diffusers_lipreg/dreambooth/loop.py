@@ -31,9 +31,10 @@ from . import (
 )
 from .base import open_base
 from .checkpoints import Checkpoints, Stateful
-from .data import DreamBoothDataset, PhotoTransform, SDXLDreamBoothDataset
+from .data import DreamBoothDataset, SDXLDreamBoothDataset
+from .images import PhotoTransform
 from .interruption import GracefulExit
-from .models import loading
+from .models import loading_errors
 from .photos import find_photos
 
 Hook = Callable[[str], None]  # writes or reads the models of a checkpoint in a folder
@@ -72,7 +73,7 @@ class TrainableModels:
         return {name: getattr(self, name) for name in self.trainable_names}
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the trained weights."""
         return [p for model in self.trainable.values() for p in model.parameters() if p.requires_grad]
 
@@ -105,7 +106,7 @@ class TrainingRun:
         self.base = open_base(args, self.accelerator, sdxl)
         self.output, self.checkpoint, self.repo_id = preflight.open_output(args, self.accelerator, self.base)
         self.config = run_config.start(args, self.base, self.checkpoint)
-        with loading(args):
+        with loading_errors(args):
             self.class_images = prior.ensure_class_images(args, self.accelerator, self.base)
         options = {"interpolation": args.image_interpolation_mode, "random_flip": args.random_flip} if sdxl else {}
         self.transform = PhotoTransform(args.resolution, args.center_crop, **options)
@@ -129,7 +130,7 @@ class TrainingRun:
         self.num_update_steps_per_epoch = optimization.plan_steps(args, num_batches)
         optimization.scale_learning_rate(args, accelerator.num_processes)
         optimizer = optimization.create_optimizer(args, models.trainable, setup.can_fuse_adamw(accelerator))
-        preflight.check_disk(args, models.parameters)
+        preflight.check_disk(args, models.trainable_parameters)
         lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
         if args.rank is None:
             save: Hook = partial(checkpoints.save_models, models.unwrapped)
@@ -142,7 +143,7 @@ class TrainingRun:
         for name, model in zip(names, prepared, strict=False):
             setattr(models, name, model)
         self.optimizer, self.loader, self.lr_scheduler = prepared[len(names) :]
-        self.parameters = models.parameters  # FSDP divides the weights, so these are others than before
+        self.parameters = models.trainable_parameters  # FSDP divides the weights, so these are others than before
         self.checkpoints = Checkpoints(args, accelerator, self.output, self.config, self.loader, self.lr_scheduler)
 
     def start(self, regularizer: Regularizer, project: str) -> None:

@@ -27,7 +27,7 @@ MODEL_FLAGS = (*BASE_FLAGS, "pretrained_vae_model_name_or_path", "tokenizer_name
 TEACHER_FLAGS = ("lipreg_teacher_device", "lipreg_teacher_dtype")
 
 
-def loading(args: Namespace, flags: Sequence[str] = MODEL_FLAGS) -> AbstractContextManager[None]:
+def loading_errors(args: Namespace, flags: Sequence[str] = MODEL_FLAGS) -> AbstractContextManager[None]:
     """Turn any error of a loader, the Hub or a snapshot into one line that begins with the flags it may come from."""
     given = " ".join(f"--{name} {vars(args)[name]}" for name in flags if vars(args).get(name))
     return as_run_error(lambda error: f"{given}: {one_line(error)}" if given else one_line(error))

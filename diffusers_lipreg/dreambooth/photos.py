@@ -19,7 +19,8 @@ from PIL import Image
 
 from ..errors import RunError, as_run_error, one_line
 from . import captions
-from .data import Photo, decode, find_instance_images, open_image, report, silence_decoders
+from .data import Photo
+from .images import decode, find_instance_images, open_image, report, silence_decoders
 
 
 def find_photos(args: Namespace) -> list[Photo]:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..errors import RunError, one_line, read_lines
 from . import checkpoint_files, hub, output
-from .data import open_image
+from .images import open_image
 from .models import Base
 
 logger = get_logger(__name__)

@@ -18,7 +18,7 @@ from numpy.random import SeedSequence
 from tqdm.auto import tqdm
 
 from ..errors import RunError, one_line
-from .data import list_images
+from .images import list_images
 from .models import Base
 
 logger = get_logger(__name__)

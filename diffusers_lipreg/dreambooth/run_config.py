@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 from .. import __version__
 from ..errors import RunError, one_line, printable
 from .captions import METADATA, caption_files
-from .data import has_image_name
+from .images import has_image_name
 from .models import Base
 from .output import CONFIG
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..dreambooth.data import find_instance_images
+from ..dreambooth.images import find_instance_images
 from ..dreambooth.preflight import check_folder
 from ..dreambooth.setup import DTYPES
 from ..errors import OneLineParser, run_cli

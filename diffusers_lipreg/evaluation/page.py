@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..dreambooth.data import open_image
+from ..dreambooth.images import open_image
 from .generation import ImageSpec
 from .report import PAPER_COLUMNS, SIDES, Rows, drift_rows, paper_rows, score_rows, subject_rows, with_error
 from .results import Images

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from ..dreambooth.data import open_image
+from ..dreambooth.images import open_image
 from ..errors import RunError
 from ..loading import one_line_errors
 

@@ -25,7 +25,8 @@ from transformers import CLIPTextModel
 from diffusers_lipreg.dreambooth import checkpoints
 from diffusers_lipreg.dreambooth.checkpoint_files import OFFICIAL_FILES, find_checkpoint
 from diffusers_lipreg.dreambooth.checkpoints import Checkpoints
-from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, collate
+from diffusers_lipreg.dreambooth.data import DreamBoothDataset, collate
+from diffusers_lipreg.dreambooth.images import PhotoTransform
 from diffusers_lipreg.dreambooth.output import CONFIG, OutputFolder
 from diffusers_lipreg.dreambooth.resumable import ResumableDataset
 from diffusers_lipreg.errors import RunError

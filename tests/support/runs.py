@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
-from diffusers_lipreg.dreambooth.data import Photo, open_image
+from diffusers_lipreg.dreambooth.data import Photo
+from diffusers_lipreg.dreambooth.images import open_image
 
 ROOT = Path(__file__).parents[2]
 SAMPLING_STEPS = 3
