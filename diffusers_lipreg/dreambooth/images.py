@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,23 +98,6 @@ def open_image(path: str | Path) -> Image.Image:
     return decode(path, str(path))[0]
 
 
-@contextmanager
-def silence_decoders() -> Iterator[None]:
-    """Discard what C libraries write to standard error; libtiff writes a line for each broken line of a file."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # the process has no standard error
-        yield
-        return
-    with open(os.devnull, "wb") as devnull:
-        os.dup2(devnull.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
-
 def list_images(folder: str | Path) -> list[Path]:
     """List the images of a folder sorted by name, without those in sub-folders and hidden ones.
 
@@ -131,16 +112,15 @@ def list_images(folder: str | Path) -> list[Path]:
         paths = [path for path in sorted(Path(folder).iterdir()) if path.name[0] != "." and path.is_file()]
     except OSError as error:
         raise RunError(f"{folder}: cannot be read ({error.strerror}).") from error
-    with silence_decoders():
-        for path in paths:
-            try:
-                transparent += decode(path, str(path))[1]
-                images.append(path)
-            except RunError as error:
-                if has_image_name(path):
-                    broken.append(str(error))
-                else:
-                    others.append(path)
+    for path in paths:
+        try:
+            transparent += decode(path, str(path))[1]
+            images.append(path)
+        except RunError as error:
+            if has_image_name(path):
+                broken.append(str(error))
+            else:
+                others.append(path)
     report(broken, transparent)
     texts = {*captions.caption_files(images, others).values(), Path(folder, captions.METADATA)}
     if names := [path.name for path in others if path not in texts]:
@@ -178,11 +158,8 @@ def find_instance_images(folder: str | Path, flag: str = "--instance_data_dir") 
     if not folder.is_dir():
         raise RunError(f"{flag} {folder}: there is no such folder.")
     images = list_images(folder)
-    below: Counter[str] = Counter()
-    for path in (*sorted(folder.glob("*/*")), *sorted(folder.glob("*/*/*"))):
-        inside = path.relative_to(folder)
-        if has_image_name(path) and path.is_file() and not any(name[0] == "." for name in inside.parts):
-            below[inside.parent.as_posix()] += 1
+    inside = [path.relative_to(folder) for path in sorted(folder.glob("*/**/*")) if has_image_name(path)]
+    below = Counter(path.parent.as_posix() for path in inside if not any(name[0] == "." for name in path.parts))
     hint = ", ".join(f"{number:,} in {name}" for name, number in list(below.items())[:3])
     if not images:
         more = f" There are {hint}: point {flag} there." if hint else ""
@@ -232,9 +209,9 @@ class PhotoTransform:
 
     def resize(self, image: Image.Image) -> Image.Image:
         """Return the image with a short side of `size`."""
+        size = self.resized(*image.size)
         # PIL's nearest is torchvision's nearest_exact; its other one gives the same on images.
         resampling = Image.Resampling[self.interpolation.removesuffix("_exact").upper()]
-        size = self.resized(*image.size)
         return image if size == image.size else image.resize(size, resampling)
 
     def resized(self, width: int, height: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from PIL import Image
 from ..errors import RunError, as_run_error, one_line
 from . import captions
 from .data import Photo
-from .images import decode, find_instance_images, open_image, report, silence_decoders
+from .images import decode, find_instance_images, open_image, report
 
 
 def find_photos(args: Namespace) -> list[Photo]:
@@ -40,8 +40,7 @@ def find_photos(args: Namespace) -> list[Photo]:
     for index in range(len(rows.rows)):
         caption, source = rows.caption(index), rows.source(index)
         try:
-            with silence_decoders():
-                transparent += decode(source, rows.name(index))[1]
+            transparent += decode(source, rows.name(index))[1]
         except RunError as error:
             broken.append(str(error))
         else:

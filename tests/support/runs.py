@@ -45,6 +45,11 @@ def as_photos(paths: Iterable[Path]) -> list[Photo]:
     return [Photo(partial(open_image, path), path.name, path) for path in paths]
 
 
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log says, without the rank that newer versions of accelerate put before it."""
+    return [message.removeprefix("[RANK 0] ") for message in caplog.messages]
+
+
 def load(path: Path) -> dict[str, torch.Tensor]:
     """Weights by name. Newer transformers leave out the prefix that CLIP's text encoder has in older checkpoints."""
     return {
