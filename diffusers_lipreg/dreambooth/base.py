@@ -46,9 +46,6 @@ def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
 
     Of models, only configurations and the headers of weight files are read. All files of a repository come from one
     commit, and the run needs the Hub no longer. Every process has to call this.
-
-    Raises:
-        RunError: The pipeline is missing, not whole, brings code, or is of a kind that the loss does not suit.
     """
     others = _check_other_parts(args, accelerator)
     with loading_errors(args, BASE_FLAGS):
@@ -124,11 +121,7 @@ def _find_index(args: Namespace, accelerator: Accelerator) -> tuple[Path, str | 
 
 
 def find_classes(index: dict[str, Any]) -> tuple[type[DiffusionPipeline], dict[str, type]]:
-    """Return the class of the pipeline and those of its parts, which diffusers and transformers have to define.
-
-    Raises:
-        ValueError: They do not define a class, such as one that comes with the pipeline.
-    """
+    """Return the class of the pipeline and those of its parts, which diffusers and transformers have to define."""
     name = index.get("_class_name")
     pipeline_class: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)):
@@ -201,9 +194,6 @@ def check_part(folder: Path, part_class: type, variant: str | None) -> str | Non
 
     Args:
         variant: The variant to prefer.
-
-    Raises:
-        ValueError: Says what is wrong with which file.
     """
     name = folder.name
     if (folder / "adapter_config.json").exists():  # transformers would load the adapters and the base they name

@@ -21,9 +21,6 @@ def prompts_of_folder(args: Namespace, images: Sequence[Path]) -> list[str]:
     """Return the prompt of each image of `--instance_data_dir`: its caption, or else `--instance_prompt`.
 
     A caption is what `--caption_column` holds in the folder's metadata.jsonl, or else the text of the image's .txt.
-
-    Raises:
-        RunError: A file of captions cannot be read, or a caption is no text.
     """
     metadata = Path(args.instance_data_dir, METADATA)
     texts = caption_files(images, sorted(metadata.parent.iterdir()))

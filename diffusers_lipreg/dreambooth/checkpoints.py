@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from ..errors import RunError, one_line
+from ..errors import RunError, as_run_error, one_line
 from . import run_config
 from .checkpoint_files import last_whole, latest_run, runs_of_checkpoints, step_of
 from .output import CONFIG, OWN, OutputFolder, files, fsync_folder, remedy
@@ -74,11 +74,8 @@ def gather_full_models(accelerator: Accelerator, models: Mapping[str, nn.Module]
 def register_hooks(
     accelerator: Accelerator, save_models: Callable[[str], None], load_models: Callable[[str], None]
 ) -> None:
-    """Have accelerate call `save_models(folder)` and `load_models(folder)` instead of its own dump of the models.
-
-    Models that FSDP divides stay with accelerate, which gathers and divides them by itself.
-    """
-    if accelerator.distributed_type == DistributedType.FSDP:
+    """Have accelerate call `save_models(folder)` and `load_models(folder)` instead of its own dump of the models."""
+    if accelerator.distributed_type == DistributedType.FSDP:  # then accelerate gathers and divides them by itself
         return
 
     def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
@@ -101,13 +98,7 @@ def save_models(models: Mapping[str, nn.Module], folder: str) -> None:
 
 
 def load_models(models: Mapping[str, nn.Module], folder: str) -> None:
-    """Load what `save_models` wrote into the unwrapped models.
-
-    It reads tensors alone. A configuration or an index could name files elsewhere, adapters or code.
-
-    Raises:
-        ValueError: The files lack weights of a model.
-    """
+    """Load what `save_models` wrote into the unwrapped models: tensors alone, not files that may name others or code."""
     for name, model in models.items():
         stored: dict[str, Tensor] = {}
         for file in sorted(Path(folder, name).glob("*.safetensors")):
@@ -127,12 +118,9 @@ def tensors_only() -> AbstractContextManager[None]:
 
 
 class Checkpoints:
-    """Write, count, remove and load the checkpoints of one run.
+    """Write, count, remove and load the checkpoints of one run, whose `run_config` is `config`.
 
-    Args:
-        config: What `run_config.start` returned.
-        loader: The prepared loader of a `ResumableDataset`.
-        lr_scheduler: The prepared schedule, before a checkpoint is loaded into it and its optimizer.
+    `loader` (of a `ResumableDataset`) and `lr_scheduler` are prepared by accelerate, and no checkpoint is loaded yet.
     """
 
     def __init__(
@@ -263,7 +251,7 @@ class Checkpoints:
             # A checkpoint of this very step holds the weights that have just failed, so it is left out.
             earlier = [path for path in self.of_this_run() if step_of(path) < step]
             words = [self._flag(earlier[-1]) if earlier else "anew"]
-            rates = ["learning_rate", "text_encoder_lr"] if self.config["train_text_encoder"] else ["learning_rate"]
+            rates = ["learning_rate", "text_encoder_lr"][: 2 if self.config["train_text_encoder"] else 1]
             words += [f"--{rate} {self.config[rate] / 10:g}" for rate in rates if self.config.get(rate)]
             precision = ", or in bf16 in place of fp16" if self.accelerator.mixed_precision == "fp16" else ""
             raise RunError(
@@ -274,11 +262,23 @@ class Checkpoints:
     def resume(
         self, checkpoint: Path | None, num_update_steps_per_epoch: int, regularizer: Stateful
     ) -> tuple[int, range]:
-        """Load a checkpoint, if there is one; return the number of updates made and the epochs that are left."""
+        """Load a checkpoint, if there is one; return the number of updates made and the epochs that are left.
+
+        If "latest" was asked for and its files are whole, but damaged, the one before is loaded.
+        """
         step = 0
-        if checkpoint is not None:
-            checkpoint = self._load_or_before(checkpoint, num_update_steps_per_epoch, regularizer)
-            step, self.resumed_from = step_of(checkpoint), [checkpoint]
+        while checkpoint is not None and not self.resumed_from:
+            try:
+                self.load(checkpoint, num_update_steps_per_epoch, regularizer)
+                step, self.resumed_from = step_of(checkpoint), [checkpoint]
+            except RunError as error:
+                earlier = [] if self.args.resume_from_checkpoint != "latest" else latest_run(self.output.path)
+                earlier = earlier[: earlier.index(checkpoint)] if earlier else []
+                # Under FSDP the other processes would still be loading the damaged one.
+                if not earlier or self.accelerator.distributed_type == DistributedType.FSDP:
+                    raise
+                logger.warning(f"{error} Going on from {earlier[-1].name} instead.")
+                checkpoint = last_whole(earlier)
         if self.accelerator.is_main_process:
             with self.disk_errors(self.output.path / CONFIG):
                 self.output.write_result(CONFIG, lambda path: run_config.write(self.config, path))
@@ -287,48 +287,22 @@ class Checkpoints:
             return step, range(0)
         return step, range(step // num_update_steps_per_epoch, self.args.num_train_epochs)
 
-    def _load_or_before(self, checkpoint: Path, num_update_steps_per_epoch: int, regularizer: Stateful) -> Path:
-        """Load a checkpoint and return it. If "latest" was asked for and it is damaged, take the one before."""
-        try:
-            self.load(checkpoint, num_update_steps_per_epoch, regularizer)
-            return checkpoint
-        except RunError as error:
-            # Under FSDP the other processes would still be loading the damaged one.
-            if (
-                self.args.resume_from_checkpoint != "latest"
-                or self.accelerator.distributed_type == DistributedType.FSDP
-            ):
-                raise
-            run = latest_run(self.output.path)
-            earlier = run[: run.index(checkpoint)]
-            if not earlier:
-                raise
-            logger.warning(f"{error} Going on from {earlier[-1].name} instead.")
-        return self._load_or_before(last_whole(earlier), num_update_steps_per_epoch, regularizer)
-
     def load(self, checkpoint: Path, num_update_steps_per_epoch: int, regularizer: Stateful) -> None:
-        """Restore the run, also in the middle of an epoch, with the hyperparameters of the command line.
+        """Restore the run, also in the middle of an epoch, with the hyperparameters of the command line."""
 
-        A checkpoint of the official script or of another number of processes has no fitting states of the data set:
-        the rest of its epoch is shuffled in another order.
+        def describe(error: Exception) -> str:  # each library fails in its own way at a damaged file
+            # The message of an UnpicklingError would say how to run the code.
+            reason = "a file in it would run code" if isinstance(error, UnpicklingError) else one_line(error)
+            return f"{checkpoint} is not whole, or not of a run with these flags: {reason}"
 
-        Raises:
-            RunError: The checkpoint cannot be read, or comes from a run with other flags.
-        """
-        try:
+        with as_run_error(describe):
             states = self._load_states(checkpoint, regularizer)
-        except UnpicklingError as error:  # its own message says how to run the code
-            raise RunError(f"{checkpoint} is not whole: a file in it is damaged, or would run code.") from error
-        except Exception as error:  # each library fails in its own way at a damaged file
-            raise RunError(
-                f"{checkpoint} is not whole, or not of a run with these flags: {one_line(error)}"
-            ) from error
-        processes = self.accelerator.num_processes
-        state = states[self.accelerator.process_index] if len(states) == processes else {}
-        if len(states) != processes:
-            logger.warning(
-                f"{checkpoint} is of {len(states)} processes, not {processes}: the photos are shuffled anew."
-            )
+        state, processes = {}, self.accelerator.num_processes
+        if len(states) == processes:
+            state = states[self.accelerator.process_index]
+        else:
+            reason = f"is of {len(states)} processes, not {processes}"
+            logger.warning(f"{checkpoint} {reason}: the photos are shuffled anew.")
         for group, hyperparameters in zip(self.schedule.optimizer.param_groups, self.hyperparameters, strict=True):
             group.update(hyperparameters)
         self.schedule.base_lrs = list(self.base_lrs)

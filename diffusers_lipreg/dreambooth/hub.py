@@ -57,11 +57,7 @@ def _seconds_to_wait(error: BaseException, wait: float) -> float | None:
 
 
 def create_repository(args: Namespace) -> str:
-    """Create or find the repository, and return its full name.
-
-    Raises:
-        RunError: The Hub does not answer, or the token may not write to the repository.
-    """
+    """Create or find the repository, and return its full name."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     api = HfApi(token=args.hub_token)
     try:
@@ -99,11 +95,7 @@ def stale_files(api: HfApi, repo_id: str, output: OutputFolder) -> list[str]:
 
 
 def upload(args: Namespace, output: OutputFolder, repo_id: str) -> None:
-    """Upload the result and delete the repository's stale files.
-
-    Raises:
-        RunError: The upload failed; the message names the command that repeats it.
-    """
+    """Upload the result and delete the repository's stale files."""
     api = HfApi(token=args.hub_token)
     stale: list[str] = []
     try:

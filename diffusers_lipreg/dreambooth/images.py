@@ -35,11 +35,7 @@ TURNS = {  # value of EXIF's orientation tag -> what turns the photo upright
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """Return an image as RGB, upright by its EXIF data, and whether parts of it were transparent, which become white.
-
-    Raises:
-        ValueError: It is a strip, which would be huge when resized.
-    """
+    """Return an image as RGB, upright by its EXIF data, and whether parts of it were transparent, which become white."""
     if max(image.size) > 100 * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels, one side more than 100 times the other")
     image.load()
@@ -78,11 +74,7 @@ def formats() -> list[str]:
 
 
 def decode(source: str | Path | BinaryIO | Callable[[], str | BinaryIO], name: str) -> tuple[Image.Image, bool]:
-    """Read an image as `to_rgb` returns it; `source` may be a function that opens it.
-
-    Raises:
-        RunError: It cannot be read, whatever the decoder raised. The message calls it `name`.
-    """
+    """Read an image as `to_rgb` returns it; `source` may be a function that opens it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -103,9 +95,6 @@ def list_images(folder: str | Path) -> list[Path]:
 
     Each is decoded once, so that a broken one is left out here with a warning and does not end the run later. One line
     names the other files, except captions.
-
-    Raises:
-        RunError: The folder cannot be read.
     """
     images, broken, others, transparent = [], [], [], 0
     try:
@@ -149,11 +138,7 @@ def warn(message: str) -> None:
 
 
 def find_instance_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[Path]:
-    """List the images of the folder that `flag` names, as `list_images` does; warn of others in its sub-folders.
-
-    Raises:
-        RunError: There is no such folder, or no image in it.
-    """
+    """List the images of the folder that `flag` names, as `list_images` does; warn of others in its sub-folders."""
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"{flag} {folder}: there is no such folder.")

@@ -67,9 +67,6 @@ def should_cache_latents(
     Args:
         number: How many images there are to encode.
         cropped: Those of them that `transform` crops again each time.
-
-    Raises:
-        RunError: `--cache_latents` is given and would change the run.
     """
     if args.cache_latents is False:
         return False

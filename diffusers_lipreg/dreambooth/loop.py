@@ -1,4 +1,4 @@
-"""TrainingRun: what both scripts do before, between and after their optimization steps, which they write out."""
+"""Do what both scripts do before, between and after their optimization steps, which they write out."""
 
 from __future__ import annotations
 
@@ -53,19 +53,12 @@ class Regularizer(Stateful, Protocol):
 
 
 class TrainableModels:
-    """The models of a run, as attributes.
+    """The models of a run, as attributes."""
 
-    Attributes:
-        trainable_names: Those that are trained, whole or by adapters.
-        unwrapped: The trained models by name, as they are before accelerate prepares them.
-        vae: `None` for a pipeline that diffuses pixels.
-        lora_pipeline: The pipeline class that knows how adapters to these models are saved.
-    """
-
-    trainable_names: list[str]
-    unwrapped: dict[str, nn.Module]
-    vae: Any
-    lora_pipeline: type[DiffusionPipeline]
+    trainable_names: list[str]  # of those that are trained, whole or by adapters
+    unwrapped: dict[str, nn.Module]  # the trained models by name, as they are before accelerate prepares them
+    vae: Any  # `None` for a pipeline that diffuses pixels
+    lora_pipeline: type[DiffusionPipeline]  # knows how adapters to these models are saved
 
     @property
     def trainable(self) -> dict[str, nn.Module]:
@@ -82,20 +75,7 @@ class TrainingRun:
     """Check what can be checked without a model, and do all that both scripts do around their optimization steps.
 
     Call `prepare`, then `start`; make a step for each of `batches`, each followed by `after_batch`; then `save` and `publish`.
-
-    Args:
-        args: The parsed flags; `prepare` fills in the numbers of steps and epochs, and applies `--scale_lr`.
-        sdxl: Whether the base has to be an SDXL pipeline.
-        handlers: Further settings for accelerate.
-
-    Attributes:
-        photos, class_images: The images to train on.
-        transform: Turns an image into pixels.
-        accelerator, base, checkpoints, optimizer, lr_scheduler: What the scripts use; the last three after `prepare`.
-        global_step: Updates made so far.
-
-    Raises:
-        RunError: The flags, folders, photos or the base do not allow the run.
+    `prepare` writes to `args`: it fills in the numbers of steps and epochs, and applies `--scale_lr`.
     """
 
     def __init__(self, args: Namespace, graceful_exit: GracefulExit, *handlers: KwargsHandler, sdxl: bool) -> None:
@@ -161,10 +141,7 @@ class TrainingRun:
         )
 
     def batches(self, validate: Validate) -> Iterator[dict[str, Any]]:
-        """Yield the batches of all epochs, until the last update is made.
-
-        With `--validation_epochs` the models are validated between epochs, else by `after_batch`.
-        """
+        """Yield the batches of all epochs, until the last update is made; validate between epochs, if flags say so."""
         self.graceful_exit.defer("finishing this update and writing a checkpoint")
         self.validate = validate
         validation_epochs = vars(self.args).get("validation_epochs")
@@ -219,14 +196,10 @@ class TrainingRun:
         save_weights: Callable[[Mapping[str, nn.Module], Path], None],
         save_rest: Callable[[Mapping[str, nn.Module], Path], dict[str, str]],
     ) -> dict[str, str]:
-        """Write the result in place of an earlier one.
+        """Write the result in place of an earlier one; return the model card's rows on the penalty and the result.
 
-        Args:
-            save_weights: Writes what was trained. It comes first, so that no later failure costs it.
-            save_rest: Writes everything else in the result, and returns rows of the model card.
-
-        Returns:
-            The rows of the model card on the penalty and the result.
+        `save_weights` writes what was trained, before anything else may fail; `save_rest` writes the rest of the result
+        and returns further rows.
         """
         self.accelerator.wait_for_everyone()
         self.regularizer.finish()

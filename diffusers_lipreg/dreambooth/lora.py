@@ -122,11 +122,7 @@ def save_adapters(pipeline_class: type[DiffusionPipeline], folder: str | Path, w
 
 
 def load_adapters(folder: str | Path, models: Mapping[str, nn.Module]) -> None:
-    """Load the adapters of a checkpoint into unwrapped models to which `add_adapters` has added theirs.
-
-    Raises:
-        ValueError: A model lacks an adapter of the checkpoint.
-    """
+    """Load the adapters of a checkpoint into unwrapped models to which `add_adapters` has added theirs."""
     unscaled = Path(folder, UNSCALED_WEIGHTS)
     weights = load_file(unscaled if unscaled.exists() else Path(folder, LORA_WEIGHT_NAME_SAFE))
     for model_name, model in models.items():

@@ -49,11 +49,7 @@ class Base:
     folders: Mapping[str, Path]  # by part
 
     def load(self, name: str, part_class: Any = None, **options: Any) -> Any:
-        """Load a part as a `part_class`, by default as the class in the index; models take `options` such as `dtype`.
-
-        Raises:
-            ValueError: The files of a model lack some of its weights.
-        """
+        """Load a part as a `part_class`, by default as the class in the index; models take `options` such as `dtype`."""
         part_class, folder = part_class or self.classes[name], self.folders[name]
         if issubclass(part_class, nn.Module):
             variant, _ = find_weights(folder, part_class, self.variant)
@@ -104,11 +100,7 @@ def limit_length(tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConf
 
 
 def text_encoder_class(folder: Path) -> type[PreTrainedModel]:
-    """Return the class that the configuration of a text encoder names.
-
-    Raises:
-        ValueError: It names none, or one that DreamBooth cannot feed with prompts.
-    """
+    """Return the class that the configuration of a text encoder names."""
     name = (read_json(folder / "config.json").get("architectures") or [None])[0]
     if name is None:
         raise ValueError(f"its {folder.name} has no configuration that names its class.")
@@ -123,11 +115,7 @@ def text_encoder_class(folder: Path) -> type[PreTrainedModel]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of a pipeline.
-
-    Raises:
-        ValueError: There is no such file, or it holds something else.
-    """
+    """Read a JSON object from a file of a pipeline."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -147,9 +135,6 @@ def find_weights(
     Args:
         folder: The folder of the model. Its JSON files have to be on this machine.
         present: The names of its files, by default of those on this machine; a repository may hold more.
-
-    Raises:
-        ValueError: There are no safetensors, or none without a variant, or an index names files elsewhere.
     """
     present = {path.name for path in folder.iterdir()} if present is None else present
     whole = SAFETENSORS_WEIGHTS_NAME if issubclass(part_class, ModelMixin) else SAFE_WEIGHTS_NAME
@@ -182,11 +167,7 @@ def _with_variant(file: str, variant: str | None) -> str:
 
 
 def mapped_weights(part: nn.Module, files: Sequence[Path]) -> dict[str, Tensor]:
-    """Memory-map safetensors under the names of the parameters of `part`, a bare model; the files must not change.
-
-    Raises:
-        ValueError: Parameters have other names in the files.
-    """
+    """Memory-map safetensors under the names of the parameters of `part`, a bare model; the files must not change."""
     stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
     parameters = dict(part.named_parameters())
     # Newer transformers name CLIP's parts without the prefix that released checkpoints have.

@@ -27,9 +27,6 @@ def find_photos(args: Namespace) -> list[Photo]:
     """Return the photos of `--instance_data_dir` or `--dataset_name`, each with its caption or `--instance_prompt`.
 
     Each is decoded once here; one that cannot be read is left out with a warning.
-
-    Raises:
-        RunError: A folder, data set, column or image is missing, a caption is no text, or a file lies elsewhere.
     """
     if vars(args).get("dataset_name") is None:
         images = find_instance_images(args.instance_data_dir)
@@ -53,11 +50,7 @@ def find_photos(args: Namespace) -> list[Photo]:
 
 
 class Rows:
-    """The rows of the split train of `--dataset_name`, whose images may only lie in the data set's own files.
-
-    Raises:
-        RunError: The data set cannot be loaded, has no such split or column, or names a file elsewhere.
-    """
+    """The rows of the split train of `--dataset_name`, whose images may only lie in the data set's own files."""
 
     def __init__(self, args: Namespace) -> None:
         self.args = args

@@ -62,9 +62,6 @@ def start(args: Namespace, base: Base, checkpoint: Path | None) -> dict[str, Any
 
     Its items are the flags, and "run": the id that a run keeps when it is resumed, versions, the base (its commit on
     the Hub, or a hash of the weights in a folder) and the SHA-256 of each photo. Call it before flags are changed.
-
-    Raises:
-        RunError: The checkpoint does not fit the flags, or its configuration cannot be read.
     """
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     flags = {name: value for name, value in sorted(vars(args).items()) if name not in NEVER_WRITTEN}
@@ -92,11 +89,7 @@ def write(config: Mapping[str, Any], path: Path, **more: Any) -> None:
 
 
 def read(folder: str | Path) -> dict[str, Any] | None:
-    """Return the configuration in a folder, or `None` if there is none, as in checkpoints of the official scripts.
-
-    Raises:
-        RunError: It cannot be read, or `write` did not write it.
-    """
+    """Return the configuration in a folder, or `None` where there is none: the official scripts write none."""
     path = Path(folder, CONFIG)
     if not path.exists():
         return None

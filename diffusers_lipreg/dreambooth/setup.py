@@ -20,11 +20,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 
 
 def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
-    """Create the accelerator of a run, set up the logs and seed the random generators.
-
-    Raises:
-        RunError: The flags or the environment ask for what is not there or does not fit together.
-    """
+    """Create the accelerator of a run, set up the logs and seed the random generators."""
     preflight.check_environment(args)
     try:
         accelerator = Accelerator(
@@ -58,11 +54,7 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
 
 
 def fill_in_flags(args: Namespace, accelerator: Accelerator) -> None:
-    """Replace the flags that accelerate reads from its own environment or configuration by what it read.
-
-    Raises:
-        RunError: The environment contradicts a flag.
-    """
+    """Replace the flags that accelerate reads from its own environment or configuration by what it read."""
     args.mixed_precision = str(accelerator.mixed_precision)
     steps = accelerator.gradient_accumulation_steps
     if args.gradient_accumulation_steps not in (1, steps):

@@ -52,11 +52,7 @@ class Tracker:
 
 
 def start_trackers(args: Namespace, accelerator: Accelerator, project: str) -> None:
-    """Start the trackers of `--report_to` on the main process.
-
-    Raises:
-        RunError: One of them cannot start, such as wandb without a key.
-    """
+    """Start the trackers of `--report_to` on the main process."""
     try:
         accelerator.init_trackers(project, config=tracker_config(args))
     except Exception as error:
