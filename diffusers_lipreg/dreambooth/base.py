@@ -69,7 +69,10 @@ def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
         if args.variant not in variants:
             raise ValueError("no part has weight files of this variant.")
         for name in parts:
-            _load_for_trial(base, name)
+            if name not in TRAINING_PARTS or not issubclass(
+                classes[name], nn.Module
+            ):  # else training loads it at once
+                _load_for_trial(base, name)
         check_settings(base, args, sdxl)
     return base
 
@@ -190,11 +193,7 @@ def _fetch_weights(base: Base, parts: Sequence[str], files: Sequence[str]) -> No
 
 
 def check_part(folder: Path, part_class: type, variant: str | None) -> str | None:
-    """Refuse a part that is not whole, runs code or reads a file elsewhere; return the variant of its weights.
-
-    Args:
-        variant: The variant to prefer.
-    """
+    """Refuse a part that is not whole, runs code or reads a file elsewhere; return the variant of its weights, if any."""
     name = folder.name
     if (folder / "adapter_config.json").exists():  # transformers would load the adapters and the base they name
         raise ValueError(f"{name} holds adapters beside the model: merge them into it first.")
@@ -238,12 +237,9 @@ def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _load_for_trial(base: Base, name: str) -> None:
-    """Load a part that only saving or sampling needs, models without data, to see that it can be loaded later."""
-    part_class = base.classes[name]
-    if name in TRAINING_PARTS and issubclass(part_class, nn.Module):
-        return  # training loads it at once
+    """Load a part, models of transformers without data, to see that it can be loaded later."""
     try:
-        base.load(name, **({"device_map": "meta"} if issubclass(part_class, PreTrainedModel) else {}))
+        base.load(name, **({"device_map": "meta"} if issubclass(base.classes[name], PreTrainedModel) else {}))
     except Exception as error:
         raise ValueError(f"its {name} cannot be loaded ({one_line(error)}).") from error
 
@@ -268,7 +264,12 @@ def check_kind(base: Base, args: Namespace, sdxl: bool) -> None:
             raise RunError(f"--resolution {args.resolution}: the VAE makes one latent of {side} x {side} pixels.")
     elif unet["class_embed_type"] == "timestep":
         upscaler = unet["in_channels"] == 2 * channels
+    text_encoders = [base.text_config(part) for part in base.classes if part.startswith("text_encoder")]
+    text_width = sum(getattr(config, "project_dim", config.hidden_size) for config in text_encoders)  # AltDiffusion's
+    taken = unet["encoder_hid_dim"] or unet["cross_attention_dim"]  # one number, or one for each block
+    unet["text width"] = taken[0] if isinstance(taken, list) and len({*taken}) == 1 else taken
     expected: dict[str, tuple] = {  # possible values of the UNet's settings
+        "text width": (text_width,),
         "in_channels": (2 * channels if upscaler else channels,),
         "out_channels": (channels,) if "vae" in base.classes else (3, 6),
         "class_embed_type": ("timestep",) if upscaler else (None,),
@@ -278,28 +279,16 @@ def check_kind(base: Base, args: Namespace, sdxl: bool) -> None:
         "time_cond_proj_dim": (None,),  # consistency models take the guidance scale as an input
     }
     if sdxl:
-        pooled = base.text_config("text_encoder_2").projection_dim
-        expected["projection_class_embeddings_input_dim"] = (6 * unet["addition_time_embed_dim"] + pooled,)
+        width = 6 * unet["addition_time_embed_dim"] + text_encoders[1].projection_dim
+        expected["projection_class_embeddings_input_dim"] = (width,)
     for setting, values in expected.items():
         if unet[setting] not in values:
             wanted = " or ".join(map(str, values))
             raise ValueError(f"it is a {name} whose UNet has {setting} {unet[setting]}, not {wanted}. {ADVICE}")
-    _check_text_width(base, unet)
     if "image" in signature(base.pipeline_class.__call__).parameters and not upscaler:
         raise ValueError(f"it is a {name}, which draws from an image, too. {ADVICE}")
     if upscaler and args.class_labels_conditioning != "timesteps":
         raise ValueError(f"it is a {name}: add --class_labels_conditioning timesteps.")
-
-
-def _check_text_width(base: Base, unet: dict[str, Any]) -> None:
-    """Refuse a UNet that takes prompt embeddings of another width than the text encoders make together."""
-    configs = [base.text_config(part) for part in base.classes if part.startswith("text_encoder")]
-    made = sum(getattr(config, "project_dim", config.hidden_size) for config in configs)  # the first is AltDiffusion's
-    taken = unet["encoder_hid_dim"] or unet["cross_attention_dim"]  # one number, or one for each block
-    if taken not in (made, [made] * len(unet["block_out_channels"])):
-        raise ValueError(
-            f"its UNet takes text of width {taken}, its text encoders make {made}: they do not belong together."
-        )
 
 
 def _with_defaults(base: Base, part: str, part_class: type) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from accelerate.utils import DistributedType, patch_environment
 from accelerate.utils.constants import RNG_STATE_NAME
 from diffusers.utils.torch_utils import is_compiled_module
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -31,6 +30,7 @@ from torch.utils.data import DataLoader
 from ..errors import RunError, as_run_error, one_line
 from . import run_config
 from .checkpoint_files import last_whole, latest_run, runs_of_checkpoints, step_of
+from .models import map_weights
 from .output import CONFIG, OWN, OutputFolder, files, fsync_folder, remedy
 from .resumable import ResumableDataset
 
@@ -100,16 +100,8 @@ def save_models(models: Mapping[str, nn.Module], folder: str) -> None:
 def load_models(models: Mapping[str, nn.Module], folder: str) -> None:
     """Load what `save_models` wrote into the unwrapped models: tensors alone, not files that may name others or code."""
     for name, model in models.items():
-        stored: dict[str, Tensor] = {}
-        for file in sorted(Path(folder, name).glob("*.safetensors")):
-            stored |= load_file(file)
-        own = model.state_dict()
-        # Newer releases of transformers drop a prefix of CLIP's names in the model, but keep it in files.
-        stored = {key if key in own else key.removeprefix("text_model."): tensor for key, tensor in stored.items()}
-        tied = {own[key].data_ptr() for key in stored.keys() & own.keys()}
-        if missing := [key for key in own.keys() - stored.keys() if own[key].data_ptr() not in tied]:
-            raise ValueError(f"{name} lacks {len(missing)} weights, {min(missing)} first")
-        model.load_state_dict(stored, strict=False)
+        files = sorted(file.name for file in Path(folder, name).glob("*.safetensors"))
+        model.load_state_dict(map_weights(Path(folder, name), model, files), strict=False)
 
 
 def tensors_only() -> AbstractContextManager[None]:

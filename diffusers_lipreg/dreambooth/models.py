@@ -1,4 +1,4 @@
-"""The pipeline to train: its parts, and the files that they are loaded from."""
+"""Load the parts of the pipeline to train from their files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def loading_errors(args: Namespace, flags: Sequence[str] = MODEL_FLAGS) -> Abstr
 class Base:
     """The pipeline to train, as `base.open_base` found and checked it: files on this machine, of one commit.
 
-    Parts are loaded from safetensors by the classes named here, so that no file of the pipeline can run code.
+    Parts are loaded from safetensors by these classes, so that no file of the pipeline can run code.
     """
 
     title: str  # Hub id, or the folder's name without its path: results show it to others
@@ -55,8 +55,7 @@ class Base:
             variant, _ = find_weights(folder, part_class, self.variant)
             options |= {"variant": variant, "use_safetensors": True, "output_loading_info": True}
             model, found = part_class.from_pretrained(folder, **options)
-            if missing := sorted(found["missing_keys"]):
-                raise ValueError(f"{folder.name} lacks {len(missing)} weights, {missing[0]} first.")
+            _check_complete(folder, found["missing_keys"])
             if isinstance(model, ModelMixin):
                 model.register_to_config(_name_or_path=self.title)  # results may be published; a path is private
             return model
@@ -81,10 +80,10 @@ class Base:
         pipeline.register_to_config(_name_or_path=self.title)
         return pipeline
 
-    def stored(self, name: str, part: nn.Module) -> dict[str, Tensor]:
-        """Map the files that the bare model `part` was loaded from; see `mapped_weights`."""
-        _, files = find_weights(self.folders[name], type(part), self.variant)
-        return mapped_weights(part, [self.folders[name] / file for file in files])
+    def stored(self, name: str, model: nn.Module) -> dict[str, Tensor]:
+        """Memory-map the files that an unwrapped model was loaded from; see `map_weights`."""
+        _, files = find_weights(self.folders[name], type(model), self.variant)
+        return map_weights(self.folders[name], model, files)
 
     def text_config(self, name: str) -> PretrainedConfig:
         """Return the configuration of a text encoder, complete with the defaults of its class."""
@@ -132,9 +131,7 @@ def find_weights(
 ) -> tuple[str | None, list[str]]:
     """Return the names of a model's weight files and their variant: the wanted one, or none where it is missing.
 
-    Args:
-        folder: The folder of the model. Its JSON files have to be on this machine.
-        present: The names of its files, by default of those on this machine; a repository may hold more.
+    `present` are the names of all files, which a repository may hold, by default those in the folder on this machine.
     """
     present = {path.name for path in folder.iterdir()} if present is None else present
     whole = SAFETENSORS_WEIGHTS_NAME if issubclass(part_class, ModelMixin) else SAFE_WEIGHTS_NAME
@@ -166,15 +163,16 @@ def _with_variant(file: str, variant: str | None) -> str:
     return file if variant is None else f"{stem}.{variant}.{ending}"
 
 
-def mapped_weights(part: nn.Module, files: Sequence[Path]) -> dict[str, Tensor]:
-    """Memory-map safetensors under the names of the parameters of `part`, a bare model; the files must not change."""
-    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    parameters = dict(part.named_parameters())
+def map_weights(folder: Path, model: nn.Module, files: Sequence[str]) -> dict[str, Tensor]:
+    """Memory-map safetensors of a folder under the names of an unwrapped model's parameters; they must not change."""
+    stored = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+    parameters = dict(model.named_parameters())
     # Newer transformers name CLIP's parts without the prefix that released checkpoints have.
     named = {name if name in parameters else name.removeprefix("text_model."): stored[name] for name in stored}
-    if missing := sorted(parameters.keys() - named.keys()):
-        where = files[0].parent.name
-        raise ValueError(
-            f"{where} has {missing[0]} under another name in its file, or not at all: choose cpu, or leave it out."
-        )
+    _check_complete(folder, parameters.keys() - named.keys())
     return named
+
+
+def _check_complete(folder: Path, missing: Collection[str]) -> None:
+    if missing:
+        raise ValueError(f"{folder.name} lacks {len(missing)} weights, {min(missing)} first.")
