@@ -9,16 +9,15 @@ import shlex
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate.logging import get_logger
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError  # HTTPError is the base of all
 from PIL import Image
 
-from ..errors import RunError, as_run_error, one_line
+from ..errors import as_run_error, one_line
 from .output import CONFIG, MANIFEST, OutputFolder
 
 logger = get_logger(__name__)
@@ -60,15 +59,15 @@ def create_repository(args: Namespace) -> str:
     """Create or find the repository, and return its full name."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     api = HfApi(token=args.hub_token)
-    try:
+    with as_run_error(  # whatever answers at that address may cause any exception
+        lambda error: (
+            f"--push_to_hub: cannot write to {name} on {api.endpoint} ({_reason(error)}). Check --hub_token or "
+            "`hf auth login`, --hub_model_id and the network, or leave --push_to_hub out and upload later."
+        )
+    ):
         repo_id = with_retries(lambda: api.create_repo(name, exist_ok=True).repo_id)
         # create_repo accepts a token that may read but not write.
         with_retries(lambda: api.auth_check(repo_id, write=True))
-    except Exception as error:  # whatever answers at that address may cause any exception
-        raise RunError(
-            f"--push_to_hub: cannot write to {name} on {api.endpoint} ({_reason(error)}). Check --hub_token or "
-            "`hf auth login`, --hub_model_id and the network, or leave --push_to_hub out and upload later."
-        ) from error
     return repo_id
 
 
@@ -96,10 +95,11 @@ def stale_files(api: HfApi, repo_id: str, output: OutputFolder) -> list[str]:
 
 def upload(args: Namespace, output: OutputFolder, repo_id: str) -> None:
     """Upload the result and delete the repository's stale files."""
-    api = HfApi(token=args.hub_token)
-    stale: list[str] = []
-    try:
-        stale = with_retries(lambda: stale_files(api, repo_id, output))
+    api, stale = HfApi(token=args.hub_token), list[str]()
+    with as_run_error(
+        lambda error: f"the upload to {repo_id} failed ({_reason(error)}). {push_advice(output, repo_id, stale)}"
+    ):
+        stale += with_retries(lambda: stale_files(api, repo_id, output))
         with_retries(
             lambda: api.upload_folder(  # it sends no large file twice
                 repo_id=repo_id,
@@ -109,43 +109,16 @@ def upload(args: Namespace, output: OutputFolder, repo_id: str) -> None:
                 delete_patterns=[glob.escape(name) for name in stale],
             )
         )
-    except Exception as error:
-        advice = push_advice(output, repo_id, stale)
-        raise RunError(f"the upload to {repo_id} failed ({_reason(error)}). {advice}") from error
 
 
-def push_advice(output: OutputFolder, repo_id: str, stale: Iterable[str] = ()) -> str:
-    """Say where the result is, and which command does what `upload` does."""
+def push_advice(output: OutputFolder, repo_id: str | None, stale: Iterable[str] = ()) -> str:
+    """Say where the result is, and which command does what `upload` does, if there is a repository."""
+    if repo_id is None:
+        return f"The result is whole in {output.path}."
     patterns = [word for name in uploaded_files(output) for word in ("--include", glob.escape(name))]
     patterns += [word for name in stale for word in ("--delete", glob.escape(name))]
     command = shlex.join(["hf", "upload", repo_id, str(output.path), ".", *patterns])
     return f"The result is whole in {output.path}; push it with: {command}"
-
-
-def result_is_safe(output: OutputFolder, repo_id: str | None) -> AbstractContextManager[None]:
-    """Turn any error in the block into one line that says that the result is whole and how to push it."""
-
-    def describe(error: Exception) -> str:
-        advice = f"The result is whole in {output.path}." if repo_id is None else push_advice(output, repo_id)
-        return f"{one_line(error)}. {advice}"
-
-    return as_run_error(describe)
-
-
-def publish(
-    args: Namespace,
-    output: OutputFolder,
-    repo_id: str,
-    images: Sequence[Image.Image],
-    before_upload: Callable[[str], None],
-    **card: Any,
-) -> None:
-    """Write the images and the `model_card(..., **card)`, pass `push_advice` to `before_upload`, and upload the result."""
-    for number, image in enumerate(images):
-        output.write_result(f"image_{number}.png", image.save)
-    output.write_result("README.md", model_card(args, repo_id, images, **card).save)
-    before_upload(push_advice(output, repo_id))
-    upload(args, output, repo_id)
 
 
 def model_card(

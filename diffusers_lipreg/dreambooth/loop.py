@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..errors import as_run_error, one_line
 from . import (
     checkpoints,
     hub,
@@ -215,22 +216,26 @@ class TrainingRun:
         self, *, license: str, tags: list[str], card_rows: dict[str, str], validate: Validate | None = None
     ) -> None:
         """End the run: validate the result with `validate` if it is given, and upload it with `--push_to_hub`."""
-        with hub.result_is_safe(self.output, self.repo_id):
+        args, output, repo_id = self.args, self.output, self.repo_id
+        with as_run_error(lambda error: f"{one_line(error)}. {hub.push_advice(output, repo_id)}"):
             if validate is not None and not self.graceful_exit.signal:
                 self._validate(validate)
             self.accelerator.end_training()
-            if self.repo_id is not None:
-                hub.publish(
-                    self.args,
-                    self.output,
-                    self.repo_id,
+            if repo_id is not None:
+                for number, image in enumerate(self.images):
+                    output.write_result(f"image_{number}.png", image.save)
+                card = hub.model_card(
+                    args,
+                    repo_id,
                     self.images,
-                    self.graceful_exit.at_once,
                     license=license,
                     tags=[*tags, *(["lipschitz-drift"] if "lipreg_reduction" in card_rows else [])],
                     penalty=card_rows,
-                    adapters=self.args.rank is not None,
+                    adapters=args.rank is not None,
                     commit=self.base.commit,
                 )
-            elif self.accelerator.is_main_process:
-                self.graceful_exit.at_once(f"The result is whole in {self.args.output_dir}.")
+                output.write_result("README.md", card.save)
+            if self.accelerator.is_main_process:
+                self.graceful_exit.at_once(hub.push_advice(output, repo_id))
+            if repo_id is not None:
+                hub.upload(args, output, repo_id)
