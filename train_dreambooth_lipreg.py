@@ -59,7 +59,6 @@ def build_parser() -> OneLineParser:
         parser, output_dir="dreambooth-model", resolution=512, learning_rate=5e-6, weight_decay=1e-2
     )
     arguments.add_sd_arguments(parser)
-    arguments.add_sd_adapter_arguments(parser)
     reductions = (*REDUCTIONS, *AdapterSnapshot.reductions)
     arguments.add_lipreg_arguments(parser, weight=500.0, reduction="tensor_mean", reductions=reductions)
     return parser

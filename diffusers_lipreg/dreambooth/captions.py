@@ -1,4 +1,4 @@
-"""Captions of photos: a .txt beside each, the rows of a metadata.jsonl, or a column of a data set."""
+"""Read captions of photos: a .txt beside each, the rows of a metadata.jsonl, or a column of a data set."""
 
 from __future__ import annotations
 

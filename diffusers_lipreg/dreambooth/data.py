@@ -33,41 +33,39 @@ class DreamBoothDataset(Dataset):
     """
 
     def __init__(self, photos: Sequence[Photo], class_images: Sequence[Path], transform: PhotoTransform) -> None:
-        self.instances = [(photo.path, photo.prompt) for photo in photos if photo.path is not None]
+        self.items: list[dict[str, Any]] = [{"instance": photo.path, "prompt": photo.prompt} for photo in photos]
         self.class_images = class_images
         self.load: Callable[[Path], Tensor] = transform.load
 
     def encode(self, encode: Encode) -> None:
         """Replace the pixels of all images by what `encode` makes of them."""
-        images = [path for path, _ in self.instances] + [*self.class_images]
-        self.load = precompute(images, self.load, encode)
+        self.load = precompute([*(item["instance"] for item in self.items), *self.class_images], self.load, encode)
+
+    def instance(self, index: int) -> dict[str, Any]:
+        """Return an item without its class image."""
+        item = self.items[index]
+        return {**item, "instance": self.load(item["instance"])}
 
     def __len__(self) -> int:
-        return max(len(self.instances), len(self.class_images))
+        return max(len(self.items), len(self.class_images))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path, prompt = self.instances[index % len(self.instances)]
-        item: dict[str, Any] = {"instance": self.load(path), "prompt": prompt}
+        item = self.instance(index % len(self.items))
         if self.class_images:
             item["class"] = self.load(self.class_images[index % len(self.class_images)])
         return item
 
 
-class SDXLDreamBoothDataset(Dataset):
-    """Photos that are cropped once for the whole run, with their prompts and SDXL's time ids, and class images.
+class SDXLDreamBoothDataset(DreamBoothDataset):
+    """Photos that are cropped once for the whole run; class images are cropped again each time, and never mirrored.
 
-    An item has "instance" (3, size, size), "prompt", "time_ids" (original height, original width, top, left, size,
-    size) and, with prior preservation, "class", which is cropped again each time. The shorter list starts over.
+    Items have "time_ids", too: original height, original width, top, left, size, size.
     """
 
     def __init__(
         self, photos: Iterable[Photo], repeats: int, class_images: Sequence[Path], transform: PhotoTransform
     ) -> None:
-        self.items: list[dict[str, Any]] = []
-        self.class_images = class_images
-        self.load_class: Callable[[Path], Tensor] = replace(
-            transform, random_flip=False
-        ).load  # they are never mirrored
+        super().__init__([], class_images, replace(transform, random_flip=False))
         for photo in photos:
             image = photo.open()
             for _ in range(repeats):
@@ -80,16 +78,11 @@ class SDXLDreamBoothDataset(Dataset):
         """Replace the pixels of all images by what `encode` makes of them."""
         for item, instance in zip(self.items, encode(item["instance"] for item in self.items), strict=True):
             item["instance"] = instance
-        self.load_class = precompute(self.class_images, self.load_class, encode)
+        self.load = precompute(self.class_images, self.load, encode)
 
-    def __len__(self) -> int:
-        return max(len(self.items), len(self.class_images))
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = dict(self.items[index % len(self.items)])
-        if self.class_images:
-            item["class"] = self.load_class(self.class_images[index % len(self.class_images)])
-        return item
+    def instance(self, index: int) -> dict[str, Any]:
+        """Return an item without its class image."""
+        return dict(self.items[index])
 
 
 def precompute(images: Sequence[Path], load: Callable[[Path], Tensor], encode: Encode) -> Callable[[Path], Tensor]:

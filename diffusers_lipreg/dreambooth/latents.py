@@ -1,4 +1,4 @@
-"""Images to latents: encoded at each step, or once for the whole run where no image ever changes.
+"""Encode images to latents, at each step, or once for the whole run where no image ever changes.
 
 The VAE gives the mean and the log variance of an image's latents, its moments. Training samples new latents from them at
 each step, so kept moments and the same random numbers give the same latents.
@@ -64,23 +64,19 @@ def should_cache_latents(
 ) -> bool:
     """Tell whether to encode images once: by default only if that cannot change the result and saves encodings.
 
-    Args:
-        number: How many images there are to encode.
-        cropped: Those of them that `transform` crops again each time.
+    `number` is that of all images, of which `transform` crops those of `cropped` again each time.
     """
-    if args.cache_latents is False:
-        return False
+    obstacle = None
     if not has_vae:
-        if args.cache_latents:
-            raise RunError("--cache_latents: this pipeline diffuses pixels, it has no latents. Leave the flag out.")
-        return False
-    random_crop = images.first_random_crop(cropped, transform)
-    if random_crop is not None:
-        if args.cache_latents:
-            raise RunError(
-                f"--cache_latents: {random_crop} is no square, and cropped at random whenever it is seen. Add "
-                "--center_crop, or leave the flag out: what can be kept without changing the run is kept anyway."
-            )
+        obstacle = "this pipeline diffuses pixels, it has no latents. Leave the flag out."
+    elif random_crop := images.first_random_crop(cropped, transform):
+        obstacle = (
+            f"{random_crop} is no square, and cropped at random whenever it is seen. Add --center_crop, or leave the "
+            "flag out: what can be kept without changing the run is kept anyway."
+        )
+    if args.cache_latents and obstacle is not None:
+        raise RunError(f"--cache_latents: {obstacle}")
+    if args.cache_latents is False or obstacle is not None:
         return False
     if args.cache_latents or args.max_train_steps is None:  # whole epochs see every image
         return True

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate.logging import get_logger
 from accelerate.utils import KwargsHandler
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -28,7 +29,6 @@ from . import (
     run_config,
     setup,
     trackers,
-    validation,
 )
 from .base import open_base
 from .checkpoints import Checkpoints, Stateful
@@ -38,6 +38,7 @@ from .interruption import GracefulExit
 from .models import loading_errors
 from .photos import find_photos
 
+logger = get_logger(__name__)
 Hook = Callable[[str], None]  # writes or reads the models of a checkpoint in a folder
 Validate = Callable[[int], list[Image.Image]]  # from the number of updates to images, empty where there are none
 
@@ -189,8 +190,10 @@ class TrainingRun:
 
     def _validate(self, validate: Validate) -> None:
         if self.args.validation_prompt is not None:
-            with validation.errors_as_warnings():
+            try:
                 self.images = validate(self.global_step)
+            except Exception as error:  # such as too little memory: it must not end the training
+                logger.warning(f"Validation failed, training goes on: {one_line(error)}")
 
     def save(
         self,

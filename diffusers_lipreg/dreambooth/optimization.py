@@ -1,4 +1,4 @@
-"""The loss, the optimizer, the learning rate and the number of steps, as in the official scripts."""
+"""Compute the loss, and create the optimizer and the learning rate schedule, as the official scripts do."""
 
 from __future__ import annotations
 

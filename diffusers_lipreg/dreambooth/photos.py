@@ -1,4 +1,4 @@
-"""Instance photos with their prompts: of a folder, or of a data set, which may not name files other than its own."""
+"""Find instance photos and their prompts in a folder, or in a data set, which may not name files other than its own."""
 
 from __future__ import annotations
 

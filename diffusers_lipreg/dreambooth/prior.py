@@ -1,4 +1,4 @@
-"""Prior preservation: images of the class, sampled from the pretrained pipeline and kept in a folder."""
+"""Sample class images for prior preservation from the pretrained pipeline, and keep them in a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts to text embeddings: each prompt is tokenized once, and encoded once where the text encoders are frozen."""
+"""Tokenize each prompt once, and encode it to prompt_embeds, once where the text encoders are frozen."""
 
 from __future__ import annotations
 

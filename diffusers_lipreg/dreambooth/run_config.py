@@ -1,4 +1,4 @@
-"""config.yaml: the flags of a run, written to its result and checkpoints, and compared when the run is resumed."""
+"""Write the flags of a run to config.yaml in its result and checkpoints, and compare them when it is resumed."""
 
 from __future__ import annotations
 

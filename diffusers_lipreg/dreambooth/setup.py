@@ -1,4 +1,4 @@
-"""The start of a run: accelerator, logs, seed, and the settings that follow from the device."""
+"""Start a run: its accelerator, logs and seed, and the settings that follow from the device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,14 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
         )
     except Exception as error:  # of its configuration, its environment variables, the device, the other processes
         raise RunError(f"accelerate cannot start: {one_line(error)}") from error
-    fill_in_flags(args, accelerator)
+    # accelerate reads these two from its own environment or configuration as well, and follows that.
+    args.mixed_precision, steps = str(accelerator.mixed_precision), accelerator.gradient_accumulation_steps
+    if args.gradient_accumulation_steps not in (1, steps):
+        raise RunError(
+            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS "
+            f"in the environment is {steps}, and accelerate follows that: leave one of them out."
+        )
+    args.gradient_accumulation_steps = steps
     preflight.check_processes(args, accelerator)
     preflight.check_precision(accelerator)
     if args.allow_tf32:
@@ -51,18 +58,6 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
     if args.seed is not None:
         set_seed(args.seed)
     return accelerator
-
-
-def fill_in_flags(args: Namespace, accelerator: Accelerator) -> None:
-    """Replace the flags that accelerate reads from its own environment or configuration by what it read."""
-    args.mixed_precision = str(accelerator.mixed_precision)
-    steps = accelerator.gradient_accumulation_steps
-    if args.gradient_accumulation_steps not in (1, steps):
-        raise RunError(
-            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS "
-            f"in the environment is {steps}, and accelerate follows that: leave one of them out."
-        )
-    args.gradient_accumulation_steps = steps
 
 
 def can_fuse_adamw(accelerator: Accelerator) -> bool:
