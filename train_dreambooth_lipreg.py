@@ -183,7 +183,7 @@ def take_snapshot(args: argparse.Namespace, base: Base, models: Models, name: st
     with loading_errors(args, TEACHER_FLAGS):
         if args.lipreg_teacher_device == "disk":
             return TeacherSnapshot(model, state_dict=base.stored(name, model))
-        dtype = setup.DTYPES[args.lipreg_teacher_dtype]
+        dtype = setup.DTYPES.get(args.lipreg_teacher_dtype)
         if dtype is not None:
             check_rounding(model, dtype, args.learning_rate)
         return TeacherSnapshot(model, dtype=dtype, device=args.lipreg_teacher_device)

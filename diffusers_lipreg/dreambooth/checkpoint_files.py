@@ -54,6 +54,13 @@ def latest_run(output_dir: str | Path) -> list[Path]:
     return [path for path, run in runs.items() if run["id"] == last["id"]] + newer
 
 
+def is_ours(checkpoint: Path) -> bool:
+    """Tell whether a run of ours has written a checkpoint, which then has a readable config.yaml."""
+    with suppress(RunError):
+        return run_config.read(checkpoint) is not None
+    return False
+
+
 def fault_of(checkpoint: Path) -> str:
     """Return what a checkpoint lacks to be whole, or an empty string."""
     try:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import RunError, as_run_error, one_line
 from . import run_config
-from .checkpoint_files import last_whole, latest_run, runs_of_checkpoints, step_of
+from .checkpoint_files import is_ours, last_whole, latest_run, runs_of_checkpoints, step_of
 from .models import map_weights
 from .output import CONFIG, OWN, OutputFolder, files, fsync_folder, remedy
 from .resumable import ResumableDataset
@@ -139,11 +139,15 @@ class Checkpoints:
         self.partial = output.path / OWN / "checkpoint.partial"
         self.removed = output.path / OWN / "checkpoint.removed"
 
+    def written(self) -> list[Path]:
+        """Return the checkpoints in the output folder that this run wrote, in the order of writing."""
+        run_id = self.config["run"]["id"]
+        return [path for path, run in runs_of_checkpoints(self.output.path).items() if run["id"] == run_id]
+
     def of_this_run(self) -> list[Path]:
         """Return the checkpoint that this run was resumed from and those that it wrote, in the order of writing."""
-        run_id = self.config["run"]["id"]
-        mine = [path for path, run in runs_of_checkpoints(self.output.path).items() if run["id"] == run_id]
-        return [path for path in self.resumed_from if path not in mine and path.is_dir()] + mine
+        written = self.written()
+        return [path for path in self.resumed_from if path not in written and path.is_dir()] + written
 
     def save(self, step: int, regularizer: Stateful) -> Path:
         """Write checkpoint-`step` and return it; remove the oldest beyond the limit. Every process has to call it."""
@@ -180,12 +184,12 @@ class Checkpoints:
         """Make way for a checkpoint: rename what stands under its name, if no run of ours wrote that."""
         if not self.accelerator.is_main_process:
             return
+        self.output.claim()
         self._clear()
-        if final.exists() and final.name not in self.output.owned("checkpoint"):
+        if final.exists() and not is_ours(final):
             kept = next(path for number in count(1) if not (path := Path(f"{final}.kept-{number}")).exists())
             final.replace(kept)
             logger.warning(f"{final} was not written by a run of ours: it is kept as {kept}.")
-        self.output.add("checkpoint", [final.name])
 
     def _finish(self, final: Path) -> None:
         """Give a checkpoint its name when all of it is on the disk."""
@@ -199,13 +203,11 @@ class Checkpoints:
 
     def _remove_oldest(self, but: Path) -> None:
         """Remove the oldest checkpoints of this run beyond the limit, but not the newest, `but`."""
-        owned = self.output.owned("checkpoint")
-        older = [path for path in self.of_this_run() if path.name in owned and path != but]
+        older = [path for path in self.written() if path != but]
         spared = max(1, self.args.checkpoints_total_limit) - 1
         for checkpoint in older[: max(0, len(older) - spared)]:
             checkpoint.replace(self.removed)
             self._clear()
-            self.output.discard("checkpoint", [checkpoint.name])
 
     def _clear(self) -> None:
         """Remove what is left of half-written and half-removed checkpoints."""

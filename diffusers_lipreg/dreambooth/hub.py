@@ -80,7 +80,7 @@ def _reason(error: Exception) -> str:
 
 def uploaded_files(output: OutputFolder) -> list[str]:
     """Return the names of the result's files and of the manifest, with which the next push compares."""
-    result = [name for name in output.owned("result") if name != CONFIG]  # it names folders and photos of this machine
+    result = [name for name in output.owned() if name != CONFIG]  # it names folders and photos of this machine
     return [MANIFEST, *(name for name in result if (output.path / name).is_file())]
 
 
@@ -90,7 +90,7 @@ def stale_files(api: HfApi, repo_id: str, output: OutputFolder) -> list[str]:
         manifest = json.loads(Path(api.hf_hub_download(repo_id, MANIFEST, force_download=True)).read_text("utf-8"))
     except EntryNotFoundError:
         return []
-    return sorted(set(manifest["result"]) - set(output.owned("result")))
+    return sorted(set(manifest["result"]) - set(output.owned()))
 
 
 def upload(args: Namespace, output: OutputFolder, repo_id: str) -> None:

@@ -91,8 +91,6 @@ class GracefulExit:
     def exit(self, accelerator: Accelerator, checkpoint: str | os.PathLike[str]) -> NoReturn:
         """End the trackers and the run, and print the command that goes on from the checkpoint."""
         accelerator.end_training()
-        if not accelerator.is_main_process:
-            sys.exit(128 + self.signal)
         note = " (with HF_TOKEN in the environment, or after `hf auth login`)" if secrets() else ""
         self._last_words = f"{checkpoint} is written. To go on{note}:\n{resume_command(checkpoint)}"
         self._leave()

@@ -66,6 +66,8 @@ def should_cache_latents(
 
     `number` is that of all images, of which `transform` crops those of `cropped` again each time.
     """
+    if args.cache_latents is False:
+        return False
     obstacle = None
     if not has_vae:
         obstacle = "this pipeline diffuses pixels, it has no latents. Leave the flag out."
@@ -76,7 +78,7 @@ def should_cache_latents(
         )
     if args.cache_latents and obstacle is not None:
         raise RunError(f"--cache_latents: {obstacle}")
-    if args.cache_latents is False or obstacle is not None:
+    if obstacle is not None:
         return False
     if args.cache_latents or args.max_train_steps is None:  # whole epochs see every image
         return True

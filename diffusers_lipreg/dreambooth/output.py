@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
@@ -37,13 +36,12 @@ INDEX = DiffusionPipeline.config_name  # without this file no program takes the 
 READ_FOLDERS = ["instance_data_dir", "dataset_name", "class_data_dir", "pretrained_model_name_or_path"]
 READ_FOLDERS += ["pretrained_vae_model_name_or_path", "tokenizer_name"]
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-Kind = Literal["result", "checkpoint"]
 
 
 class OutputFolder:
     """Keep the manifest and the lock of an output folder, and replace its result.
 
-    The manifest lists names relative to the folder, by kind, with "/" between their parts. It is read anew each time.
+    The manifest lists names relative to the folder, with "/" between their parts. It is read anew each time.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -51,18 +49,18 @@ class OutputFolder:
         self.lock: FileLock | None = None
         self._read()
 
-    def owned(self, kind: Kind) -> list[str]:
-        """Return the names that runs into this folder added as `kind`, in that order."""
-        return self._read().get(kind, [])
+    def owned(self) -> list[str]:
+        """Return the names of the files that runs wrote as their results into this folder."""
+        return self._read().get("result", [])
 
-    def add(self, kind: Kind, names: Iterable[str]) -> None:
+    def add(self, names: Iterable[str]) -> None:
         """Add names to the manifest. Call it before the files appear, so that a killed run leaves no unlisted file."""
-        self._write(kind, [*self.owned(kind), *names])
+        self._write([*self.owned(), *names])
 
-    def discard(self, kind: Kind, names: Iterable[str]) -> None:
+    def discard(self, names: Iterable[str]) -> None:
         """Remove names from the manifest. Call it when the files are gone."""
         gone = set(names)
-        self._write(kind, [name for name in self.owned(kind) if name not in gone])
+        self._write([name for name in self.owned() if name not in gone])
 
     def claim(self) -> None:
         """Take the lock, which ends with the process, and move what a killed run left of its result into place."""
@@ -101,7 +99,7 @@ class OutputFolder:
 
     def strangers(self, names: Iterable[str]) -> list[str]:
         """Return the files under these names, or in folders of these names, that no run has written."""
-        owned, found = set(self.owned("result")), list[str]()
+        owned, found = set(self.owned()), list[str]()
         for name in names:
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
@@ -115,7 +113,7 @@ class OutputFolder:
         """Say what the folder holds apart from logs, and what a run does to it; an empty string for nothing."""
         present = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         names = present - {OWN, *Path(logging_dir).parts[:1]}
-        ours = names & {PurePosixPath(name).parts[0] for name in self.owned("result")}
+        ours = names & {PurePosixPath(name).parts[0] for name in self.owned()}
         steps = sorted(int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name)))
         others = names - ours - {f"checkpoint-{step}" for step in steps}
         words = []
@@ -169,7 +167,7 @@ class OutputFolder:
         self.claim()
         partial = self.path / OWN / f"partial{PurePosixPath(name).suffix}"
         write(partial)
-        self.add("result", [name])
+        self.add([name])
         partial.replace(self.path / name)
 
     def _install(self) -> None:
@@ -184,8 +182,8 @@ class OutputFolder:
                 f"{self.path / strangers[0]} was not written by a run, so it is not overwritten. Move it, then run the same "
                 f"command with --resume_from_checkpoint latest. The new result waits, whole, in {ready}."
             )
-        stale = set(self.owned("result")) - {*names, CONFIG}
-        self.add("result", names)
+        stale = set(self.owned()) - {*names, CONFIG}
+        self.add(names)
         with as_run_error(
             lambda error: f"The new result is whole in {ready}, but cannot be moved into place: {one_line(error)}."
         ):
@@ -200,7 +198,7 @@ class OutputFolder:
                 for parent in PurePosixPath(name).parents[:-1]:
                     with suppress(OSError):  # there is no such folder, or it is not empty
                         (self.path / parent).rmdir()
-        self.discard("result", stale)
+        self.discard(stale)
         shutil.rmtree(ready)
 
     def _read(self) -> dict[str, list[str]]:
@@ -216,9 +214,9 @@ class OutputFolder:
         except Exception as error:
             raise RunError(f"{path}: cannot be read ({one_line(error)}). Move {self.path / OWN} away.") from error
 
-    def _write(self, kind: Kind, names: list[str]) -> None:
+    def _write(self, names: list[str]) -> None:
         self.claim()
-        manifest = self._read() | {kind: list(dict.fromkeys(names))}
+        manifest = self._read() | {"result": list(dict.fromkeys(names))}
         partial = self.path / OWN / "manifest.partial"
         partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         partial.replace(self.path / MANIFEST)

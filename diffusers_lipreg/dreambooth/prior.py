@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..errors import RunError, one_line
 from .images import list_images
 from .models import Base
+from .setup import DTYPES
 
 logger = get_logger(__name__)
 
@@ -28,7 +29,7 @@ def prior_dtype(precision: str | None, device: torch.device) -> torch.dtype:
     """Return the type that `--prior_generation_precision` means: by default half precision on a CUDA device."""
     if precision in (None, "no"):
         return torch.float16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    return DTYPES[precision]
 
 
 def ensure_class_images(args: Namespace, accelerator: Accelerator, base: Base) -> list[Path]:

@@ -16,7 +16,7 @@ from accelerate.utils import KwargsHandler, ProjectConfiguration, set_seed
 from ..errors import RunError, one_line
 from . import preflight
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
+DTYPES: dict[str | None, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
@@ -71,4 +71,4 @@ def can_fuse_adamw(accelerator: Accelerator) -> bool:
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """Return the dtype of the weights that are not trained."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return DTYPES.get(accelerator.mixed_precision, torch.float32)
