@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from diffusers_lipreg import AdapterSnapshot, Denoiser
 from diffusers_lipreg.dreambooth import (
     arguments,
-    checkpoints,
     data,
     latents,
     lora,
@@ -260,7 +259,7 @@ def validate(
     if not final:
         for name in lora.LORA_TARGET_MODULES:
             if getattr(models, name) is not None:
-                parts[name] = checkpoints.unwrap(accelerator, getattr(models, name))
+                parts[name] = models.unwrapped.get(name, getattr(models, name))
     pipeline = base.pipeline(models.weight_dtype, **parts)
     if not models.edm:
         validation.set_scheduler(pipeline, "DPMSolverMultistepScheduler")

@@ -21,7 +21,6 @@ from accelerate.logging import get_logger
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, patch_environment
 from accelerate.utils.constants import RNG_STATE_NAME
-from diffusers.utils.torch_utils import is_compiled_module
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -46,12 +45,6 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Return the model without the wrappers of `accelerator.prepare` and `torch.compile`."""
-    model = accelerator.unwrap_model(model)
-    return model._orig_mod if is_compiled_module(model) else model  # type: ignore[return-value]
 
 
 def gather_full_models(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:

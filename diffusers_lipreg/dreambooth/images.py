@@ -34,8 +34,8 @@ TURNS = {  # value of EXIF's orientation tag -> what turns the photo upright
 }
 
 
-def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """Return an image as RGB, upright by its EXIF data, and whether parts of it were transparent, which become white."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as RGB, upright by its EXIF data and on white; `info["was_transparent"]` says if that shows."""
     if max(image.size) > 100 * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels, one side more than 100 times the other")
     image.load()
@@ -52,7 +52,9 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
         if transparent:  # a conversion to RGB would show the color that is stored under the transparency
             image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     image = image.convert("RGB")
-    return (image if turn is None else image.transpose(turn)), transparent
+    image = image if turn is None else image.transpose(turn)
+    image.info["was_transparent"] = transparent
+    return image
 
 
 def eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
@@ -73,8 +75,8 @@ def formats() -> list[str]:
     return [name for name in Image.ID if name != "EPS"]
 
 
-def decode(source: str | Path | BinaryIO | Callable[[], str | BinaryIO], name: str) -> tuple[Image.Image, bool]:
-    """Read an image as `to_rgb` returns it; `source` may be a function that opens it."""
+def open_image(source: str | Path | BinaryIO | Callable[[], str | BinaryIO], name: str = "") -> Image.Image:
+    """Read an image as `to_rgb` returns it. `source` may be a function that opens it, which errors then call `name`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -82,12 +84,7 @@ def decode(source: str | Path | BinaryIO | Callable[[], str | BinaryIO], name: s
                 return to_rgb(image)
     except Exception as error:  # decoders raise anything on damaged files
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise RunError(f"{name}: not an image that can be read ({reason}).") from error
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Read a file as `decode` does, without the second result."""
-    return decode(path, str(path))[0]
+        raise RunError(f"{name or source}: not an image that can be read ({reason}).") from error
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -103,7 +100,7 @@ def list_images(folder: str | Path) -> list[Path]:
         raise RunError(f"{folder}: cannot be read ({error.strerror}).") from error
     for path in paths:
         try:
-            transparent += decode(path, str(path))[1]
+            transparent += open_image(path).info["was_transparent"]
             images.append(path)
         except RunError as error:
             if has_image_name(path):

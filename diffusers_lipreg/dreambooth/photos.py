@@ -20,7 +20,7 @@ from PIL import Image
 from ..errors import RunError, as_run_error, one_line
 from . import captions
 from .data import Photo
-from .images import decode, find_instance_images, open_image, report
+from .images import find_instance_images, open_image, report
 
 
 def find_photos(args: Namespace) -> list[Photo]:
@@ -37,7 +37,7 @@ def find_photos(args: Namespace) -> list[Photo]:
     for index in range(len(rows.rows)):
         caption, source = rows.caption(index), rows.source(index)
         try:
-            transparent += decode(source, rows.name(index))[1]
+            transparent += open_image(source, rows.name(index)).info["was_transparent"]
         except RunError as error:
             broken.append(str(error))
         else:
@@ -88,7 +88,7 @@ class Rows:
 
     def open(self, index: int) -> Image.Image:
         """Read the image of a row as RGB."""
-        return decode(self.source(index), self.name(index))[0]
+        return open_image(self.source(index), self.name(index))
 
 
 def load_rows(args: Namespace) -> tuple[datasets.Dataset, list[Path]]:

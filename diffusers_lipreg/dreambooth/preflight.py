@@ -24,8 +24,13 @@ from .models import Base
 logger = get_logger(__name__)
 
 
-def check_processes(args: Namespace, accelerator: Accelerator) -> None:
-    """Refuse ways to run several processes that lose the penalty, or that nobody has tested with these scripts."""
+def check_accelerator(args: Namespace, accelerator: Accelerator) -> None:
+    """Refuse a precision that the device lacks, and several processes in a way that loses the penalty or is untested."""
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision not in ("no", "bf16"):
+        raise RunError(
+            f"mixed precision {accelerator.mixed_precision} is for GPUs, and this run is on a CPU: add "
+            "--mixed_precision no or bf16, which goes before what `accelerate config` says."
+        )
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):  # they update inside backward
         raise RunError(f"accelerate's configuration asks for {kind.value}: choose DDP (MULTI_GPU) or FSDP version 2.")
@@ -52,15 +57,6 @@ def check_processes(args: Namespace, accelerator: Accelerator) -> None:
     if flag := next((flag for flag, given in flags.items() if given), None):
         raise RunError(
             f"FSDP divides the UNet in full fine-tuning, not with {flag}: leave that out, or choose DDP (MULTI_GPU)."
-        )
-
-
-def check_precision(accelerator: Accelerator) -> None:
-    """Refuse a mixed precision that needs a GPU on a CPU, whether it comes from a flag or from accelerate."""
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision not in ("no", "bf16"):
-        raise RunError(
-            f"mixed precision {accelerator.mixed_precision} is for GPUs, and this run is on a CPU: add "
-            "--mixed_precision no or bf16, which goes before what `accelerate config` says."
         )
 
 

@@ -42,8 +42,7 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
             f"in the environment is {steps}, and accelerate follows that: leave one of them out."
         )
     args.gradient_accumulation_steps = steps
-    preflight.check_processes(args, accelerator)
-    preflight.check_precision(accelerator)
+    preflight.check_accelerator(args, accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if torch.backends.mps.is_available():
