@@ -147,40 +147,20 @@ def model_card(
         widget=[{"text": prompt, "output": {"url": f"image_{i}.png"}} for i in range(len(images))] or None,
         tags=list(tags),
     )
-    sections = [f"# DreamBooth - {repo_id}", _description(args, base_name, adapters, commit)]
-    if penalty:
-        paper = "[Preserve and Personalize](https://arxiv.org/abs/2505.19519)"
-        sections.append(
-            f"A penalty on the drift from the pretrained weights was part of the loss ({paper}; trained with diffusers-lipreg)."
-        )
-        rows = [f"| {name} | {value} |" for name, value in penalty.items()]
-        sections.append("\n".join(["| penalty | |", "|---|---|", *rows]))
-    if images:
-        sections += [f"Images of `{prompt}`:", "\n".join(f"![image {i}](./image_{i}.png)" for i in range(len(images)))]
-    sections += ["## Trigger words", f"Use `{args.instance_prompt}` in a prompt to call for the subject.", "## Use"]
-    code_with_adapters = _code(args, base_name, f'pipe.load_lora_weights("{repo_id}")\n')
-    sections.append(code_with_adapters if adapters else _code(args, repo_id))
-    if vars(args).get("extract_lora_rank") is not None:
-        sections += ["Or its extracted adapters alone, on the base:", code_with_adapters]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
-
-
-def _description(args: Namespace, base_name: str, adapters: bool, commit: str | None) -> str:
-    """Return what the result is and which models were trained."""
-    base = base_name if commit is None else f"{base_name} (commit {commit[:12]})"
-    what = f"These are LoRA adapters that teach {base}" if adapters else f"This is {base} taught"
-    trained = "was trained, too" if args.train_text_encoder else "was not trained"
-    vae = vars(args).get("pretrained_vae_model_name_or_path")
-    vae_note = "" if vae is None else f" The VAE in training was {vae}."
-    return f"{what} a subject, by DreamBooth training. The text encoder {trained}.{vae_note}"
-
-
-def _code(args: Namespace, source: str, load: str = "") -> str:
-    """Return code that samples an image. It names a dtype, since diffusers may load a float16 base partly in float32."""
-    variant = f", variant={args.variant!r}" if load and args.variant else ""
-    return (
-        "```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
-        'device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)\n'
-        f'pipe = DiffusionPipeline.from_pretrained("{source}"{variant}, dtype=dtype)\n{load}'
-        f"image = pipe.to(device)({args.instance_prompt!r}).images[0]\n```"
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        repo_id=repo_id,
+        base=base_name,
+        commit="" if commit is None else f" (commit {commit[:12]})",
+        adapters=adapters,
+        extracted=vars(args).get("extract_lora_rank") is not None,
+        train_text_encoder=args.train_text_encoder,
+        vae=vars(args).get("pretrained_vae_model_name_or_path"),
+        variant=args.variant,
+        penalty=penalty,
+        number_of_images=len(images),
+        validation_prompt=prompt,
+        instance_prompt=args.instance_prompt,
+        quoted_prompt=repr(args.instance_prompt),
     )
