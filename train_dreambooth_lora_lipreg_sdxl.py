@@ -29,6 +29,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusers_lipreg import AdapterSnapshot, Denoiser
@@ -266,7 +267,7 @@ def validate(
     if final:
         trained = {name: getattr(pipeline, name) for name in models.trainable_names}
         lora.add_adapters(args, trained)
-        lora.load_adapters(args.output_dir, trained)
+        lora.load_adapters(trained, args.output_dir)
     images = validation.sample_images(args, accelerator, pipeline, inputs, steps=25 if final else 50)
     name = "test" if final else "validation"
     validation.log_images(accelerator, images, args.validation_prompt, global_step, name=name)
@@ -281,7 +282,8 @@ def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], fold
 def save_rest(args: argparse.Namespace, base: Base, models: Mapping[str, nn.Module], folder: Path) -> dict[str, str]:
     """Write the adapters in kohya's format, too, with `--output_kohya_format`; return rows of the model card."""
     if args.output_kohya_format:
-        lora.save_kohya(folder, lora.adapter_weights(models))
+        weights = lora.to_kohya(lora.adapter_weights(models))
+        save_file(weights, folder / lora.KOHYA_WEIGHTS, metadata={"format": "pt"})
     return {}
 
 

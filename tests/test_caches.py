@@ -214,6 +214,6 @@ def test_nothing_is_prepared_for_what_is_not_measured(train, tmp_path, monkeypat
         "encode",
         lambda self, encoder, prompts: (seen.update(prompts), encode(self, encoder, prompts))[1],
     )
-    monkeypatch.setattr("diffusers_lipreg.dreambooth.images.held_out_crops", None)
+    monkeypatch.setattr("diffusers_lipreg.dreambooth.latents.held_out_batch", None)
     train(tmp_path, "--probe_steps", "0", "--max_train_steps", "1")
     assert seen == {"a photo of sks dog"}

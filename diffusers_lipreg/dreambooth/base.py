@@ -69,10 +69,7 @@ def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
         if args.variant not in variants:
             raise ValueError("no part has weight files of this variant.")
         for name in parts:
-            if name not in TRAINING_PARTS or not issubclass(
-                classes[name], nn.Module
-            ):  # else training loads it at once
-                _load_for_trial(base, name)
+            _load_for_trial(base, name)
         check_settings(base, args, sdxl)
     return base
 
@@ -237,9 +234,12 @@ def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _load_for_trial(base: Base, name: str) -> None:
-    """Load a part, models of transformers without data, to see that it can be loaded later."""
+    """Load a part that only saving or sampling needs, models without data, to see that it can be loaded later."""
+    part_class = base.classes[name]
+    if name in TRAINING_PARTS and issubclass(part_class, nn.Module):
+        return  # training loads it at once
     try:
-        base.load(name, **({"device_map": "meta"} if issubclass(base.classes[name], PreTrainedModel) else {}))
+        base.load(name, **({"device_map": "meta"} if issubclass(part_class, PreTrainedModel) else {}))
     except Exception as error:
         raise ValueError(f"its {name} cannot be loaded ({one_line(error)}).") from error
 

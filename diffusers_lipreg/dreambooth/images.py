@@ -6,7 +6,7 @@ import logging
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -214,14 +214,3 @@ def first_random_crop(images: Sequence[Path], transform: PhotoTransform) -> Path
         if width != height:
             return path
     return None
-
-
-def held_out_crops(photos: Iterable[Callable[[], Image.Image]], size: int) -> Tensor:
-    """Return the middle four fifths of photos, closer than any crop in training: (B, 3, size, size) in [-1, 1]."""
-    transform = PhotoTransform(size, center_crop=True)
-
-    def crop(image: Image.Image) -> Tensor:
-        left, top = image.width // 10, image.height // 10
-        return transform(image.crop((left, top, image.width - left, image.height - top)))
-
-    return torch.stack([crop(open_photo()) for open_photo in photos])

@@ -118,7 +118,8 @@ class TrainingRun:
             save: Hook = partial(checkpoints.save_models, models.unwrapped)
             load: Hook = partial(checkpoints.load_models, models.unwrapped)
         else:
-            save, load = lora.checkpoint_functions(models.lora_pipeline, models.unwrapped, lora.scale(args))
+            save = partial(lora.save_checkpoint, models.lora_pipeline, models.unwrapped, lora.scale(args))
+            load = partial(lora.load_adapters, models.unwrapped)
         checkpoints.register_hooks(accelerator, save, load)
         names = models.trainable_names
         prepared = accelerator.prepare(*models.trainable.values(), optimizer, loader, lr_scheduler)
