@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 
-from ..errors import RunError, one_line, printable
+from ..errors import RunError, as_run_error, one_line, printable
 
 logger = get_logger(__name__)
 METADATA = "metadata.jsonl"
@@ -106,10 +106,8 @@ def check_caption(caption: object, where: str) -> str:
 
 def read_file(file: Path) -> str:
     """Read a file of UTF-8, with or without a byte order mark."""
-    try:
+    with as_run_error(lambda error: f"{file}: cannot be read as a text in UTF-8 ({one_line(error)})."):
         return file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: cannot be read as a text in UTF-8 ({one_line(error)}).") from error
 
 
 def abbreviate(names: Sequence[str]) -> str:

@@ -145,17 +145,19 @@ class Checkpoints:
     def save(self, step: int, regularizer: Stateful) -> Path:
         """Write checkpoint-`step` and return it; remove the oldest beyond the limit. Every process has to call it."""
         final = self.output.path / f"checkpoint-{step}"
-        with self.disk_errors(final):
-            self._begin(final)
+        with self._writing(final):
             self.accelerator.wait_for_everyone()
             self.accelerator.save_state(str(self.partial))
             states = accelerate.utils.gather_object([self.dataset.state_dict()])
             if self.accelerator.is_main_process:
                 torch.save(states, self.partial / SAMPLER_STATE)
                 (self.partial / REGULARIZER_STATE).write_text(json.dumps(regularizer.state_dict()), encoding="utf-8")
-                self._finish(final)
-                if self.args.checkpoints_total_limit is not None:
-                    self._remove_oldest(but=final)
+        if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
+            older = [path for path in self.written() if path != final]
+            spared = max(1, self.args.checkpoints_total_limit) - 1
+            for checkpoint in older[: max(0, len(older) - spared)]:
+                checkpoint.replace(self.removed)
+                self._clear()
         self.accelerator.wait_for_everyone()
         logger.info(f"Saved {final}.")
         return final
@@ -165,42 +167,34 @@ class Checkpoints:
     ) -> None:
         """Write checkpoint-best by `save_models(models, folder)`. Every process has to call it."""
         models = gather_full_models(self.accelerator, models)
-        if self.accelerator.is_main_process:
-            final = self.output.path / "checkpoint-best"
-            with self.disk_errors(final):
-                self._begin(final)
+        with self._writing(self.output.path / "checkpoint-best"):
+            if self.accelerator.is_main_process:
                 self.partial.mkdir()
                 save_models(models, str(self.partial))
-                self._finish(final)
 
-    def _begin(self, final: Path) -> None:
-        """Make way for a checkpoint: rename what stands under its name, if no run of ours wrote that."""
-        if not self.accelerator.is_main_process:
-            return
-        self.output.claim()
-        self._clear()
-        if final.exists() and not is_ours(final):
-            kept = next(path for number in count(1) if not (path := Path(f"{final}.kept-{number}")).exists())
-            final.replace(kept)
-            logger.warning(f"{final} was not written by a run of ours: it is kept as {kept}.")
+    @contextmanager
+    def _writing(self, final: Path) -> Iterator[None]:
+        """Have the block write to the folder `partial`, which gets the name of the checkpoint when all is on the disk.
 
-    def _finish(self, final: Path) -> None:
-        """Give a checkpoint its name when all of it is on the disk."""
-        sizes = {name: (self.partial / name).stat().st_size for name in files(self.partial)}
-        run_config.write(self.config, self.partial / CONFIG, files=sizes)
-        fsync_folder(self.partial)
-        if final.exists():
-            final.replace(self.removed)
-        self.partial.replace(final)
-        self._clear()
-
-    def _remove_oldest(self, but: Path) -> None:
-        """Remove the oldest checkpoints of this run beyond the limit, but not the newest, `but`."""
-        older = [path for path in self.written() if path != but]
-        spared = max(1, self.args.checkpoints_total_limit) - 1
-        for checkpoint in older[: max(0, len(older) - spared)]:
-            checkpoint.replace(self.removed)
-            self._clear()
+        What stands under that name is replaced, or renamed if no run of ours wrote it.
+        """
+        with self.disk_errors(final):
+            if self.accelerator.is_main_process:
+                self.output.claim()
+                self._clear()
+                if final.exists() and not is_ours(final):
+                    kept = next(path for number in count(1) if not (path := Path(f"{final}.kept-{number}")).exists())
+                    final.replace(kept)
+                    logger.warning(f"{final} was not written by a run of ours: it is kept as {kept}.")
+            yield
+            if self.accelerator.is_main_process:
+                sizes = {name: (self.partial / name).stat().st_size for name in files(self.partial)}
+                run_config.write(self.config, self.partial / CONFIG, files=sizes)
+                fsync_folder(self.partial)
+                if final.exists():
+                    final.replace(self.removed)
+                self.partial.replace(final)
+                self._clear()
 
     def _clear(self) -> None:
         """Remove what is left of half-written and half-removed checkpoints."""

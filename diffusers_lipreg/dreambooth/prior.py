@@ -17,7 +17,7 @@ from numpy import uint64
 from numpy.random import SeedSequence
 from tqdm.auto import tqdm
 
-from ..errors import RunError, one_line
+from ..errors import as_run_error, one_line
 from .images import list_images
 from .models import Base
 from .setup import DTYPES
@@ -69,11 +69,9 @@ def sample_class_images(
         images = pipeline([args.class_prompt] * len(batch), generator=generators).images
         for number, image in zip(batch, images, strict=True):
             partial = folder / f".{number}.partial"  # hidden, so that a killed run leaves no half of a class image
-            try:
+            with as_run_error(lambda error: f"--class_data_dir {folder}: cannot be written ({one_line(error)})."):
                 image.save(partial, format="JPEG")
                 partial.replace(folder / f"{number}-{sha1(image.tobytes()).hexdigest()}.jpg")
-            except OSError as error:
-                raise RunError(f"--class_data_dir {folder}: cannot be written ({one_line(error)}).") from error
     del pipeline
     release_memory()
 

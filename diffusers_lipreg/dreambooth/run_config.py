@@ -16,7 +16,7 @@ import yaml
 from accelerate.logging import get_logger
 
 from .. import __version__
-from ..errors import RunError, one_line, printable
+from ..errors import RunError, as_run_error, one_line, printable
 from .captions import METADATA, caption_files
 from .images import has_image_name
 from .models import Base
@@ -93,15 +93,13 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder, CONFIG)
     if not path.exists():
         return None
-    try:
+    with as_run_error(lambda error: f"{path}: cannot be read ({one_line(error)})."):  # a YAML file may hold anything
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         run = config["run"]
         texts = [run["id"], run["base"], *run["photos"].values()]
         fits = isinstance(run["time"], float) and isinstance(run["files"], dict)
         if not fits or not all(isinstance(text, str) for text in texts):
             raise ValueError("its run is not of this form")
-    except Exception as error:  # a YAML file may hold anything
-        raise RunError(f"{path}: cannot be read ({one_line(error)}).") from error
     return config
 
 
