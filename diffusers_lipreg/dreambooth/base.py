@@ -26,7 +26,6 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RunError, one_line
-from . import optimization
 from .models import BASE_FLAGS, Base, find_weights, loading_errors, read_json
 from .output import INDEX
 
@@ -306,7 +305,8 @@ def check_settings(base: Base, args: Namespace, sdxl: bool) -> None:
     if not (sdxl and "EDM" in kind):
         if "beta_schedule" not in signature(type(scheduler)).parameters:
             raise ValueError(f"its scheduler is a {kind}, without the betas of a diffusion model. {ADVICE}")
-        optimization.check_prediction_type(scheduler)
+        if (prediction := scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
+            raise ValueError(f"The scheduler predicts {prediction}; supported: epsilon, v_prediction.")
     length = vars(args).get("tokenizer_max_length")
     limit = getattr(base.text_config("text_encoder"), "max_position_embeddings", math.inf)  # T5 has none
     if (length or 0) > limit:

@@ -16,20 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..errors import RunError
-
 logger = get_logger(__name__)
-
-
-def check_prediction_type(scheduler) -> None:
-    """Refuse a scheduler whose model predicts neither noise nor velocity."""
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise RunError(f"The scheduler predicts {scheduler.config.prediction_type}; supported: epsilon, v_prediction.")
 
 
 def diffusion_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Return what the UNet should predict: the noise, or the velocity of a v-prediction model."""
-    check_prediction_type(scheduler)
     if scheduler.config.prediction_type == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
     return noise
@@ -83,7 +74,6 @@ def edm_denoised(scheduler, model_pred: Tensor, noisy_latents: Tensor, sigmas: T
     """Return the clean latents that the UNet's output stands for."""
     if isinstance(scheduler, EDMEulerScheduler):
         return scheduler.precondition_outputs(noisy_latents, model_pred, sigmas)
-    check_prediction_type(scheduler)
     if scheduler.config.prediction_type == "v_prediction":
         return model_pred * (-sigmas / (sigmas**2 + 1) ** 0.5) + (noisy_latents / (sigmas**2 + 1))
     return model_pred * (-sigmas) + noisy_latents
