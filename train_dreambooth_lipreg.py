@@ -150,10 +150,7 @@ def encode_prompts(
     validation_inputs = {}
     if args.validation_prompt is not None:
         alone = encoder.precompute(models.text_encoder, accelerator.device, [[args.validation_prompt], [""]])
-        validation_inputs = {
-            "prompt_embeds": alone([args.validation_prompt]),
-            "negative_prompt_embeds": alone([""]),
-        }
+        validation_inputs = {"prompt_embeds": alone([args.validation_prompt]), "negative_prompt_embeds": alone([""])}
     return embed_prompts, validation_inputs
 
 

@@ -33,16 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusers_lipreg import AdapterSnapshot, Denoiser
-from diffusers_lipreg.dreambooth import (
-    arguments,
-    data,
-    latents,
-    lora,
-    optimization,
-    preflight,
-    setup,
-    validation,
-)
+from diffusers_lipreg.dreambooth import arguments, data, latents, lora, optimization, preflight, setup, validation
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
 from diffusers_lipreg.dreambooth.loop import TrainableModels, TrainingRun
 from diffusers_lipreg.dreambooth.models import Base, loading_errors, text_encoder_class

@@ -129,10 +129,9 @@ def model_card(
     license: str,
     tags: Sequence[str],
     penalty: Mapping[str, str],
-    adapters: bool,
     commit: str | None = None,
 ) -> ModelCard:
-    """Return the model card of a pipeline, or of `adapters`; `penalty` is a table, `commit` that of a base on the Hub."""
+    """Return the model card of the result; `penalty` is a table, `commit` that of a base on the Hub."""
     base = args.pretrained_model_name_or_path
     on_hub = not Path(base).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
     base_name = base if on_hub else Path(base).resolve().name
@@ -150,17 +149,12 @@ def model_card(
     return ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("model_card.md")),
+        args=args,
         repo_id=repo_id,
         base=base_name,
         commit="" if commit is None else f" (commit {commit[:12]})",
-        adapters=adapters,
-        extracted=vars(args).get("extract_lora_rank") is not None,
-        train_text_encoder=args.train_text_encoder,
-        vae=vars(args).get("pretrained_vae_model_name_or_path"),
-        variant=args.variant,
         penalty=penalty,
         number_of_images=len(images),
-        validation_prompt=prompt,
-        instance_prompt=args.instance_prompt,
+        image_prompt=prompt,
         quoted_prompt=repr(args.instance_prompt),
     )

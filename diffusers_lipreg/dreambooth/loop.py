@@ -17,19 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import as_run_error, one_line
-from . import (
-    checkpoints,
-    hub,
-    latents,
-    lora,
-    optimization,
-    preflight,
-    prior,
-    resumable,
-    run_config,
-    setup,
-    trackers,
-)
+from . import checkpoints, hub, latents, lora, optimization, preflight, prior, resumable, run_config, setup, trackers
 from .base import open_base
 from .checkpoints import Checkpoints, Stateful
 from .data import DreamBoothDataset, SDXLDreamBoothDataset
@@ -235,7 +223,6 @@ class TrainingRun:
                     license=license,
                     tags=[*tags, *(["lipschitz-drift"] if "lipreg_reduction" in card_rows else [])],
                     penalty=card_rows,
-                    adapters=args.rank is not None,
                     commit=self.base.commit,
                 )
                 output.write_result("README.md", card.save)

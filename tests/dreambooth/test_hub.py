@@ -30,7 +30,7 @@ def arguments(*more: str) -> Namespace:
 
 def card(*more: str, penalty: dict[str, str] = PENALTY, images: int = 0) -> ModelCard:
     shown = [Image.new("RGB", (8, 8))] * images
-    facts = {"license": "creativeml-openrail-m", "tags": TAGS, "penalty": penalty, "adapters": False}
+    facts = {"license": "creativeml-openrail-m", "tags": TAGS, "penalty": penalty}
     return model_card(arguments(*more), REPO, shown, **facts)
 
 
