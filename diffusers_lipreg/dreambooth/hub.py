@@ -135,6 +135,7 @@ def model_card(
     base = args.pretrained_model_name_or_path
     on_hub = not Path(base).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
     base_name = base if on_hub else Path(base).resolve().name
+    vae = vars(args).get("pretrained_vae_model_name_or_path")
     prompt = args.validation_prompt or args.instance_prompt
     data = ModelCardData(
         license=license,
@@ -152,6 +153,7 @@ def model_card(
         args=args,
         repo_id=repo_id,
         base=base_name,
+        vae=vae and (Path(vae).resolve().name if Path(vae).exists() else vae),  # a path is private
         commit="" if commit is None else f" (commit {commit[:12]})",
         penalty=penalty,
         number_of_images=len(images),
