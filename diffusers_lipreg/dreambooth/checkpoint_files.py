@@ -32,13 +32,17 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(filter(is_checkpoint, Path(output_dir).glob("checkpoint-*")), key=step_of)
 
 
+def run_of(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the "run" of a checkpoint's config.yaml, or `None` if it has no readable one: then it is not ours."""
+    with suppress(RunError):
+        if config := run_config.read(checkpoint):
+            return config["run"]
+    return None
+
+
 def runs_of_checkpoints(output_dir: str | Path) -> dict[Path, dict[str, Any]]:
-    """Return the checkpoints that have a readable config.yaml, in the order of writing, with its "run"."""
-    runs = {}
-    for checkpoint in list_checkpoints(output_dir):
-        with suppress(RunError):
-            if config := run_config.read(checkpoint):
-                runs[checkpoint] = config["run"]
+    """Return the checkpoints of runs of ours with these, in the order of writing."""
+    runs = {checkpoint: run for checkpoint in list_checkpoints(output_dir) if (run := run_of(checkpoint))}
     return dict(sorted(runs.items(), key=lambda item: item[1]["time"]))
 
 
@@ -52,13 +56,6 @@ def latest_run(output_dir: str | Path) -> list[Path]:
     official = [path for path in list_checkpoints(output_dir) if path not in runs]
     newer = [path for path in official if path.stat().st_mtime > last["time"]]
     return [path for path, run in runs.items() if run["id"] == last["id"]] + newer
-
-
-def is_ours(checkpoint: Path) -> bool:
-    """Tell whether a run of ours has written a checkpoint, which then has a readable config.yaml."""
-    with suppress(RunError):
-        return run_config.read(checkpoint) is not None
-    return False
 
 
 def fault_of(checkpoint: Path) -> str:

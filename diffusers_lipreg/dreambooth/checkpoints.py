@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import RunError, as_run_error, one_line
 from . import run_config
-from .checkpoint_files import is_ours, last_whole, latest_run, runs_of_checkpoints, step_of
+from .checkpoint_files import last_whole, latest_run, run_of, runs_of_checkpoints, step_of
 from .models import map_weights
 from .output import CONFIG, OWN, OutputFolder, files, fsync_folder, remedy
 from .resumable import ResumableDataset
@@ -182,7 +182,7 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 self.output.claim()
                 self._clear()
-                if final.exists() and not is_ours(final):
+                if final.exists() and run_of(final) is None:
                     kept = next(path for number in count(1) if not (path := Path(f"{final}.kept-{number}")).exists())
                     final.replace(kept)
                     logger.warning(f"{final} was not written by a run of ours: it is kept as {kept}.")
