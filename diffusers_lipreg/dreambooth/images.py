@@ -76,7 +76,7 @@ def formats() -> list[str]:
 
 
 def open_image(source: str | Path | BinaryIO | Callable[[], str | BinaryIO], name: str = "") -> Image.Image:
-    """Read an image as `to_rgb` returns it. `source` may be a function that opens it, which errors then call `name`."""
+    """Read an image as `to_rgb` returns it. `source` may be a function that opens it; errors call it `name`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

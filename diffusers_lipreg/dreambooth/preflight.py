@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from ..errors import RunError, one_line, read_lines
+from ..errors import RunError, as_run_error, one_line, read_lines
 from . import checkpoint_files, hub, output
 from .images import open_image
 from .models import Base
@@ -50,9 +50,9 @@ def check_accelerator(args: Namespace, accelerator: Accelerator) -> None:
         raise RunError(f"under FSDP accelerate's configuration has to say {setting}.")
     flags = {
         "adapters": args.rank is not None,
-        "--train_text_encoder": vars(args).get("train_text_encoder"),
+        "--train_text_encoder": args.train_text_encoder,
         "--use_8bit_adam": args.use_8bit_adam,
-        "--lipreg_teacher_device": vars(args).get("lipreg_teacher_device") is not None,
+        "--lipreg_teacher_device": args.lipreg_teacher_device is not None,
     }
     if flag := next((flag for flag, given in flags.items() if given), None):
         raise RunError(
@@ -90,15 +90,10 @@ def check_environment(args: Namespace) -> None:
         if wanted and find_spec(package) is None:
             raise RunError(f"{flag} needs {package}: pip install {package}")
     if args.lipreg_teacher_device not in (None, "disk"):
-        try:
+        with as_run_error(lambda error: f"--lipreg_teacher_device {args.lipreg_teacher_device}: {one_line(error)}"):
             torch.empty(0, device=args.lipreg_teacher_device)
-        except (RuntimeError, AssertionError) as error:
-            raise RunError(f"--lipreg_teacher_device {args.lipreg_teacher_device}: {one_line(error)}") from error
     for path in vars(args).get("validation_images") or ():
-        try:
-            open_image(path)
-        except RunError as error:
-            raise RunError(f"--validation_images {error}") from error
+        open_image(path, f"--validation_images {path}")
 
 
 def probe_prompts(args: Namespace, default: Sequence[str]) -> Sequence[str]:

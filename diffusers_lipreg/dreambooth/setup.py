@@ -13,7 +13,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import KwargsHandler, ProjectConfiguration, set_seed
 
-from ..errors import RunError, one_line
+from ..errors import RunError, as_run_error, one_line
 from . import preflight
 
 DTYPES: dict[str | None, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -22,7 +22,8 @@ DTYPES: dict[str | None, torch.dtype] = {"fp32": torch.float32, "fp16": torch.fl
 def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
     """Create the accelerator of a run, set up the logs and seed the random generators."""
     preflight.check_environment(args)
-    try:
+    # Its configuration, its environment variables, the device and the other processes may each cause any error.
+    with as_run_error(lambda error: f"accelerate cannot start: {one_line(error)}"):
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
@@ -32,8 +33,6 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
                 project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
             ),
         )
-    except Exception as error:  # of its configuration, its environment variables, the device, the other processes
-        raise RunError(f"accelerate cannot start: {one_line(error)}") from error
     # accelerate reads these two from its own environment or configuration as well, and follows that.
     args.mixed_precision, steps = str(accelerator.mixed_precision), accelerator.gradient_accumulation_steps
     if args.gradient_accumulation_steps not in (1, steps):
