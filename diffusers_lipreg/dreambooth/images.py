@@ -140,8 +140,9 @@ def find_instance_images(folder: str | Path, flag: str = "--instance_data_dir") 
     if not folder.is_dir():
         raise RunError(f"{flag} {folder}: there is no such folder.")
     images = list_images(folder)
-    inside = [path.relative_to(folder) for path in sorted(folder.glob("*/**/*")) if has_image_name(path)]
-    below = Counter(path.parent.as_posix() for path in inside if not any(name[0] == "." for name in path.parts))
+    inside = [*sorted(folder.glob("*/*")), *sorted(folder.glob("*/*/*"))]  # deeper ones could be very many
+    seen = [path.relative_to(folder) for path in inside if has_image_name(path) and path.is_file()]
+    below = Counter(path.parent.as_posix() for path in seen if not any(name[0] == "." for name in path.parts))
     hint = ", ".join(f"{number:,} in {name}" for name, number in list(below.items())[:3])
     if not images:
         more = f" There are {hint}: point {flag} there." if hint else ""
