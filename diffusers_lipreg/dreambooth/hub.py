@@ -23,7 +23,6 @@ from .output import CONFIG, MANIFEST, OutputFolder
 logger = get_logger(__name__)
 T = TypeVar("T")
 WAITS = (2.0, 10.0)  # seconds before the second and the third attempt, unless the Hub names a time
-LONGEST_WAIT = 60.0  # seconds
 PATIENCE = 120.0  # seconds after which no further attempt is made
 
 
@@ -43,7 +42,7 @@ def with_retries(request: Callable[[], T]) -> T:
 
 
 def _seconds_to_wait(error: BaseException, wait: float) -> float | None:
-    """Return the Hub's Retry-After or `wait` if the Hub is busy or fails or the connection broke, else `None`."""
+    """Return the Hub's Retry-After, which `hub_client` bounds, or else `wait`; `None` if waiting does not help."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:  # the client wraps errors of a file
         error = error.__cause__
     if not isinstance(error, HfHubHTTPError):
@@ -52,7 +51,7 @@ def _seconds_to_wait(error: BaseException, wait: float) -> float | None:
     if status not in (409, 429) and status < 500:
         return None
     retry_after = error.response.headers.get("Retry-After", "")
-    return min(float(retry_after), LONGEST_WAIT) if retry_after.isdecimal() else wait
+    return float(retry_after) if retry_after.isdecimal() else wait
 
 
 def create_repository(args: Namespace) -> str:
