@@ -27,9 +27,7 @@ logger = get_logger(__name__)
 
 def prior_dtype(precision: str | None, device: torch.device) -> torch.dtype:
     """Return the type that `--prior_generation_precision` means: by default half precision on a CUDA device."""
-    if precision in (None, "no"):
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return DTYPES[precision]
+    return DTYPES.get(precision, torch.float16 if device.type == "cuda" else torch.float32)
 
 
 def ensure_class_images(args: Namespace, accelerator: Accelerator, base: Base) -> list[Path]:
