@@ -148,7 +148,7 @@ def model_card(
     )
     return ModelCard.from_template(
         data,
-        template_path=str(Path(__file__).with_name("model_card.md")),
+        template_path=str(Path(__file__).with_name("model_card.jinja")),
         args=args,
         repo_id=repo_id,
         base=base_name,
