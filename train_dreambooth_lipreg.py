@@ -41,7 +41,7 @@ from diffusers_lipreg.dreambooth import (
 )
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
 from diffusers_lipreg.dreambooth.loop import TrainableModels, TrainingRun
-from diffusers_lipreg.dreambooth.models import TEACHER_FLAGS, Base, limit_length, loading, text_encoder_class
+from diffusers_lipreg.dreambooth.models import TEACHER_FLAGS, Base, limit_length, loading_errors, text_encoder_class
 from diffusers_lipreg.dreambooth.prompts import PromptEncoder
 from diffusers_lipreg.drift import REDUCTIONS
 from diffusers_lipreg.errors import OneLineParser
@@ -59,7 +59,6 @@ def build_parser() -> OneLineParser:
         parser, output_dir="dreambooth-model", resolution=512, learning_rate=5e-6, weight_decay=1e-2
     )
     arguments.add_sd_arguments(parser)
-    arguments.add_sd_adapter_arguments(parser)
     reductions = (*REDUCTIONS, *AdapterSnapshot.reductions)
     arguments.add_lipreg_arguments(parser, weight=500.0, reduction="tensor_mean", reductions=reductions)
     return parser
@@ -126,13 +125,18 @@ class Models(TrainableModels):
             self.vae.to(accelerator.device, dtype=self.weight_dtype)
         self.unwrapped = self.trainable
 
+    def free_text_encoders(self) -> None:
+        """Free the memory of the text encoder."""
+        self.text_encoder = self.tokenizer = None
+        release_memory()
+
 
 def encode_prompts(
     args: argparse.Namespace, accelerator: Accelerator, models: Models, photos: Sequence[data.Photo]
 ) -> tuple[EmbedPrompts, dict[str, Any]]:
     """Return a lookup of prompt embeddings, and the inputs by which a pipeline samples the validation prompt.
 
-    A text encoder that is not trained encodes everything here, and is freed.
+    A text encoder that is not trained encodes everything here: no later step needs it.
     """
     encoder = models.prompt_encoder
     if args.train_text_encoder:
@@ -148,12 +152,7 @@ def encode_prompts(
     validation_inputs = {}
     if args.validation_prompt is not None:
         alone = encoder.precompute(models.text_encoder, accelerator.device, [[args.validation_prompt], [""]])
-        validation_inputs = {
-            "prompt_embeds": alone([args.validation_prompt]),
-            "negative_prompt_embeds": alone([""]),
-        }
-    models.text_encoder = models.tokenizer = None
-    release_memory()
+        validation_inputs = {"prompt_embeds": alone([args.validation_prompt]), "negative_prompt_embeds": alone([""])}
     return embed_prompts, validation_inputs
 
 
@@ -177,10 +176,10 @@ def take_snapshot(args: argparse.Namespace, base: Base, models: Models, name: st
     model = models.unwrapped[name]
     if args.rank is not None:
         return AdapterSnapshot(model)
-    with loading(args, TEACHER_FLAGS):
+    with loading_errors(args, TEACHER_FLAGS):
         if args.lipreg_teacher_device == "disk":
             return TeacherSnapshot(model, state_dict=base.stored(name, model))
-        dtype = setup.DTYPES[args.lipreg_teacher_dtype]
+        dtype = setup.DTYPES.get(args.lipreg_teacher_dtype)
         if dtype is not None:
             check_rounding(model, dtype, args.learning_rate)
         return TeacherSnapshot(model, dtype=dtype, device=args.lipreg_teacher_device)
@@ -218,11 +217,14 @@ def denoising_loss(
     timesteps = torch.randint(0, num_train_timesteps, (len(model_input),), device=model_input.device)
     noisy_latents = scheduler.add_noise(model_input, noise, timesteps)
     prompt_embeds = embed_prompts(batch["prompts"])
+    snr_weights = None
+    if args.snr_gamma is not None:
+        snr_weights = optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma)
     return optimization.dreambooth_loss(
         predict(args, models, models.unet, noisy_latents, timesteps, prompt_embeds),
         optimization.diffusion_target(scheduler, model_input, noise, timesteps),
-        None if args.snr_gamma is None else optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma),
-        args.prior_loss_weight if batch["has_class_images"] else None,
+        snr_weights=snr_weights,
+        prior_loss_weight=args.prior_loss_weight if batch["has_class_images"] else None,
     )
 
 
@@ -256,13 +258,8 @@ def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], fold
         lora.save_adapters(StableDiffusionPipeline, folder, lora.adapter_weights(models, lora.scale(args)))
 
 
-def save_rest(args: argparse.Namespace, base: Base, models: Mapping[str, nn.Module], folder: Path) -> dict[str, str]:
-    """Complete the folder to a pipeline, and extract adapters with `--extract_lora_rank`; return rows of the model card.
-
-    All parts are in float32, as the trained models are: a pipeline of several dtypes does not run as it is loaded.
-    """
-    if args.rank is not None:
-        return {}
+def complete_pipeline(args: argparse.Namespace, base: Base, models: Mapping[str, nn.Module], folder: Path) -> None:
+    """Write what a pipeline needs besides the trained models, in their dtype: one of several dtypes does not run."""
     parts = {**models, "text_encoder": None} if args.skip_save_text_encoder else models
     pipeline = base.pipeline(torch.float32, **parts)
     validation.set_scheduler(pipeline)
@@ -272,13 +269,24 @@ def save_rest(args: argparse.Namespace, base: Base, models: Mapping[str, nn.Modu
     pipeline.save_config(folder)
     if args.skip_save_text_encoder:
         shutil.rmtree(folder / "text_encoder", ignore_errors=True)
-    if args.extract_lora_rank is None:
-        return {}
+
+
+def extract_adapters(
+    args: argparse.Namespace, base: Base, models: Mapping[str, nn.Module], folder: Path
+) -> dict[str, str]:
+    """Write adapters that approximate the trained models, and return rows of the model card on them."""
     pretrained = {name: base.load(name, type(model)) for name, model in models.items()}
     weights, kept = lora.extract_adapters(models, pretrained, args.extract_lora_rank)
     lora.save_adapters(StableDiffusionPipeline, folder, weights)
     logger.info(f"The adapters of rank {args.extract_lora_rank} keep {kept:.1%} of the squared drift.")
     return {"extract_lora_rank": str(args.extract_lora_rank), "squared drift kept by these adapters": f"{kept:.1%}"}
+
+
+def save_rest(args: argparse.Namespace, base: Base, models: Mapping[str, nn.Module], folder: Path) -> dict[str, str]:
+    """Write the result's further files, and return rows of the model card on them."""
+    if args.rank is None:
+        complete_pipeline(args, base, models, folder)
+    return {} if args.extract_lora_rank is None else extract_adapters(args, base, models, folder)
 
 
 def hub_metadata(args: argparse.Namespace, models: Models) -> dict[str, Any]:
@@ -296,7 +304,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     prompts = preflight.prompts_to_record(args, generic_prompts(), MEASURED_PROMPTS)
     run = TrainingRun(args, graceful_exit, sdxl=False)
     accelerator = run.accelerator
-    with loading(args):
+    with loading_errors(args):
         models = Models(args, accelerator, run.base)
 
     # Record the pretrained pipeline, encode what frozen models encode, and hand the rest to accelerate.
@@ -305,6 +313,8 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         held_out = latents.held_out_batch(models.vae, run.photos, args.resolution, accelerator.device)
     recordings = record_outputs(args, accelerator, run.base, models, prompts)
     embed_prompts, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
+    if not args.train_text_encoder:
+        models.free_text_encoders()
     run.prepare(models, data.DreamBoothDataset(run.photos, run.class_images, run.transform))
 
     # Remember the pretrained model, then go on from a checkpoint.

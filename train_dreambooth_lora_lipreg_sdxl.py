@@ -29,24 +29,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusers_lipreg import AdapterSnapshot
-from diffusers_lipreg.dreambooth import (
-    arguments,
-    checkpoints,
-    data,
-    latents,
-    lora,
-    optimization,
-    preflight,
-    setup,
-    validation,
-)
+from diffusers_lipreg.dreambooth import arguments, data, latents, lora, optimization, preflight, setup, validation
 from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
 from diffusers_lipreg.dreambooth.loop import TrainableModels, TrainingRun
-from diffusers_lipreg.dreambooth.models import Base, loading, text_encoder_class
-from diffusers_lipreg.dreambooth.prompts import cached_tokenize, encode_sdxl
+from diffusers_lipreg.dreambooth.models import Base, loading_errors, text_encoder_class
+from diffusers_lipreg.dreambooth.prompts import encode_sdxl, sdxl_tokenizer
 from diffusers_lipreg.errors import OneLineParser, RunError
 from diffusers_lipreg.losses import Snapshot
 from diffusers_lipreg.outputs import MEASURED_PROMPTS, generic_prompts
@@ -79,7 +70,7 @@ class Models(TrainableModels):
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, base: Base) -> None:
         self.weight_dtype = setup.weight_dtype(accelerator)
-        self.tokens = cached_tokenize([base.load(name) for name in ("tokenizer", "tokenizer_2")])
+        self.tokenize = sdxl_tokenizer([base.load(name) for name in ("tokenizer", "tokenizer_2")])
         self.noise_scheduler = base.load("scheduler", noise_scheduler_class(args, base))
         self.edm = not isinstance(self.noise_scheduler, DDPMScheduler)
         self.playground = isinstance(self.noise_scheduler, EDMEulerScheduler)
@@ -107,6 +98,11 @@ class Models(TrainableModels):
     def text_encoders(self) -> list[Any]:
         return [self.text_encoder, self.text_encoder_2]
 
+    def free_text_encoders(self) -> None:
+        """Free the memory of the text encoders."""
+        self.text_encoder = self.text_encoder_2 = None
+        release_memory()
+
 
 def noise_scheduler_class(args: argparse.Namespace, base: Base) -> type:
     """Return the scheduler class to train with: EDM's for a model trained with it, Euler's for EDM training, or DDPM's."""
@@ -127,24 +123,21 @@ def encode_prompts(
 ) -> tuple[EmbedPrompts, dict[str, Any]]:
     """Return a lookup of prompt embeddings, and the inputs by which a pipeline samples the validation prompt.
 
-    Text encoders that are not trained encode everything here, and are freed.
+    Text encoders that are not trained encode everything here: no later step needs them.
     """
-    if args.train_text_encoder:
 
-        def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-            # The encoders are looked up at each step: what DDP wraps around them later averages their gradients.
-            return encode_sdxl(models.tokens, models.text_encoders, prompts)
+    class_prompt = [args.class_prompt] if args.with_prior_preservation else []
+    distinct = {*(photo.prompt for photo in photos), *class_prompt}
 
-    else:
-        class_prompt = [args.class_prompt] if args.with_prior_preservation else []
-        distinct = {*(photo.prompt for photo in photos), *class_prompt}
-        known = {prompt: encode_sdxl(models.tokens, models.text_encoders, [prompt]) for prompt in sorted(distinct)}
-        models.text_encoder = models.text_encoder_2 = None
-        release_memory()
+    def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        # The encoders are looked up at each step: what DDP wraps around them later averages their gradients.
+        return encode_sdxl(models.text_encoders, models.tokenize(prompts))
 
-        def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-            prompt_embeds, pooled_prompt_embeds = zip(*(known[prompt] for prompt in prompts), strict=True)
-            return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds)
+    known = {} if args.train_text_encoder else {prompt: encode([prompt]) for prompt in sorted(distinct)}
+
+    def look_up(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        prompt_embeds, pooled_prompt_embeds = zip(*(known[prompt] for prompt in prompts), strict=True)
+        return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds)
 
     # The official script encodes a prompt that all photos share once, and repeats the embeddings.
     shared = args.caption_column is None and len({photo.prompt for photo in photos}) == 1
@@ -152,7 +145,7 @@ def encode_prompts(
     def embed_prompts(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         encoded = list(dict.fromkeys(prompts)) if shared else prompts
         repeats = len(prompts) // len(encoded)
-        prompt_embeds, pooled_prompt_embeds = encode(encoded)
+        prompt_embeds, pooled_prompt_embeds = (encode if args.train_text_encoder else look_up)(encoded)
         return prompt_embeds.repeat_interleave(repeats, dim=0), pooled_prompt_embeds.repeat_interleave(repeats, dim=0)
 
     return embed_prompts, {"prompt": args.validation_prompt}
@@ -217,19 +210,21 @@ def denoising_loss(
         added_cond_kwargs={"time_ids": time_ids, "text_embeds": pooled_prompt_embeds},
         return_dict=False,
     )[0]
-    noise_weights = None
+    snr_weights = sigma_weights = None
     if models.edm:
         model_pred, target = optimization.edm_denoised(scheduler, model_pred, noisy_latents, sigmas), model_input
         if not models.playground:
-            noise_weights = sigmas**-2
+            sigma_weights = sigmas**-2
     else:
         target = optimization.diffusion_target(scheduler, model_input, noise, timesteps)
+        if args.snr_gamma is not None:
+            snr_weights = optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma)
     return optimization.dreambooth_loss(
         model_pred,
         target,
-        None if args.snr_gamma is None else optimization.min_snr_weights(scheduler, timesteps, args.snr_gamma),
-        args.prior_loss_weight if batch["has_class_images"] else None,
-        noise_weights,
+        snr_weights=snr_weights,
+        prior_loss_weight=args.prior_loss_weight if batch["has_class_images"] else None,
+        sigma_weights=sigma_weights,
     )
 
 
@@ -249,14 +244,14 @@ def validate(
     if not final:
         for name in lora.LORA_TARGET_MODULES:
             if getattr(models, name) is not None:
-                parts[name] = checkpoints.unwrap(accelerator, getattr(models, name))
+                parts[name] = models.unwrapped.get(name, getattr(models, name))
     pipeline = base.pipeline(models.weight_dtype, **parts)
     if not models.edm:
         validation.set_scheduler(pipeline, "DPMSolverMultistepScheduler")
     if final:
         trained = {name: getattr(pipeline, name) for name in models.trainable_names}
         lora.add_adapters(args, trained)
-        lora.load_adapters(args.output_dir, trained)
+        lora.load_adapters(trained, args.output_dir)
     images = validation.sample_images(args, accelerator, pipeline, inputs, steps=25 if final else 50)
     name = "test" if final else "validation"
     validation.log_images(accelerator, images, args.validation_prompt, global_step, name=name)
@@ -271,7 +266,8 @@ def save_weights(args: argparse.Namespace, models: Mapping[str, nn.Module], fold
 def save_rest(args: argparse.Namespace, base: Base, models: Mapping[str, nn.Module], folder: Path) -> dict[str, str]:
     """Write the adapters in kohya's format, too, with `--output_kohya_format`; return rows of the model card."""
     if args.output_kohya_format:
-        lora.save_kohya(folder, lora.adapter_weights(models))
+        weights = lora.to_kohya(lora.adapter_weights(models))
+        save_file(weights, folder / lora.KOHYA_WEIGHTS, metadata={"format": "pt"})
     return {}
 
 
@@ -299,7 +295,7 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     prompts = preflight.prompts_to_record(args, generic_prompts(), MEASURED_PROMPTS)
     run = TrainingRun(args, graceful_exit, DistributedDataParallelKwargs(find_unused_parameters=True), sdxl=True)
     accelerator = run.accelerator
-    with loading(args):
+    with loading_errors(args):
         models = Models(args, accelerator, run.base)
 
     # Record the pretrained pipeline, encode what frozen models encode, and hand the rest to accelerate.
@@ -308,6 +304,8 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
         held_out = latents.held_out_batch(models.vae, run.photos, args.resolution, accelerator.device)
     recordings = record_outputs(args, accelerator, run.base, models, prompts)
     embed_prompts, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
+    if not args.train_text_encoder:
+        models.free_text_encoders()
     run.prepare(models, data.SDXLDreamBoothDataset(run.photos, args.repeats, run.class_images, run.transform))
 
     # Remember the pretrained model, then go on from a checkpoint.

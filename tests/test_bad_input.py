@@ -33,7 +33,7 @@ from support.runs import PARITY, command, flags, forget_accelerate
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg import hub_client
-from diffusers_lipreg.dreambooth import data, preflight, prior
+from diffusers_lipreg.dreambooth import images, preflight, prior
 from diffusers_lipreg.dreambooth.output import CONFIG, MANIFEST
 from diffusers_lipreg.errors import RunError, run_cli
 
@@ -634,7 +634,7 @@ def odd_photos(folder: Path) -> Path:
     exif[0x0112] = 6
     Image.new("RGB", (80, 64)).save(folder / "turned.jpg", exif=exif)
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
-    frames = [Image.new("P", (80, 64), colour) for colour in (0, 1)]
+    frames = [Image.new("P", (80, 64), color) for color in (0, 1)]
     frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
     return folder
 
@@ -656,17 +656,17 @@ def test_odd_photos_prompts_and_paths_go_on(script: str, request, tmp_path: Path
         assert f"Skipped {photos / name}: not an image that can be read" in caplog.text
     assert "20000 x 10 pixels, one side more than 100 times the other" in caplog.text
     assert re.search(r"The text encoder reads \d+ tokens; this prompt has \d+ and is cut", caplog.text)
-    assert len(data.list_images(photos)) == 8
+    assert len(images.list_images(photos)) == 8
     assert list(out.rglob("*.safetensors"))
     written = tree(tmp_path).keys() - before.keys()
     assert all(Path(path).is_relative_to(out) or path == str(out.parent) for path in written)
 
 
 def test_sixteen_bits_a_pixel_are_not_cut_off(tmp_path: Path) -> None:
-    grey = np.linspace(0, 2**16 - 1, 64).astype(np.uint16)
-    Image.fromarray(np.tile(grey, (64, 1))).save(tmp_path / "photo.png")
-    opened = np.asarray(data.open_image(tmp_path / "photo.png"))
-    assert (opened == (grey[None, :, None] >> 8)).all()
+    gray = np.linspace(0, 2**16 - 1, 64).astype(np.uint16)
+    Image.fromarray(np.tile(gray, (64, 1))).save(tmp_path / "photo.png")
+    opened = np.asarray(images.open_image(tmp_path / "photo.png"))
+    assert (opened == (gray[None, :, None] >> 8)).all()
 
 
 def test_an_empty_prompt_is_warned_of() -> None:
@@ -710,11 +710,11 @@ def test_photos_that_may_not_be_read(caplog: pytest.LogCaptureFixture) -> None:
         photo = Path(copytree(PARITY / "instance", Path(parent, "photos")), "00.png")
         photo.chmod(0)
         with nobodys_rights():
-            assert len(data.find_instance_images(photo.parent)) == 3
+            assert len(images.find_instance_images(photo.parent)) == 3
         assert f"Skipped {photo}: not an image that can be read (PermissionError" in caplog.text
         photo.parent.chmod(0)
         with nobodys_rights(), pytest.raises(RunError, match=r"cannot be read \(Permission denied\)"):
-            data.find_instance_images(photo.parent)
+            images.find_instance_images(photo.parent)
 
 
 class Malicious:

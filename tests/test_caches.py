@@ -16,7 +16,8 @@ from transformers import CLIPTokenizer
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 from diffusers_lipreg.dreambooth import latents, prompts
-from diffusers_lipreg.dreambooth.data import DreamBoothDataset, PhotoTransform, collate
+from diffusers_lipreg.dreambooth.data import DreamBoothDataset, collate
+from diffusers_lipreg.dreambooth.images import PhotoTransform
 
 SCRIPTS = {"train": train_dreambooth_lipreg, "train_sdxl": train_dreambooth_lora_lipreg_sdxl}
 WEIGHTS = {"train": "unet/diffusion_pytorch_model.safetensors", "train_sdxl": "pytorch_lora_weights.safetensors"}
@@ -200,10 +201,10 @@ def test_a_prompt_is_tokenized_once():
             return super().__call__(*args, **options)
 
     tokenizer.__class__ = Counting
-    tokens = prompts.cached_tokenize([tokenizer])
-    first = tokens("a dog")[0]
+    tokenize = prompts.sdxl_tokenizer([tokenizer])
+    first = tokenize(["a dog"])
     seen = len(calls)
-    assert seen > 0 and tokens("a dog")[0] is first and len(calls) == seen
+    assert seen > 0 and torch.equal(tokenize(["a dog"])[0], first[0]) and len(calls) == seen
 
 
 def test_nothing_is_prepared_for_what_is_not_measured(train, tmp_path, monkeypatch):
@@ -213,6 +214,6 @@ def test_nothing_is_prepared_for_what_is_not_measured(train, tmp_path, monkeypat
         "encode",
         lambda self, encoder, prompts: (seen.update(prompts), encode(self, encoder, prompts))[1],
     )
-    monkeypatch.setattr("diffusers_lipreg.dreambooth.data.held_out_crops", None)
+    monkeypatch.setattr("diffusers_lipreg.dreambooth.latents.held_out_batch", None)
     train(tmp_path, "--probe_steps", "0", "--max_train_steps", "1")
     assert seen == {"a photo of sks dog"}

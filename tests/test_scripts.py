@@ -9,7 +9,8 @@ import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
 
 SD, SDXL = train_dreambooth_lipreg, train_dreambooth_lora_lipreg_sdxl
-OWN = {"predict", "noise_scheduler_class", "load_vae", "sample_model_input"}  # what only one of the pipelines has
+# What only one of the pipelines has.
+OWN = {"predict", "noise_scheduler_class", "load_vae", "sample_model_input", "complete_pipeline", "extract_adapters"}
 
 
 def definitions(script) -> dict[str, ast.stmt]:

@@ -1,4 +1,4 @@
-"""The flags of diffusers' official DreamBooth scripts: names, types, defaults and the checks between them."""
+"""Define the flags of diffusers' official DreamBooth scripts and ours, and check them one by one and together."""
 
 import argparse
 import os
@@ -26,15 +26,6 @@ def add_shared_arguments(
     parser: argparse.ArgumentParser, *, output_dir: str, resolution: int, learning_rate: float, weight_decay: float
 ) -> None:
     """Add the flags that the official SD and SDXL scripts share; the defaults that differ are arguments."""
-    _add_model_and_data(parser, resolution)
-    _add_prior(parser)
-    _add_training(parser, output_dir)
-    _add_optimizer(parser, learning_rate, weight_decay)
-    _add_hub_logs_and_validation(parser)
-    _add_hardware(parser)
-
-
-def _add_model_and_data(parser: argparse.ArgumentParser, resolution: int) -> None:
     flag = parser.add_argument_group("model and photos").add_argument
     flag("--pretrained_model_name_or_path", required=True, help="Pipeline to start from: a folder or a Hub id.")
     flag("--revision", help="Git revision of the model on the Hub.")
@@ -43,8 +34,6 @@ def _add_model_and_data(parser: argparse.ArgumentParser, resolution: int) -> Non
     flag("--resolution", type=int, default=resolution, help="Pixels of the short side, and of the square crop.")
     flag("--center_crop", action="store_true", help="Crop the center instead of a random place.")
 
-
-def _add_prior(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("prior preservation").add_argument
     flag("--with_prior_preservation", action="store_true", help="Train on sampled images of the class, too.")
     flag("--prior_loss_weight", type=float, default=1.0, help="Weight of the loss on class images.")
@@ -52,14 +41,9 @@ def _add_prior(parser: argparse.ArgumentParser) -> None:
     flag("--class_prompt", help='Prompt of the class images, for example "a photo of dog".')
     flag("--num_class_images", type=int, default=100, help="How many class images to have and to use.")
     flag("--sample_batch_size", type=int, default=4, help="Class images sampled at a time, per device.")
-    flag(
-        "--prior_generation_precision",
-        choices=["no", "fp32", "fp16", "bf16"],
-        help="Precision of that sampling; default fp16 on a GPU, else fp32.",
-    )
+    precisions = ["no", "fp32", "fp16", "bf16"]
+    flag("--prior_generation_precision", choices=precisions, help="Default: fp16 on a GPU, else fp32.")
 
-
-def _add_training(parser: argparse.ArgumentParser, output_dir: str) -> None:
     flag = parser.add_argument_group("training").add_argument
     flag("--output_dir", default=output_dir, help="Where results, checkpoints and logs go.")
     flag("--seed", type=int, help="Seed of everything random.")
@@ -73,14 +57,9 @@ def _add_training(parser: argparse.ArgumentParser, output_dir: str) -> None:
     flag("--checkpoints_total_limit", type=int, help="Keep at most this many checkpoints.")
     flag("--resume_from_checkpoint", help='A checkpoint of this output folder, or "latest".')
     flag("--snr_gamma", type=float, help="Gamma of Min-SNR loss weights (arXiv 2303.09556); 5.0 is usual.")
-    flag(
-        "--cache_latents",
-        action=argparse.BooleanOptionalAction,
-        help="Encode images once, then drop the VAE; default: where that changes nothing.",
-    )
+    action = argparse.BooleanOptionalAction
+    flag("--cache_latents", action=action, help="Encode images once, and drop the VAE; default: where lossless.")
 
-
-def _add_optimizer(parser: argparse.ArgumentParser, learning_rate: float, weight_decay: float) -> None:
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=float, default=learning_rate, help="Learning rate after warm-up.")
     flag("--scale_lr", action="store_true", help="Multiply it by devices, batch size and accumulation steps.")
@@ -95,11 +74,10 @@ def _add_optimizer(parser: argparse.ArgumentParser, learning_rate: float, weight
     flag("--adam_epsilon", type=float, default=1e-08, help="Added to its root.")
     flag("--max_grad_norm", type=float, default=1.0, help="Clip the norm of the gradient to this.")
 
-
-def _add_hub_logs_and_validation(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("validation").add_argument
     flag("--validation_prompt", help="Sample images of this prompt along the way.")
     flag("--num_validation_images", type=int, default=4, help="How many.")
+
     flag = parser.add_argument_group("hub and logs").add_argument
     flag("--push_to_hub", action="store_true", help="Upload the result.")
     flag("--hub_token", help="Token for the upload; default, and safer: HF_TOKEN or `hf auth login`.")
@@ -107,8 +85,6 @@ def _add_hub_logs_and_validation(parser: argparse.ArgumentParser) -> None:
     flag("--logging_dir", default="logs", help="Folder of the logs, inside --output_dir.")
     flag("--report_to", default="tensorboard", help='Tracker: tensorboard, wandb, comet_ml, ... or "all".')
 
-
-def _add_hardware(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("hardware").add_argument
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what `accelerate config` says.")
     flag("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
@@ -125,16 +101,8 @@ def _add_adapters(parser: argparse.ArgumentParser, rank: int | None) -> None:
     flag("--use_dora", action="store_true", help="Weight-decomposed adapters (DoRA, arXiv 2402.09353).")
 
 
-def add_sd_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add flags that the official SD script lacks: train adapters instead, or extract them from the result."""
-    _add_adapters(parser, rank=None)
-    flag = parser.add_argument_group("adapters, further").add_argument
-    flag("--lora_alpha", type=float, help="They are scaled by alpha / rank; default: the rank.")
-    flag("--extract_lora_rank", type=int, help="After full fine-tuning, write adapters of this rank, too.")
-
-
 def add_sd_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that only the official SD script has."""
+    """Add the flags that only the official SD script has, and those with which ours trains adapters or extracts them."""
     flag = parser.add_argument_group("Stable Diffusion").add_argument
     flag("--instance_data_dir", required=True, help="Folder with the photos of the subject.")
     flag("--caption_column", help="Field of captions in the metadata.jsonl beside the photos.")
@@ -148,12 +116,12 @@ def add_sd_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--set_grads_to_none", action="store_true", help="Free gradients instead of zeroing them.")
     flag("--validation_steps", type=int, default=100, help="Updates between validations.")
     flag("--validation_images", nargs="+", help="Images the validation pipeline takes beside the prompt.")
-    flag(
-        "--validation_scheduler",
-        default="DPMSolverMultistepScheduler",
-        choices=["DPMSolverMultistepScheduler", "DDPMScheduler"],
-        help="Scheduler of validation.",
-    )
+    schedulers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
+    flag("--validation_scheduler", default=schedulers[0], choices=schedulers, help="Scheduler of validation.")
+    _add_adapters(parser, rank=None)
+    flag = parser.add_argument_group("adapters, further").add_argument
+    flag("--lora_alpha", type=float, help="They are scaled by alpha / rank; default: the rank.")
+    flag("--extract_lora_rank", type=int, help="After full fine-tuning, write adapters of this rank, too.")
 
 
 def boolean(text: str) -> bool:
@@ -177,11 +145,13 @@ def add_sdxl_arguments(parser: argparse.ArgumentParser) -> None:
     _add_adapters(parser, rank=4)
     modes = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
     flag("--image_interpolation_mode", default="lanczos", choices=modes, help="How photos are resized.")
+
     flag = parser.add_argument_group("SDXL: model and training").add_argument
     flag("--pretrained_vae_model_name_or_path", help="Another VAE, for example one that is exact in fp16.")
     flag("--do_edm_style_training", action="store_true", help="Train in the terms of EDM (arXiv 2206.00364).")
     flag("--output_kohya_format", action="store_true", help="Write the adapters in kohya's format, too.")
     flag("--validation_epochs", type=int, default=50, help="Epochs between validations.")
+
     flag = parser.add_argument_group("SDXL: optimizer").add_argument
     flag("--optimizer", default="AdamW", help="AdamW or prodigy.")
     flag("--text_encoder_lr", type=float, default=5e-6, help="Learning rate of the text encoders' adapters.")

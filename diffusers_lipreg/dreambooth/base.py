@@ -26,8 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RunError, one_line
-from . import optimization
-from .models import BASE_FLAGS, Base, find_weights, loading, read_json
+from .models import BASE_FLAGS, Base, find_weights, loading_errors, read_json
 from .output import INDEX
 
 logger = get_logger(__name__)
@@ -46,12 +45,9 @@ def open_base(args: Namespace, accelerator: Accelerator, sdxl: bool) -> Base:
 
     Of models, only configurations and the headers of weight files are read. All files of a repository come from one
     commit, and the run needs the Hub no longer. Every process has to call this.
-
-    Raises:
-        RunError: The pipeline is missing, not whole, brings code, or is of a kind that the loss does not suit.
     """
     others = _check_other_parts(args, accelerator)
-    with loading(args, BASE_FLAGS):
+    with loading_errors(args, BASE_FLAGS):
         folder, commit = _find_index(args, accelerator)
         index = read_json(folder / INDEX)
         pipeline_class, classes = find_classes(index)
@@ -84,12 +80,12 @@ def _check_other_parts(args: Namespace, accelerator: Accelerator) -> dict[str, P
     """Check the parts that flags name outside of the pipeline; return the folder of the VAE if it is one."""
     tokenizer = vars(args).get("tokenizer_name")
     if tokenizer is not None and Path(tokenizer).is_dir():
-        with loading(args, ("tokenizer_name",)):
+        with loading_errors(args, ("tokenizer_name",)):
             check_part(Path(tokenizer), PreTrainedTokenizerBase, None)
     vae = vars(args).get("pretrained_vae_model_name_or_path")
     if vae is None:
         return {}
-    with loading(args, ("pretrained_vae_model_name_or_path",)), accelerator.local_main_process_first():
+    with loading_errors(args, ("pretrained_vae_model_name_or_path",)), accelerator.local_main_process_first():
         folder = Path(vae)
         if not folder.is_dir():
             weights = f"{Path(SAFETENSORS_WEIGHTS_NAME).stem}*.safetensors*"
@@ -124,11 +120,7 @@ def _find_index(args: Namespace, accelerator: Accelerator) -> tuple[Path, str | 
 
 
 def find_classes(index: dict[str, Any]) -> tuple[type[DiffusionPipeline], dict[str, type]]:
-    """Return the class of the pipeline and those of its parts, which diffusers and transformers have to define.
-
-    Raises:
-        ValueError: They do not define a class, such as one that comes with the pipeline.
-    """
+    """Return the class of the pipeline and those of its parts, which diffusers and transformers have to define."""
     name = index.get("_class_name")
     pipeline_class: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)):
@@ -197,14 +189,7 @@ def _fetch_weights(base: Base, parts: Sequence[str], files: Sequence[str]) -> No
 
 
 def check_part(folder: Path, part_class: type, variant: str | None) -> str | None:
-    """Refuse a part that is not whole, runs code or reads a file elsewhere; return the variant of its weights.
-
-    Args:
-        variant: The variant to prefer.
-
-    Raises:
-        ValueError: Says what is wrong with which file.
-    """
+    """Refuse a part that is not whole, runs code or reads a file elsewhere; return the variant of its weights, if any."""
     name = folder.name
     if (folder / "adapter_config.json").exists():  # transformers would load the adapters and the base they name
         raise ValueError(f"{name} holds adapters beside the model: merge them into it first.")
@@ -278,7 +263,12 @@ def check_kind(base: Base, args: Namespace, sdxl: bool) -> None:
             raise RunError(f"--resolution {args.resolution}: the VAE makes one latent of {side} x {side} pixels.")
     elif unet["class_embed_type"] == "timestep":
         upscaler = unet["in_channels"] == 2 * channels
+    text_encoders = [base.text_config(part) for part in base.classes if part.startswith("text_encoder")]
+    text_width = sum(getattr(config, "project_dim", config.hidden_size) for config in text_encoders)  # AltDiffusion's
+    taken = unet["encoder_hid_dim"] or unet["cross_attention_dim"]  # one number, or one for each block
+    unet["text width"] = taken[0] if isinstance(taken, list) and len({*taken}) == 1 else taken
     expected: dict[str, tuple] = {  # possible values of the UNet's settings
+        "text width": (text_width,),
         "in_channels": (2 * channels if upscaler else channels,),
         "out_channels": (channels,) if "vae" in base.classes else (3, 6),
         "class_embed_type": ("timestep",) if upscaler else (None,),
@@ -288,28 +278,16 @@ def check_kind(base: Base, args: Namespace, sdxl: bool) -> None:
         "time_cond_proj_dim": (None,),  # consistency models take the guidance scale as an input
     }
     if sdxl:
-        pooled = base.text_config("text_encoder_2").projection_dim
-        expected["projection_class_embeddings_input_dim"] = (6 * unet["addition_time_embed_dim"] + pooled,)
+        width = 6 * unet["addition_time_embed_dim"] + text_encoders[1].projection_dim
+        expected["projection_class_embeddings_input_dim"] = (width,)
     for setting, values in expected.items():
         if unet[setting] not in values:
             wanted = " or ".join(map(str, values))
             raise ValueError(f"it is a {name} whose UNet has {setting} {unet[setting]}, not {wanted}. {ADVICE}")
-    _check_text_width(base, unet)
     if "image" in signature(base.pipeline_class.__call__).parameters and not upscaler:
         raise ValueError(f"it is a {name}, which draws from an image, too. {ADVICE}")
     if upscaler and args.class_labels_conditioning != "timesteps":
         raise ValueError(f"it is a {name}: add --class_labels_conditioning timesteps.")
-
-
-def _check_text_width(base: Base, unet: dict[str, Any]) -> None:
-    """Refuse a UNet that takes prompt embeddings of another width than the text encoders make together."""
-    configs = [base.text_config(part) for part in base.classes if part.startswith("text_encoder")]
-    made = sum(getattr(config, "project_dim", config.hidden_size) for config in configs)  # the first is AltDiffusion's
-    taken = unet["encoder_hid_dim"] or unet["cross_attention_dim"]  # one number, or one for each block
-    if taken not in (made, [made] * len(unet["block_out_channels"])):
-        raise ValueError(
-            f"its UNet takes text of width {taken}, its text encoders make {made}: they do not belong together."
-        )
 
 
 def _with_defaults(base: Base, part: str, part_class: type) -> dict[str, Any]:
@@ -327,7 +305,8 @@ def check_settings(base: Base, args: Namespace, sdxl: bool) -> None:
     if not (sdxl and "EDM" in kind):
         if "beta_schedule" not in signature(type(scheduler)).parameters:
             raise ValueError(f"its scheduler is a {kind}, without the betas of a diffusion model. {ADVICE}")
-        optimization.check_prediction_type(scheduler)
+        if (prediction := scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
+            raise ValueError(f"The scheduler predicts {prediction}; supported: epsilon, v_prediction.")
     length = vars(args).get("tokenizer_max_length")
     limit = getattr(base.text_config("text_encoder"), "max_position_embeddings", math.inf)  # T5 has none
     if (length or 0) > limit:

@@ -1,4 +1,4 @@
-"""Captions of photos: a .txt beside each, the rows of a metadata.jsonl, or a column of a data set."""
+"""Read captions of photos: a .txt beside each, the rows of a metadata.jsonl, or a column of a data set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 
-from ..errors import RunError, one_line, printable
+from ..errors import RunError, as_run_error, one_line, printable
 
 logger = get_logger(__name__)
 METADATA = "metadata.jsonl"
@@ -21,15 +21,12 @@ def prompts_of_folder(args: Namespace, images: Sequence[Path]) -> list[str]:
     """Return the prompt of each image of `--instance_data_dir`: its caption, or else `--instance_prompt`.
 
     A caption is what `--caption_column` holds in the folder's metadata.jsonl, or else the text of the image's .txt.
-
-    Raises:
-        RunError: A file of captions cannot be read, or a caption is no text.
     """
     metadata = Path(args.instance_data_dir, METADATA)
     texts = caption_files(images, sorted(metadata.parent.iterdir()))
     captions = {image: " ".join(read_file(text).split()) for image, text in texts.items()}
     if args.caption_column is not None:
-        rows = match(read_rows(metadata, args.caption_column), images)
+        rows = read_rows(metadata, args.caption_column, images)
         captions |= {image: caption for image, caption in rows.items() if caption}
     elif metadata.is_file():
         logger.warning(f"{metadata} is not read: --caption_column has to name the field that holds the captions.")
@@ -56,27 +53,12 @@ def normalized(name: str) -> str:
     return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
 
 
-def match(rows: Iterable[tuple[str, str]], images: Iterable[Path]) -> dict[Path, str]:
-    """Return the captions by image, of rows (file name, caption), and warn of rows that match no image."""
-    unclaimed = {normalized(image.name): image for image in images}
-    captions, unmatched = {}, []
-    for name, caption in rows:
-        image = unclaimed.pop(normalized(name), None)
-        if image is None:
-            unmatched.append(name)
-        else:
-            captions[image] = caption
-    if unmatched:
-        rest = f"are for no photo, or for one that has a row already: {abbreviate(unmatched)}."
-        logger.warning(printable(f"{len(unmatched):,} rows of {METADATA} {rest}"))
-    return captions
-
-
-def read_rows(metadata: Path, column: str) -> list[tuple[str, str]]:
-    """Read file names and captions from a metadata.jsonl; the caption is "" if a row has none."""
+def read_rows(metadata: Path, column: str, images: Iterable[Path]) -> dict[Path, str]:
+    """Read the captions of images from a metadata.jsonl, "" where a row has none; warn of rows that match no image."""
     if not metadata.is_file():
         raise RunError(f"--caption_column {column}: there is no {metadata} to take captions from.")
-    rows, columns = [], set()
+    unclaimed = {normalized(image.name): image for image in images}
+    captions, unmatched, columns = {}, [], set()
     for number, line in enumerate(read_file(metadata).split("\n"), 1):  # splitlines would also split at U+2028
         if not line.strip():
             continue
@@ -87,9 +69,16 @@ def read_rows(metadata: Path, column: str) -> list[tuple[str, str]]:
             columns |= row.keys()
         except Exception as error:  # a line may hold JSON of any shape
             raise RunError(f"{where}: expected a JSON object with a file_name ({error!r}).") from error
-        rows.append((name, check_caption(row.get(column), where)))
+        caption = check_caption(row.get(column), where)
+        if image := unclaimed.pop(normalized(name), None):
+            captions[image] = caption
+        else:
+            unmatched.append(name)
     check_column(column, sorted(columns), "--caption_column")
-    return rows
+    if unmatched:
+        rest = f"are for no photo, or for one that has a row already: {abbreviate(unmatched)}."
+        logger.warning(printable(f"{len(unmatched):,} rows of {METADATA} {rest}"))
+    return captions
 
 
 def check_column(column: str, columns: Sequence[str], flag: str) -> None:
@@ -109,10 +98,8 @@ def check_caption(caption: object, where: str) -> str:
 
 def read_file(file: Path) -> str:
     """Read a file of UTF-8, with or without a byte order mark."""
-    try:
+    with as_run_error(lambda error: f"{file}: cannot be read as a text in UTF-8 ({one_line(error)})."):
         return file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: cannot be read as a text in UTF-8 ({one_line(error)}).") from error
 
 
 def abbreviate(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,17 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(filter(is_checkpoint, Path(output_dir).glob("checkpoint-*")), key=step_of)
 
 
+def run_of(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the "run" of a checkpoint's config.yaml, or `None` if it has no readable one: then it is not ours."""
+    with suppress(RunError):
+        if config := run_config.read(checkpoint):
+            return config["run"]
+    return None
+
+
 def runs_of_checkpoints(output_dir: str | Path) -> dict[Path, dict[str, Any]]:
-    """Return the checkpoints that have a readable config.yaml, in the order of writing, with its "run"."""
-    runs = {}
-    for checkpoint in list_checkpoints(output_dir):
-        try:
-            config = run_config.read(checkpoint)
-        except RunError:
-            continue
-        if config is not None:
-            runs[checkpoint] = config["run"]
+    """Return the checkpoints of runs of ours with these, in the order of writing."""
+    runs = {checkpoint: run for checkpoint in list_checkpoints(output_dir) if (run := run_of(checkpoint))}
     return dict(sorted(runs.items(), key=lambda item: item[1]["time"]))
 
 
@@ -50,12 +52,10 @@ def latest_run(output_dir: str | Path) -> list[Path]:
     The official scripts write no config.yaml. Their checkpoints follow if they are newer, by number.
     """
     runs = runs_of_checkpoints(output_dir)
+    last: dict[str, Any] = list(runs.values())[-1] if runs else {"id": None, "time": 0}
     official = [path for path in list_checkpoints(output_dir) if path not in runs]
-    if not runs:
-        return official
-    last = list(runs.values())[-1]
-    same_run = [path for path, run in runs.items() if run["id"] == last["id"]]
-    return same_run + [path for path in official if path.stat().st_mtime > last["time"]]
+    newer = [path for path in official if path.stat().st_mtime > last["time"]]
+    return [path for path, run in runs.items() if run["id"] == last["id"]] + newer
 
 
 def fault_of(checkpoint: Path) -> str:
@@ -75,19 +75,14 @@ def fault_of(checkpoint: Path) -> str:
 
 
 def find_checkpoint(output_dir: str, wanted: str | None) -> Path | None:
-    """Return the checkpoint that `--resume_from_checkpoint` means: "latest", a name or a path; `None` for a new run.
-
-    Raises:
-        RunError: There is no such checkpoint, or it is not whole.
-    """
+    """Return the checkpoint that `--resume_from_checkpoint` means: "latest", a name or a path; `None` for a new run."""
     if wanted is None:
         return None
     if wanted == "latest":
-        found = latest_run(output_dir)
-        if not found:
-            logger.warning(f"There is no checkpoint in {output_dir} yet: starting a new run.")
-            return None
-        return last_whole(found)
+        if found := latest_run(output_dir):
+            return last_whole(found)
+        logger.warning(f"There is no checkpoint in {output_dir} yet: starting a new run.")
+        return None
     # The official script takes the last part of any path for a name in the output folder; an existing path comes first.
     for checkpoint in (Path(output_dir, wanted), Path(wanted), Path(output_dir, Path(wanted).name)):
         if is_checkpoint(checkpoint):
@@ -97,11 +92,7 @@ def find_checkpoint(output_dir: str, wanted: str | None) -> Path | None:
 
 
 def last_whole(checkpoints: list[Path]) -> Path:
-    """Return the last checkpoint that is whole, with a warning for each that is passed over.
-
-    Raises:
-        RunError: None is whole.
-    """
+    """Return the last checkpoint that is whole, with a warning for each that is passed over."""
     *earlier, checkpoint = checkpoints
     fault = fault_of(checkpoint)
     if not fault:

@@ -21,16 +21,15 @@ from accelerate.logging import get_logger
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, patch_environment
 from accelerate.utils.constants import RNG_STATE_NAME
-from diffusers.utils.torch_utils import is_compiled_module
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from ..errors import RunError, one_line
+from ..errors import RunError, as_run_error, one_line
 from . import run_config
-from .checkpoint_files import last_whole, latest_run, runs_of_checkpoints, step_of
+from .checkpoint_files import last_whole, latest_run, run_of, runs_of_checkpoints, step_of
+from .models import map_weights
 from .output import CONFIG, OWN, OutputFolder, files, fsync_folder, remedy
 from .resumable import ResumableDataset
 
@@ -46,12 +45,6 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Return the model without the wrappers of `accelerator.prepare` and `torch.compile`."""
-    model = accelerator.unwrap_model(model)
-    return model._orig_mod if is_compiled_module(model) else model  # type: ignore[return-value]
 
 
 def gather_full_models(accelerator: Accelerator, models: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
@@ -74,11 +67,8 @@ def gather_full_models(accelerator: Accelerator, models: Mapping[str, nn.Module]
 def register_hooks(
     accelerator: Accelerator, save_models: Callable[[str], None], load_models: Callable[[str], None]
 ) -> None:
-    """Have accelerate call `save_models(folder)` and `load_models(folder)` instead of its own dump of the models.
-
-    Models that FSDP divides stay with accelerate, which gathers and divides them by itself.
-    """
-    if accelerator.distributed_type == DistributedType.FSDP:
+    """Have accelerate call `save_models(folder)` and `load_models(folder)` instead of its own dump of the models."""
+    if accelerator.distributed_type == DistributedType.FSDP:  # then accelerate gathers and divides them by itself
         return
 
     def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
@@ -101,24 +91,10 @@ def save_models(models: Mapping[str, nn.Module], folder: str) -> None:
 
 
 def load_models(models: Mapping[str, nn.Module], folder: str) -> None:
-    """Load what `save_models` wrote into the unwrapped models.
-
-    It reads tensors alone. A configuration or an index could name files elsewhere, adapters or code.
-
-    Raises:
-        ValueError: The files lack weights of a model.
-    """
+    """Load what `save_models` wrote into the unwrapped models: tensors alone, not files that may name others or code."""
     for name, model in models.items():
-        stored: dict[str, Tensor] = {}
-        for file in sorted(Path(folder, name).glob("*.safetensors")):
-            stored |= load_file(file)
-        own = model.state_dict()
-        # Newer releases of transformers drop a prefix of CLIP's names in the model, but keep it in files.
-        stored = {key if key in own else key.removeprefix("text_model."): tensor for key, tensor in stored.items()}
-        tied = {own[key].data_ptr() for key in stored.keys() & own.keys()}
-        if missing := [key for key in own.keys() - stored.keys() if own[key].data_ptr() not in tied]:
-            raise ValueError(f"{name} lacks {len(missing)} weights, {min(missing)} first")
-        model.load_state_dict(stored, strict=False)
+        files = sorted(file.name for file in Path(folder, name).glob("*.safetensors"))
+        model.load_state_dict(map_weights(Path(folder, name), model, files), strict=False)
 
 
 def tensors_only() -> AbstractContextManager[None]:
@@ -127,12 +103,9 @@ def tensors_only() -> AbstractContextManager[None]:
 
 
 class Checkpoints:
-    """Write, count, remove and load the checkpoints of one run.
+    """Write, count, remove and load the checkpoints of one run, whose `run_config` is `config`.
 
-    Args:
-        config: What `run_config.start` returned.
-        loader: The prepared loader of a `ResumableDataset`.
-        lr_scheduler: The prepared schedule, before a checkpoint is loaded into it and its optimizer.
+    `loader` (of a `ResumableDataset`) and `lr_scheduler` are prepared by accelerate, and no checkpoint is loaded yet.
     """
 
     def __init__(
@@ -159,26 +132,32 @@ class Checkpoints:
         self.partial = output.path / OWN / "checkpoint.partial"
         self.removed = output.path / OWN / "checkpoint.removed"
 
+    def written(self) -> list[Path]:
+        """Return the checkpoints in the output folder that this run wrote, in the order of writing."""
+        run_id = self.config["run"]["id"]
+        return [path for path, run in runs_of_checkpoints(self.output.path).items() if run["id"] == run_id]
+
     def of_this_run(self) -> list[Path]:
         """Return the checkpoint that this run was resumed from and those that it wrote, in the order of writing."""
-        run_id = self.config["run"]["id"]
-        mine = [path for path, run in runs_of_checkpoints(self.output.path).items() if run["id"] == run_id]
-        return [path for path in self.resumed_from if path not in mine and path.is_dir()] + mine
+        written = self.written()
+        return [path for path in self.resumed_from if path not in written and path.is_dir()] + written
 
     def save(self, step: int, regularizer: Stateful) -> Path:
         """Write checkpoint-`step` and return it; remove the oldest beyond the limit. Every process has to call it."""
         final = self.output.path / f"checkpoint-{step}"
-        with self.disk_errors(final):
-            self._begin(final)
+        with self._writing(final):
             self.accelerator.wait_for_everyone()
             self.accelerator.save_state(str(self.partial))
             states = accelerate.utils.gather_object([self.dataset.state_dict()])
             if self.accelerator.is_main_process:
                 torch.save(states, self.partial / SAMPLER_STATE)
                 (self.partial / REGULARIZER_STATE).write_text(json.dumps(regularizer.state_dict()), encoding="utf-8")
-                self._finish(final)
-                if self.args.checkpoints_total_limit is not None:
-                    self._remove_oldest(but=final)
+        if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
+            older = [path for path in self.written() if path != final]
+            spared = max(1, self.args.checkpoints_total_limit) - 1
+            for checkpoint in older[: max(0, len(older) - spared)]:
+                checkpoint.replace(self.removed)
+                self._clear()
         self.accelerator.wait_for_everyone()
         logger.info(f"Saved {final}.")
         return final
@@ -188,44 +167,34 @@ class Checkpoints:
     ) -> None:
         """Write checkpoint-best by `save_models(models, folder)`. Every process has to call it."""
         models = gather_full_models(self.accelerator, models)
-        if self.accelerator.is_main_process:
-            final = self.output.path / "checkpoint-best"
-            with self.disk_errors(final):
-                self._begin(final)
+        with self._writing(self.output.path / "checkpoint-best"):
+            if self.accelerator.is_main_process:
                 self.partial.mkdir()
                 save_models(models, str(self.partial))
-                self._finish(final)
 
-    def _begin(self, final: Path) -> None:
-        """Make way for a checkpoint: rename what stands under its name, if no run of ours wrote that."""
-        if not self.accelerator.is_main_process:
-            return
-        self._clear()
-        if final.exists() and final.name not in self.output.owned("checkpoint"):
-            kept = next(path for number in count(1) if not (path := Path(f"{final}.kept-{number}")).exists())
-            final.replace(kept)
-            logger.warning(f"{final} was not written by a run of ours: it is kept as {kept}.")
-        self.output.add("checkpoint", [final.name])
+    @contextmanager
+    def _writing(self, final: Path) -> Iterator[None]:
+        """Have the block write to the folder `partial`, which gets the name of the checkpoint when all is on the disk.
 
-    def _finish(self, final: Path) -> None:
-        """Give a checkpoint its name when all of it is on the disk."""
-        sizes = {name: (self.partial / name).stat().st_size for name in files(self.partial)}
-        run_config.write(self.config, self.partial / CONFIG, files=sizes)
-        fsync_folder(self.partial)
-        if final.exists():
-            final.replace(self.removed)
-        self.partial.replace(final)
-        self._clear()
-
-    def _remove_oldest(self, but: Path) -> None:
-        """Remove the oldest checkpoints of this run beyond the limit, but not the newest, `but`."""
-        owned = self.output.owned("checkpoint")
-        older = [path for path in self.of_this_run() if path.name in owned and path != but]
-        spared = max(1, self.args.checkpoints_total_limit) - 1
-        for checkpoint in older[: max(0, len(older) - spared)]:
-            checkpoint.replace(self.removed)
-            self._clear()
-            self.output.discard("checkpoint", [checkpoint.name])
+        What stands under that name is replaced, or renamed if no run of ours wrote it.
+        """
+        with self.disk_errors(final):
+            if self.accelerator.is_main_process:
+                self.output.claim()
+                self._clear()
+                if final.exists() and run_of(final) is None:
+                    kept = next(path for number in count(1) if not (path := Path(f"{final}.kept-{number}")).exists())
+                    final.replace(kept)
+                    logger.warning(f"{final} was not written by a run of ours: it is kept as {kept}.")
+            yield
+            if self.accelerator.is_main_process:
+                sizes = {name: (self.partial / name).stat().st_size for name in files(self.partial)}
+                run_config.write(self.config, self.partial / CONFIG, files=sizes)
+                fsync_folder(self.partial)
+                if final.exists():
+                    final.replace(self.removed)
+                self.partial.replace(final)
+                self._clear()
 
     def _clear(self) -> None:
         """Remove what is left of half-written and half-removed checkpoints."""
@@ -263,7 +232,7 @@ class Checkpoints:
             # A checkpoint of this very step holds the weights that have just failed, so it is left out.
             earlier = [path for path in self.of_this_run() if step_of(path) < step]
             words = [self._flag(earlier[-1]) if earlier else "anew"]
-            rates = ["learning_rate", "text_encoder_lr"] if self.config["train_text_encoder"] else ["learning_rate"]
+            rates = ["learning_rate", "text_encoder_lr"][: 2 if self.config["train_text_encoder"] else 1]
             words += [f"--{rate} {self.config[rate] / 10:g}" for rate in rates if self.config.get(rate)]
             precision = ", or in bf16 in place of fp16" if self.accelerator.mixed_precision == "fp16" else ""
             raise RunError(
@@ -274,11 +243,23 @@ class Checkpoints:
     def resume(
         self, checkpoint: Path | None, num_update_steps_per_epoch: int, regularizer: Stateful
     ) -> tuple[int, range]:
-        """Load a checkpoint, if there is one; return the number of updates made and the epochs that are left."""
+        """Load a checkpoint, if there is one; return the number of updates made and the epochs that are left.
+
+        If "latest" was asked for and its files are whole, but damaged, the one before is loaded.
+        """
         step = 0
-        if checkpoint is not None:
-            checkpoint = self._load_or_before(checkpoint, num_update_steps_per_epoch, regularizer)
-            step, self.resumed_from = step_of(checkpoint), [checkpoint]
+        while checkpoint is not None and not self.resumed_from:
+            try:
+                self.load(checkpoint, num_update_steps_per_epoch, regularizer)
+                step, self.resumed_from = step_of(checkpoint), [checkpoint]
+            except RunError as error:
+                earlier = [] if self.args.resume_from_checkpoint != "latest" else latest_run(self.output.path)
+                earlier = earlier[: earlier.index(checkpoint)] if earlier else []
+                # Under FSDP the other processes would still be loading the damaged one.
+                if not earlier or self.accelerator.distributed_type == DistributedType.FSDP:
+                    raise
+                logger.warning(f"{error} Going on from {earlier[-1].name} instead.")
+                checkpoint = last_whole(earlier)
         if self.accelerator.is_main_process:
             with self.disk_errors(self.output.path / CONFIG):
                 self.output.write_result(CONFIG, lambda path: run_config.write(self.config, path))
@@ -287,48 +268,22 @@ class Checkpoints:
             return step, range(0)
         return step, range(step // num_update_steps_per_epoch, self.args.num_train_epochs)
 
-    def _load_or_before(self, checkpoint: Path, num_update_steps_per_epoch: int, regularizer: Stateful) -> Path:
-        """Load a checkpoint and return it. If "latest" was asked for and it is damaged, take the one before."""
-        try:
-            self.load(checkpoint, num_update_steps_per_epoch, regularizer)
-            return checkpoint
-        except RunError as error:
-            # Under FSDP the other processes would still be loading the damaged one.
-            if (
-                self.args.resume_from_checkpoint != "latest"
-                or self.accelerator.distributed_type == DistributedType.FSDP
-            ):
-                raise
-            run = latest_run(self.output.path)
-            earlier = run[: run.index(checkpoint)]
-            if not earlier:
-                raise
-            logger.warning(f"{error} Going on from {earlier[-1].name} instead.")
-        return self._load_or_before(last_whole(earlier), num_update_steps_per_epoch, regularizer)
-
     def load(self, checkpoint: Path, num_update_steps_per_epoch: int, regularizer: Stateful) -> None:
-        """Restore the run, also in the middle of an epoch, with the hyperparameters of the command line.
+        """Restore the run, also in the middle of an epoch, with the hyperparameters of the command line."""
 
-        A checkpoint of the official script or of another number of processes has no fitting states of the data set:
-        the rest of its epoch is shuffled in another order.
+        def describe(error: Exception) -> str:  # each library fails in its own way at a damaged file
+            # The message of an UnpicklingError would say how to run the code.
+            reason = "a file in it would run code" if isinstance(error, UnpicklingError) else one_line(error)
+            return f"{checkpoint} is not whole, or not of a run with these flags: {reason}"
 
-        Raises:
-            RunError: The checkpoint cannot be read, or comes from a run with other flags.
-        """
-        try:
+        with as_run_error(describe):
             states = self._load_states(checkpoint, regularizer)
-        except UnpicklingError as error:  # its own message says how to run the code
-            raise RunError(f"{checkpoint} is not whole: a file in it is damaged, or would run code.") from error
-        except Exception as error:  # each library fails in its own way at a damaged file
-            raise RunError(
-                f"{checkpoint} is not whole, or not of a run with these flags: {one_line(error)}"
-            ) from error
-        processes = self.accelerator.num_processes
-        state = states[self.accelerator.process_index] if len(states) == processes else {}
-        if len(states) != processes:
-            logger.warning(
-                f"{checkpoint} is of {len(states)} processes, not {processes}: the photos are shuffled anew."
-            )
+        state, processes = {}, self.accelerator.num_processes
+        if len(states) == processes:
+            state = states[self.accelerator.process_index]
+        else:
+            reason = f"is of {len(states)} processes, not {processes}"
+            logger.warning(f"{checkpoint} {reason}: the photos are shuffled anew.")
         for group, hyperparameters in zip(self.schedule.optimizer.param_groups, self.hyperparameters, strict=True):
             group.update(hyperparameters)
         self.schedule.base_lrs = list(self.base_lrs)

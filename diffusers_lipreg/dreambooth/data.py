@@ -1,274 +1,21 @@
-"""Photos from a folder to batches, with the pixels and random draws of the official scripts, without torchvision."""
+"""Hold photos, their prompts and class images as data sets, and stack their items to batches."""
 
 from __future__ import annotations
 
-import logging
-import os
-import random
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from accelerate.logging import get_logger
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import RunError, one_line, printable
-from . import captions
+from .images import PhotoTransform
 
-logger = get_logger(__name__)
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # our own line says what its decoders find
 Encode = Callable[[Iterable[Tensor]], Iterable[Tensor]]  # pixels (3, size, size) to moments (2C, h, w)
-Layouts = Mapping[int, torch.memory_format]  # by batch size
-TURNS = {  # value of EXIF's orientation tag -> what turns the photo upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """Return an image as RGB, upright by its EXIF data, and whether parts of it were transparent, which become white.
-
-    Raises:
-        ValueError: It is a strip, which would be huge when resized.
-    """
-    if max(image.size) > 100 * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels, one side more than 100 times the other")
-    image.load()
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a photo with damaged EXIF data is used as it is stored
-        turn = None
-    transparent = False
-    if image.mode[0] in "IF":
-        image = Image.fromarray(eight_bits(np.asarray(image), image.mode))
-    elif image.has_transparency_data:
-        layer = image.convert("RGBA")
-        transparent = layer.getchannel("A").getextrema() != (255, 255)
-        if transparent:  # a conversion to RGB would show the color that is stored under the transparency
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    image = image.convert("RGB")
-    return (image if turn is None else image.transpose(turn)), transparent
-
-
-def eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Scale pixels of more than 8 bits to 0..255; the largest value tells their range unless `mode` says 16 bits.
-
-    PIL would clip them at 255, which turns 16 bits white and floats up to 1 black.
-    """
-    values = np.nan_to_num(values.astype(np.float64))
-    top = 65535 if ";16" in mode else values.max()
-    scale = 255 if top <= 1 else 1 if top <= 255 else 1 / 256 if top <= 65535 else 255 / top
-    return (values * scale).clip(0, 255).astype(np.uint8)
-
-
-@cache
-def formats() -> list[str]:
-    """List the formats that Pillow decodes itself. It hands EPS to Ghostscript, and no photo may start a program."""
-    Image.init()
-    return [name for name in Image.ID if name != "EPS"]
-
-
-def decode(source: str | Path | BinaryIO | Callable[[], str | BinaryIO], name: str) -> tuple[Image.Image, bool]:
-    """Read an image as `to_rgb` returns it; `source` may be a function that opens it.
-
-    Raises:
-        RunError: It cannot be read, whatever the decoder raised. The message calls it `name`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(source() if callable(source) else source, formats=formats()) as image:
-                return to_rgb(image)
-    except Exception as error:  # decoders raise anything on damaged files
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise RunError(f"{name}: not an image that can be read ({reason}).") from error
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Read a file as `decode` does, without the second result."""
-    return decode(path, str(path))[0]
-
-
-@contextmanager
-def silence_decoders() -> Iterator[None]:
-    """Discard what C libraries write to standard error; libtiff writes a line for each broken line of a file."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # the process has no standard error
-        yield
-        return
-    with open(os.devnull, "wb") as devnull:
-        os.dup2(devnull.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """List the images of a folder sorted by name, without those in sub-folders and hidden ones.
-
-    Each is decoded once, so that a broken one is left out here with a warning and does not end the run later. One line
-    names the other files, except captions.
-
-    Raises:
-        RunError: The folder cannot be read.
-    """
-    images, broken, others, transparent = [], [], [], 0
-    try:
-        paths = [path for path in sorted(Path(folder).iterdir()) if path.name[0] != "." and path.is_file()]
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be read ({error.strerror}).") from error
-    with silence_decoders():
-        for path in paths:
-            try:
-                transparent += decode(path, str(path))[1]
-                images.append(path)
-            except RunError as error:
-                if has_image_name(path):
-                    broken.append(str(error))
-                else:
-                    others.append(path)
-    report(broken, transparent)
-    texts = {*captions.caption_files(images, others).values(), Path(folder, captions.METADATA)}
-    if names := [path.name for path in others if path not in texts]:
-        warn(f"Skipped {len(names):,} files of {folder} that are no images: {captions.abbreviate(names)}.")
-    return images
-
-
-def has_image_name(path: Path) -> bool:
-    """Tell by its suffix whether a file is meant to be an image."""
-    return path.suffix.lower() in Image.registered_extensions()
-
-
-def report(broken: Sequence[str], transparent: int) -> None:
-    """Warn of broken images, naming five at most, and log the number of images with transparent parts."""
-    for reason in broken[:5]:
-        warn(f"Skipped {reason}")
-    if len(broken) > 5:
-        warn(f"Skipped {len(broken) - 5:,} more images that cannot be read.")
-    if transparent:
-        logger.info(f"{transparent:,} images have transparent parts, which are white here.")
-
-
-def warn(message: str) -> None:
-    """Log a warning that may quote file names."""
-    logger.warning(printable(message))
-
-
-def find_instance_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[Path]:
-    """List the images of the folder that `flag` names, as `list_images` does; warn of others in its sub-folders.
-
-    Raises:
-        RunError: There is no such folder, or no image in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise RunError(f"{flag} {folder}: there is no such folder.")
-    images = list_images(folder)
-    below: Counter[str] = Counter()
-    for path in (*sorted(folder.glob("*/*")), *sorted(folder.glob("*/*/*"))):
-        inside = path.relative_to(folder)
-        if has_image_name(path) and path.is_file() and not any(name[0] == "." for name in inside.parts):
-            below[inside.parent.as_posix()] += 1
-    hint = ", ".join(f"{number:,} in {name}" for name, number in list(below.items())[:3])
-    if not images:
-        more = f" There are {hint}: point {flag} there." if hint else ""
-        raise RunError(f"{flag} {folder}: there is no image in it that can be read.{more}")
-    if hint:
-        warn(f"{folder}: images in its sub-folders are not used ({hint}): {flag} takes one folder.")
-    return images
-
-
-@dataclass(frozen=True)
-class PhotoTransform:
-    """Resize the short side to `size`, crop a square, scale to [-1, 1]: a (3, size, size) float32 tensor.
-
-    A random crop draws its row, then its column from torch's default generator, and nothing if the resized photo is
-    the square already. torchvision does the same, and the official scripts' random numbers depend on that.
-    """
-
-    size: int
-    center_crop: bool
-    interpolation: str = "bilinear"
-    random_flip: bool = False
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.crop(image)[0]
-
-    def load(self, path: Path) -> Tensor:
-        """Return the pixels of an image file."""
-        return self(open_image(path))
-
-    def crop(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-        """Return the pixels, and the row and column of the crop in the resized photo."""
-        image = self.resize(image)
-        if self.random_flip and random.random() < 0.5:
-            torch.rand(1)  # torchvision's flip draws a number even if it is certain
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        width, height = image.size
-        if self.center_crop:
-            top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        elif (width, height) == (self.size, self.size):
-            top, left = 0, 0
-        else:
-            top = int(torch.randint(0, height - self.size + 1, size=(1,)))
-            left = int(torch.randint(0, width - self.size + 1, size=(1,)))
-        image = image.crop((left, top, left + self.size, top + self.size))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return pixels.float().div_(255).sub_(0.5).div_(0.5), (top, left)
-
-    def resize(self, image: Image.Image) -> Image.Image:
-        """Return the image with a short side of `size`."""
-        # PIL's nearest is torchvision's nearest_exact; its other one gives the same on images.
-        resampling = Image.Resampling[self.interpolation.removesuffix("_exact").upper()]
-        size = self.resized(*image.size)
-        return image if size == image.size else image.resize(size, resampling)
-
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return width and height after `resize`."""
-        short = min(width, height)
-        return int(self.size * width / short), int(self.size * height / short)
-
-
-def first_random_crop(images: Sequence[Path], transform: PhotoTransform) -> Path | None:
-    """Return the first file from which the transform makes other pixels each time, or `None`."""
-    if transform.center_crop:
-        return None
-    for path in images:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:  # it reads the header only
-                width, height = transform.resized(*image.size)
-        if width != height:
-            return path
-    return None
-
-
-def held_out_crops(photos: Iterable[Callable[[], Image.Image]], size: int) -> Tensor:
-    """Return the middle four fifths of photos, closer than any crop in training: (B, 3, size, size) in [-1, 1]."""
-    transform = PhotoTransform(size, center_crop=True)
-
-    def crop(image: Image.Image) -> Tensor:
-        left, top = image.width // 10, image.height // 10
-        return transform(image.crop((left, top, image.width - left, image.height - top)))
-
-    return torch.stack([crop(open_photo()) for open_photo in photos])
+MemoryFormats = Mapping[int, torch.memory_format]  # by batch size
 
 
 class Photo(NamedTuple):
@@ -286,41 +33,39 @@ class DreamBoothDataset(Dataset):
     """
 
     def __init__(self, photos: Sequence[Photo], class_images: Sequence[Path], transform: PhotoTransform) -> None:
-        self.instances = [(photo.path, photo.prompt) for photo in photos if photo.path is not None]
+        self.items: list[dict[str, Any]] = [{"instance": photo.path, "prompt": photo.prompt} for photo in photos]
         self.class_images = class_images
         self.load: Callable[[Path], Tensor] = transform.load
 
     def encode(self, encode: Encode) -> None:
         """Replace the pixels of all images by what `encode` makes of them."""
-        images = [path for path, _ in self.instances] + [*self.class_images]
-        self.load = precompute(images, self.load, encode)
+        self.load = precompute([*(item["instance"] for item in self.items), *self.class_images], self.load, encode)
+
+    def instance(self, index: int) -> dict[str, Any]:
+        """Return an item without its class image."""
+        item = self.items[index]
+        return {**item, "instance": self.load(item["instance"])}
 
     def __len__(self) -> int:
-        return max(len(self.instances), len(self.class_images))
+        return max(len(self.items), len(self.class_images))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path, prompt = self.instances[index % len(self.instances)]
-        item: dict[str, Any] = {"instance": self.load(path), "prompt": prompt}
+        item = self.instance(index % len(self.items))
         if self.class_images:
             item["class"] = self.load(self.class_images[index % len(self.class_images)])
         return item
 
 
-class SDXLDreamBoothDataset(Dataset):
-    """Photos that are cropped once for the whole run, with their prompts and SDXL's time ids, and class images.
+class SDXLDreamBoothDataset(DreamBoothDataset):
+    """Photos that are cropped once for the whole run; class images are cropped again each time, and never mirrored.
 
-    An item has "instance" (3, size, size), "prompt", "time_ids" (original height, original width, top, left, size,
-    size) and, with prior preservation, "class", which is cropped again each time. The shorter list starts over.
+    Items have "time_ids", too: original height, original width, top, left, size, size.
     """
 
     def __init__(
         self, photos: Iterable[Photo], repeats: int, class_images: Sequence[Path], transform: PhotoTransform
     ) -> None:
-        self.items: list[dict[str, Any]] = []
-        self.class_images = class_images
-        self.load_class: Callable[[Path], Tensor] = replace(
-            transform, random_flip=False
-        ).load  # they are never mirrored
+        super().__init__([], class_images, replace(transform, random_flip=False))
         for photo in photos:
             image = photo.open()
             for _ in range(repeats):
@@ -333,16 +78,11 @@ class SDXLDreamBoothDataset(Dataset):
         """Replace the pixels of all images by what `encode` makes of them."""
         for item, instance in zip(self.items, encode(item["instance"] for item in self.items), strict=True):
             item["instance"] = instance
-        self.load_class = precompute(self.class_images, self.load_class, encode)
+        self.load = precompute(self.class_images, self.load, encode)
 
-    def __len__(self) -> int:
-        return max(len(self.items), len(self.class_images))
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = dict(self.items[index % len(self.items)])
-        if self.class_images:
-            item["class"] = self.load_class(self.class_images[index % len(self.class_images)])
-        return item
+    def instance(self, index: int) -> dict[str, Any]:
+        """Return an item without its class image."""
+        return dict(self.items[index])
 
 
 def precompute(images: Sequence[Path], load: Callable[[Path], Tensor], encode: Encode) -> Callable[[Path], Tensor]:
@@ -352,18 +92,18 @@ def precompute(images: Sequence[Path], load: Callable[[Path], Tensor], encode: E
 
 
 def collate(
-    items: Sequence[dict[str, Any]], layouts: Layouts | None = None, class_prompt: str | None = None
+    items: Sequence[dict[str, Any]], memory_formats: MemoryFormats | None = None, class_prompt: str | None = None
 ) -> dict[str, Any]:
     """Stack items to a batch, all instance photos before all class images, whose prompt is `class_prompt`.
 
-    Returns "pixel_values" (B, 3, size, size), or "moments" (B, 2C, h, w) if there are `layouts`: the memory format for
+    Returns "pixel_values" (B, 3, size, size), or "moments" (B, 2C, h, w) if there are `memory_formats`: the memory format for
     each number of images, in which noise will be drawn. "prompts" are B texts, and "has_class_images" is a bool. Class
     images get the "time_ids" (B, 6) of the photos.
     """
     images = torch.stack([item[kind] for kind in ("instance", "class") for item in items if kind in item])
     batch: dict[str, Any] = {"pixel_values": images}
-    if layouts is not None:
-        batch = {"moments": images.contiguous(memory_format=layouts[len(images)])}
+    if memory_formats is not None:
+        batch = {"moments": images.contiguous(memory_format=memory_formats[len(images)])}
     batch["has_class_images"] = len(images) > len(items)
     batch["prompts"] = [item["prompt"] for item in items] + [class_prompt] * (len(images) - len(items))
     if "time_ids" in items[0]:

@@ -9,22 +9,20 @@ import shlex
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate.logging import get_logger
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError  # HTTPError is the base of all
 from PIL import Image
 
-from ..errors import RunError, as_run_error, one_line
+from ..errors import as_run_error, one_line
 from .output import CONFIG, MANIFEST, OutputFolder
 
 logger = get_logger(__name__)
 T = TypeVar("T")
 WAITS = (2.0, 10.0)  # seconds before the second and the third attempt, unless the Hub names a time
-LONGEST_WAIT = 60.0  # seconds
 PATIENCE = 120.0  # seconds after which no further attempt is made
 
 
@@ -44,7 +42,7 @@ def with_retries(request: Callable[[], T]) -> T:
 
 
 def _seconds_to_wait(error: BaseException, wait: float) -> float | None:
-    """Return the Hub's Retry-After or `wait` if the Hub is busy or fails or the connection broke, else `None`."""
+    """Return the Hub's Retry-After, which `hub_client` bounds, or else `wait`; `None` if waiting does not help."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:  # the client wraps errors of a file
         error = error.__cause__
     if not isinstance(error, HfHubHTTPError):
@@ -53,26 +51,22 @@ def _seconds_to_wait(error: BaseException, wait: float) -> float | None:
     if status not in (409, 429) and status < 500:
         return None
     retry_after = error.response.headers.get("Retry-After", "")
-    return min(float(retry_after), LONGEST_WAIT) if retry_after.isdecimal() else wait
+    return float(retry_after) if retry_after.isdecimal() else wait
 
 
 def create_repository(args: Namespace) -> str:
-    """Create or find the repository, and return its full name.
-
-    Raises:
-        RunError: The Hub does not answer, or the token may not write to the repository.
-    """
+    """Create or find the repository, and return its full name."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     api = HfApi(token=args.hub_token)
-    try:
+    with as_run_error(  # whatever answers at that address may cause any exception
+        lambda error: (
+            f"--push_to_hub: cannot write to {name} on {api.endpoint} ({_reason(error)}). Check --hub_token or "
+            "`hf auth login`, --hub_model_id and the network, or leave --push_to_hub out and upload later."
+        )
+    ):
         repo_id = with_retries(lambda: api.create_repo(name, exist_ok=True).repo_id)
         # create_repo accepts a token that may read but not write.
         with_retries(lambda: api.auth_check(repo_id, write=True))
-    except Exception as error:  # whatever answers at that address may cause any exception
-        raise RunError(
-            f"--push_to_hub: cannot write to {name} on {api.endpoint} ({_reason(error)}). Check --hub_token or "
-            "`hf auth login`, --hub_model_id and the network, or leave --push_to_hub out and upload later."
-        ) from error
     return repo_id
 
 
@@ -85,7 +79,7 @@ def _reason(error: Exception) -> str:
 
 def uploaded_files(output: OutputFolder) -> list[str]:
     """Return the names of the result's files and of the manifest, with which the next push compares."""
-    result = [name for name in output.owned("result") if name != CONFIG]  # it names folders and photos of this machine
+    result = [name for name in output.owned() if name != CONFIG]  # it names folders and photos of this machine
     return [MANIFEST, *(name for name in result if (output.path / name).is_file())]
 
 
@@ -95,19 +89,16 @@ def stale_files(api: HfApi, repo_id: str, output: OutputFolder) -> list[str]:
         manifest = json.loads(Path(api.hf_hub_download(repo_id, MANIFEST, force_download=True)).read_text("utf-8"))
     except EntryNotFoundError:
         return []
-    return sorted(set(manifest["result"]) - set(output.owned("result")))
+    return sorted(set(manifest["result"]) - set(output.owned()))
 
 
 def upload(args: Namespace, output: OutputFolder, repo_id: str) -> None:
-    """Upload the result and delete the repository's stale files.
-
-    Raises:
-        RunError: The upload failed; the message names the command that repeats it.
-    """
-    api = HfApi(token=args.hub_token)
-    stale: list[str] = []
-    try:
-        stale = with_retries(lambda: stale_files(api, repo_id, output))
+    """Upload the result and delete the repository's stale files."""
+    api, stale = HfApi(token=args.hub_token), list[str]()
+    with as_run_error(
+        lambda error: f"the upload to {repo_id} failed ({_reason(error)}). {push_advice(output, repo_id, stale)}"
+    ):
+        stale += with_retries(lambda: stale_files(api, repo_id, output))
         with_retries(
             lambda: api.upload_folder(  # it sends no large file twice
                 repo_id=repo_id,
@@ -117,43 +108,16 @@ def upload(args: Namespace, output: OutputFolder, repo_id: str) -> None:
                 delete_patterns=[glob.escape(name) for name in stale],
             )
         )
-    except Exception as error:
-        advice = push_advice(output, repo_id, stale)
-        raise RunError(f"the upload to {repo_id} failed ({_reason(error)}). {advice}") from error
 
 
-def push_advice(output: OutputFolder, repo_id: str, stale: Iterable[str] = ()) -> str:
-    """Say where the result is, and which command does what `upload` does."""
+def push_advice(output: OutputFolder, repo_id: str | None, stale: Iterable[str] = ()) -> str:
+    """Say where the result is, and which command does what `upload` does, if there is a repository."""
+    if repo_id is None:
+        return f"The result is whole in {output.path}."
     patterns = [word for name in uploaded_files(output) for word in ("--include", glob.escape(name))]
     patterns += [word for name in stale for word in ("--delete", glob.escape(name))]
     command = shlex.join(["hf", "upload", repo_id, str(output.path), ".", *patterns])
     return f"The result is whole in {output.path}; push it with: {command}"
-
-
-def result_is_safe(output: OutputFolder, repo_id: str | None) -> AbstractContextManager[None]:
-    """Turn any error in the block into one line that says that the result is whole and how to push it."""
-
-    def describe(error: Exception) -> str:
-        advice = f"The result is whole in {output.path}." if repo_id is None else push_advice(output, repo_id)
-        return f"{one_line(error)}. {advice}"
-
-    return as_run_error(describe)
-
-
-def publish(
-    args: Namespace,
-    output: OutputFolder,
-    repo_id: str,
-    images: Sequence[Image.Image],
-    before_upload: Callable[[str], None],
-    **card: Any,
-) -> None:
-    """Write the images and the `model_card(..., **card)`, pass `push_advice` to `before_upload`, and upload the result."""
-    for number, image in enumerate(images):
-        output.write_result(f"image_{number}.png", image.save)
-    output.write_result("README.md", model_card(args, repo_id, images, **card).save)
-    before_upload(push_advice(output, repo_id))
-    upload(args, output, repo_id)
 
 
 def model_card(
@@ -164,13 +128,13 @@ def model_card(
     license: str,
     tags: Sequence[str],
     penalty: Mapping[str, str],
-    adapters: bool,
     commit: str | None = None,
 ) -> ModelCard:
-    """Return the model card of a pipeline, or of `adapters`; `penalty` is a table, `commit` that of a base on the Hub."""
+    """Return the model card of the result; `penalty` is a table, `commit` that of a base on the Hub."""
     base = args.pretrained_model_name_or_path
     on_hub = not Path(base).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
     base_name = base if on_hub else Path(base).resolve().name
+    vae = vars(args).get("pretrained_vae_model_name_or_path")
     prompt = args.validation_prompt or args.instance_prompt
     data = ModelCardData(
         license=license,
@@ -182,40 +146,16 @@ def model_card(
         widget=[{"text": prompt, "output": {"url": f"image_{i}.png"}} for i in range(len(images))] or None,
         tags=list(tags),
     )
-    sections = [f"# DreamBooth - {repo_id}", _description(args, base_name, adapters, commit)]
-    if penalty:
-        paper = "[Preserve and Personalize](https://arxiv.org/abs/2505.19519)"
-        sections.append(
-            f"A penalty on the drift from the pretrained weights was part of the loss ({paper}; trained with diffusers-lipreg)."
-        )
-        rows = [f"| {name} | {value} |" for name, value in penalty.items()]
-        sections.append("\n".join(["| penalty | |", "|---|---|", *rows]))
-    if images:
-        sections += [f"Images of `{prompt}`:", "\n".join(f"![image {i}](./image_{i}.png)" for i in range(len(images)))]
-    sections += ["## Trigger words", f"Use `{args.instance_prompt}` in a prompt to call for the subject.", "## Use"]
-    code_with_adapters = _code(args, base_name, f'pipe.load_lora_weights("{repo_id}")\n')
-    sections.append(code_with_adapters if adapters else _code(args, repo_id))
-    if vars(args).get("extract_lora_rank") is not None:
-        sections += ["Or its extracted adapters alone, on the base:", code_with_adapters]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
-
-
-def _description(args: Namespace, base_name: str, adapters: bool, commit: str | None) -> str:
-    """Return what the result is and which models were trained."""
-    base = base_name if commit is None else f"{base_name} (commit {commit[:12]})"
-    what = f"These are LoRA adapters that teach {base}" if adapters else f"This is {base} taught"
-    trained = "was trained, too" if args.train_text_encoder else "was not trained"
-    vae = vars(args).get("pretrained_vae_model_name_or_path")
-    vae_note = "" if vae is None else f" The VAE in training was {vae}."
-    return f"{what} a subject, by DreamBooth training. The text encoder {trained}.{vae_note}"
-
-
-def _code(args: Namespace, source: str, load: str = "") -> str:
-    """Return code that samples an image. It names a dtype, since diffusers may load a float16 base partly in float32."""
-    variant = f", variant={args.variant!r}" if load and args.variant else ""
-    return (
-        "```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
-        'device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)\n'
-        f'pipe = DiffusionPipeline.from_pretrained("{source}"{variant}, dtype=dtype)\n{load}'
-        f"image = pipe.to(device)({args.instance_prompt!r}).images[0]\n```"
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.jinja")),
+        args=args,
+        repo_id=repo_id,
+        base=base_name,
+        vae=vae and (Path(vae).resolve().name if Path(vae).exists() else vae),  # a path is private
+        commit="" if commit is None else f" (commit {commit[:12]})",
+        penalty=penalty,
+        number_of_images=len(images),
+        image_prompt=prompt,
+        quoted_prompt=repr(args.instance_prompt),
     )

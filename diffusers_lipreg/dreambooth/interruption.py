@@ -35,13 +35,10 @@ class GracefulExit:
 
     Until `defer` and after `at_once` a signal ends the process at once. In between it is noted, and the loop asks for it
     after each update. A second signal always ends the process at once. The end of the launcher counts as SIGTERM.
-
-    Attributes:
-        signal: The number of the first signal; 0 if there was none.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal = 0  # the number of the first one; 0 if there was none
         self._received_at = 0.0
         self._deferred_for = ""
         self._last_words = "Nothing is lost: there was no update yet."
@@ -78,7 +75,8 @@ class GracefulExit:
         """Have signals end the process from here on, with `last_words`. An earlier signal ends it now."""
         self._deferred_for, self._last_words = "", last_words
         if self.signal:
-            self._leave()
+            _say(f"Interrupted. {last_words}")
+            sys.exit(128 + self.signal)  # the exit code of a shell: 143 for SIGTERM, 130 for Ctrl-C
 
     def requested(self, accelerator: Accelerator) -> bool:
         """Return whether any process of the run has received a signal. Every process has to call it."""
@@ -88,18 +86,11 @@ class GracefulExit:
             self.signal, self._received_at = anywhere, time.monotonic()
         return anywhere > 0
 
-    def exit(self, accelerator: Accelerator, checkpoint: str | os.PathLike[str]) -> NoReturn:
+    def exit(self, accelerator: Accelerator, checkpoint: str | os.PathLike[str]) -> None:
         """End the trackers and the run, and print the command that goes on from the checkpoint."""
         accelerator.end_training()
-        if not accelerator.is_main_process:
-            sys.exit(128 + self.signal)
         note = " (with HF_TOKEN in the environment, or after `hf auth login`)" if secrets() else ""
-        self._last_words = f"{checkpoint} is written. To go on{note}:\n{resume_command(checkpoint)}"
-        self._leave()
-
-    def _leave(self) -> NoReturn:
-        _say(f"Interrupted. {self._last_words}")
-        sys.exit(128 + self.signal)  # the exit code of a shell: 143 for SIGTERM, 130 for Ctrl-C
+        self.at_once(f"{checkpoint} is written. To go on{note}:\n{resume_command(checkpoint)}")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""Images to latents: encoded at each step, or once for the whole run where no image ever changes.
+"""Encode images to latents, at each step, or once for the whole run where no image ever changes.
 
 The VAE gives the mean and the log variance of an image's latents, its moments. Training samples new latents from them at
 each step, so kept moments and the same random numbers give the same latents.
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import RunError
-from . import data
+from . import data, images
 
 
 def latent_shape(vae: AutoencoderKL | None, size: int) -> tuple[int, int, int]:
@@ -47,12 +47,18 @@ def sample_latents(vae: AutoencoderKL, batch: dict) -> Tensor:
 def held_out_batch(
     vae: AutoencoderKL | None, photos: Sequence[data.Photo], size: int, device: torch.device
 ) -> dict[str, Any]:
-    """Return a batch of close crops of up to four photos, which needs no VAE from here on.
+    """Return a batch of the middle four fifths of up to four photos, which needs no VAE from here on.
 
-    Training sees the photos, but never these crops. Call it before `cache_latents`, which frees the VAE.
+    Training sees the photos, but never so close. Call it before `cache_latents`, which frees the VAE.
     """
-    photos = photos[:4]
-    pixels = data.held_out_crops([photo.open for photo in photos], size)
+    photos, crops = photos[:4], []
+    transform = images.PhotoTransform(size, center_crop=True)
+    for photo in photos:
+        image = photo.open()
+        left, top = image.width // 10, image.height // 10
+        crops.append(transform(image.crop((left, top, image.width - left, image.height - top))))
+        del image  # one original at a time is in memory
+    pixels = torch.stack(crops)
     batch = {"pixel_values": pixels.to(device)} if vae is None else {"moments": encode_moments(vae, pixels)}
     time_ids = torch.tensor([[size, size, 0, 0, size, size]] * len(photos))
     prompts = [photo.prompt for photo in photos]
@@ -60,30 +66,25 @@ def held_out_batch(
 
 
 def should_cache_latents(
-    args: Namespace, number: int, cropped: Sequence[Path], transform: data.PhotoTransform, has_vae: bool
+    args: Namespace, number: int, cropped: Sequence[Path], transform: images.PhotoTransform, has_vae: bool
 ) -> bool:
     """Tell whether to encode images once: by default only if that cannot change the result and saves encodings.
 
-    Args:
-        number: How many images there are to encode.
-        cropped: Those of them that `transform` crops again each time.
-
-    Raises:
-        RunError: `--cache_latents` is given and would change the run.
+    `number` is that of all images, of which `transform` crops those of `cropped` again each time.
     """
     if args.cache_latents is False:
         return False
+    obstacle = None
     if not has_vae:
-        if args.cache_latents:
-            raise RunError("--cache_latents: this pipeline diffuses pixels, it has no latents. Leave the flag out.")
-        return False
-    random_crop = data.first_random_crop(cropped, transform)
-    if random_crop is not None:
-        if args.cache_latents:
-            raise RunError(
-                f"--cache_latents: {random_crop} is no square, and cropped at random whenever it is seen. Add "
-                "--center_crop, or leave the flag out: what can be kept without changing the run is kept anyway."
-            )
+        obstacle = "this pipeline diffuses pixels, it has no latents. Leave the flag out."
+    elif random_crop := images.first_random_crop(cropped, transform):
+        obstacle = (
+            f"{random_crop} is no square, and cropped at random whenever it is seen. Add --center_crop, or leave the "
+            "flag out: what can be kept without changing the run is kept anyway."
+        )
+    if args.cache_latents and obstacle is not None:
+        raise RunError(f"--cache_latents: {obstacle}")
+    if obstacle is not None:
         return False
     if args.cache_latents or args.max_train_steps is None:  # whole epochs see every image
         return True
@@ -95,7 +96,7 @@ def cache_latents(
     accelerator: Accelerator,
     vae: AutoencoderKL,
     dataset: data.DreamBoothDataset | data.SDXLDreamBoothDataset,
-) -> data.Layouts:
+) -> data.MemoryFormats:
     """Replace the data set's pixels by moments in host memory, and free the VAE's weights; its configuration stays.
 
     Returns the memory format of the moments that the VAE makes of a full batch and of the last batch of an epoch.
@@ -104,7 +105,7 @@ def cache_latents(
     sizes = {full, photos_left * full // args.train_batch_size} - {0}
     memory_formats = {size: _memory_format(vae, size, args.resolution) for size in sizes}
     with tqdm(desc="Encoding images", disable=not accelerator.is_local_main_process) as progress:
-        dataset.encode(lambda images: _encode_all(vae, images, full, progress))
+        dataset.encode(lambda pixels: _encode_all(vae, pixels, full, progress))
     vae.to("meta")
     release_memory()
     return memory_formats
@@ -129,13 +130,13 @@ def _memory_format(vae: AutoencoderKL, batch_size: int, size: int) -> torch.memo
 
 
 @torch.no_grad()
-def _encode_all(vae: AutoencoderKL, images: Iterable[Tensor], batch_size: int, progress: tqdm) -> Iterator[Tensor]:
+def _encode_all(vae: AutoencoderKL, pixels: Iterable[Tensor], batch_size: int, progress: tqdm) -> Iterator[Tensor]:
     """Yield the moments (2C, h, w), in host memory, of each of the pixels (3, H, W).
 
     Every batch is filled up to the size that training has: the VAE rounds differently in other shapes.
     """
-    images = iter(images)
-    while group := list(islice(images, batch_size)):
+    images_left = iter(pixels)
+    while group := list(islice(images_left, batch_size)):
         filled = torch.stack(group + group[-1:] * (batch_size - len(group)))
         yield from encode_moments(vae, filled).cpu()[: len(group)].unbind()
         progress.update(len(group))

@@ -1,4 +1,4 @@
-"""TrainingRun: what both scripts do before, between and after their optimization steps, which they write out."""
+"""Do what both scripts do before, between and after their optimization steps, which they write out."""
 
 from __future__ import annotations
 
@@ -9,33 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate.logging import get_logger
 from accelerate.utils import KwargsHandler
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import (
-    checkpoints,
-    hub,
-    latents,
-    lora,
-    optimization,
-    preflight,
-    prior,
-    resumable,
-    run_config,
-    setup,
-    trackers,
-    validation,
-)
+from ..errors import as_run_error, one_line
+from . import checkpoints, hub, latents, lora, optimization, preflight, prior, resumable, run_config, setup, trackers
 from .base import open_base
 from .checkpoints import Checkpoints, Stateful
-from .data import DreamBoothDataset, PhotoTransform, SDXLDreamBoothDataset
+from .data import DreamBoothDataset, SDXLDreamBoothDataset
+from .images import PhotoTransform
 from .interruption import GracefulExit
-from .models import loading
+from .models import loading_errors
 from .photos import find_photos
 
+logger = get_logger(__name__)
 Hook = Callable[[str], None]  # writes or reads the models of a checkpoint in a folder
 Validate = Callable[[int], list[Image.Image]]  # from the number of updates to images, empty where there are none
 
@@ -52,19 +43,12 @@ class Regularizer(Stateful, Protocol):
 
 
 class TrainableModels:
-    """The models of a run, as attributes.
+    """The models of a run, as attributes."""
 
-    Attributes:
-        trainable_names: Those that are trained, whole or by adapters.
-        unwrapped: The trained models by name, as they are before accelerate prepares them.
-        vae: `None` for a pipeline that diffuses pixels.
-        lora_pipeline: The pipeline class that knows how adapters to these models are saved.
-    """
-
-    trainable_names: list[str]
-    unwrapped: dict[str, nn.Module]
-    vae: Any
-    lora_pipeline: type[DiffusionPipeline]
+    trainable_names: list[str]  # of those that are trained, whole or by adapters
+    unwrapped: dict[str, nn.Module]  # the trained models by name, as they are before accelerate prepares them
+    vae: Any  # `None` for a pipeline that diffuses pixels
+    lora_pipeline: type[DiffusionPipeline]  # knows how adapters to these models are saved
 
     @property
     def trainable(self) -> dict[str, nn.Module]:
@@ -72,7 +56,7 @@ class TrainableModels:
         return {name: getattr(self, name) for name in self.trainable_names}
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the trained weights."""
         return [p for model in self.trainable.values() for p in model.parameters() if p.requires_grad]
 
@@ -81,20 +65,7 @@ class TrainingRun:
     """Check what can be checked without a model, and do all that both scripts do around their optimization steps.
 
     Call `prepare`, then `start`; make a step for each of `batches`, each followed by `after_batch`; then `save` and `publish`.
-
-    Args:
-        args: The parsed flags; `prepare` fills in the numbers of steps and epochs, and applies `--scale_lr`.
-        sdxl: Whether the base has to be an SDXL pipeline.
-        handlers: Further settings for accelerate.
-
-    Attributes:
-        photos, class_images: The images to train on.
-        transform: Turns an image into pixels.
-        accelerator, base, checkpoints, optimizer, lr_scheduler: What the scripts use; the last three after `prepare`.
-        global_step: Updates made so far.
-
-    Raises:
-        RunError: The flags, folders, photos or the base do not allow the run.
+    `prepare` writes to `args`: it fills in the numbers of steps and epochs, and applies `--scale_lr`.
     """
 
     def __init__(self, args: Namespace, graceful_exit: GracefulExit, *handlers: KwargsHandler, sdxl: bool) -> None:
@@ -105,7 +76,7 @@ class TrainingRun:
         self.base = open_base(args, self.accelerator, sdxl)
         self.output, self.checkpoint, self.repo_id = preflight.open_output(args, self.accelerator, self.base)
         self.config = run_config.start(args, self.base, self.checkpoint)
-        with loading(args):
+        with loading_errors(args):
             self.class_images = prior.ensure_class_images(args, self.accelerator, self.base)
         options = {"interpolation": args.image_interpolation_mode, "random_flip": args.random_flip} if sdxl else {}
         self.transform = PhotoTransform(args.resolution, args.center_crop, **options)
@@ -129,20 +100,21 @@ class TrainingRun:
         self.num_update_steps_per_epoch = optimization.plan_steps(args, num_batches)
         optimization.scale_learning_rate(args, accelerator.num_processes)
         optimizer = optimization.create_optimizer(args, models.trainable, setup.can_fuse_adamw(accelerator))
-        preflight.check_disk(args, models.parameters)
+        preflight.check_disk(args, models.trainable_parameters)
         lr_scheduler = optimization.create_lr_scheduler(args, optimizer, accelerator.num_processes)
         if args.rank is None:
             save: Hook = partial(checkpoints.save_models, models.unwrapped)
             load: Hook = partial(checkpoints.load_models, models.unwrapped)
         else:
-            save, load = lora.checkpoint_functions(models.lora_pipeline, models.unwrapped, lora.scale(args))
+            save = partial(lora.save_checkpoint, models.lora_pipeline, models.unwrapped, lora.scale(args))
+            load = partial(lora.load_adapters, models.unwrapped)
         checkpoints.register_hooks(accelerator, save, load)
         names = models.trainable_names
         prepared = accelerator.prepare(*models.trainable.values(), optimizer, loader, lr_scheduler)
         for name, model in zip(names, prepared, strict=False):
             setattr(models, name, model)
         self.optimizer, self.loader, self.lr_scheduler = prepared[len(names) :]
-        self.parameters = models.parameters  # FSDP divides the weights, so these are others than before
+        self.parameters = models.trainable_parameters  # FSDP divides the weights, so these are others than before
         self.checkpoints = Checkpoints(args, accelerator, self.output, self.config, self.loader, self.lr_scheduler)
 
     def start(self, regularizer: Regularizer, project: str) -> None:
@@ -160,10 +132,7 @@ class TrainingRun:
         )
 
     def batches(self, validate: Validate) -> Iterator[dict[str, Any]]:
-        """Yield the batches of all epochs, until the last update is made.
-
-        With `--validation_epochs` the models are validated between epochs, else by `after_batch`.
-        """
+        """Yield the batches of all epochs, until the last update is made; validate between epochs, if flags say so."""
         self.graceful_exit.defer("finishing this update and writing a checkpoint")
         self.validate = validate
         validation_epochs = vars(self.args).get("validation_epochs")
@@ -210,22 +179,20 @@ class TrainingRun:
 
     def _validate(self, validate: Validate) -> None:
         if self.args.validation_prompt is not None:
-            with validation.errors_as_warnings():
+            try:
                 self.images = validate(self.global_step)
+            except Exception as error:  # such as too little memory: it must not end the training
+                logger.warning(f"Validation failed, training goes on: {one_line(error)}")
 
     def save(
         self,
         save_weights: Callable[[Mapping[str, nn.Module], Path], None],
         save_rest: Callable[[Mapping[str, nn.Module], Path], dict[str, str]],
     ) -> dict[str, str]:
-        """Write the result in place of an earlier one.
+        """Write the result in place of an earlier one; return the model card's rows on the penalty and the result.
 
-        Args:
-            save_weights: Writes what was trained. It comes first, so that no later failure costs it.
-            save_rest: Writes everything else in the result, and returns rows of the model card.
-
-        Returns:
-            The rows of the model card on the penalty and the result.
+        `save_weights` writes what was trained, before anything else may fail; `save_rest` writes the rest of the result
+        and returns further rows.
         """
         self.accelerator.wait_for_everyone()
         self.regularizer.finish()
@@ -241,22 +208,25 @@ class TrainingRun:
         self, *, license: str, tags: list[str], card_rows: dict[str, str], validate: Validate | None = None
     ) -> None:
         """End the run: validate the result with `validate` if it is given, and upload it with `--push_to_hub`."""
-        with hub.result_is_safe(self.output, self.repo_id):
+        args, output, repo_id = self.args, self.output, self.repo_id
+        with as_run_error(lambda error: f"{one_line(error)}. {hub.push_advice(output, repo_id)}"):
             if validate is not None and not self.graceful_exit.signal:
                 self._validate(validate)
             self.accelerator.end_training()
-            if self.repo_id is not None:
-                hub.publish(
-                    self.args,
-                    self.output,
-                    self.repo_id,
+            if repo_id is not None:
+                for number, image in enumerate(self.images):
+                    output.write_result(f"image_{number}.png", image.save)
+                card = hub.model_card(
+                    args,
+                    repo_id,
                     self.images,
-                    self.graceful_exit.at_once,
                     license=license,
                     tags=[*tags, *(["lipschitz-drift"] if "lipreg_reduction" in card_rows else [])],
                     penalty=card_rows,
-                    adapters=self.args.rank is not None,
                     commit=self.base.commit,
                 )
-            elif self.accelerator.is_main_process:
-                self.graceful_exit.at_once(f"The result is whole in {self.args.output_dir}.")
+                output.write_result("README.md", card.save)
+            if self.accelerator.is_main_process:
+                self.graceful_exit.at_once(hub.push_advice(output, repo_id))
+            if repo_id is not None:
+                hub.upload(args, output, repo_id)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +90,7 @@ def _warn_unless_loadable() -> None:
 def adapter_weights(models: Mapping[str, nn.Module], scale: float = 1.0) -> Weights:
     """Return the adapters of unwrapped models in float32, under diffusers' names.
 
-    Args:
-        scale: alpha / rank, which is multiplied into the up projections, since some tools ignore a separate alpha.
+    `scale` is alpha / rank. It is multiplied into the up projections, since some tools ignore a separate alpha.
     """
     weights: Weights = {}
     for model_name, model in models.items():
@@ -121,12 +119,8 @@ def save_adapters(pipeline_class: type[DiffusionPipeline], folder: str | Path, w
     pipeline_class.save_lora_weights(folder, **{f"{name}_lora_layers": layers for name, layers in weights.items()})
 
 
-def load_adapters(folder: str | Path, models: Mapping[str, nn.Module]) -> None:
-    """Load the adapters of a checkpoint into unwrapped models to which `add_adapters` has added theirs.
-
-    Raises:
-        ValueError: A model lacks an adapter of the checkpoint.
-    """
+def load_adapters(models: Mapping[str, nn.Module], folder: str | Path) -> None:
+    """Load the adapters of a checkpoint into unwrapped models to which `add_adapters` has added theirs."""
     unscaled = Path(folder, UNSCALED_WEIGHTS)
     weights = load_file(unscaled if unscaled.exists() else Path(folder, LORA_WEIGHT_NAME_SAFE))
     for model_name, model in models.items():
@@ -143,21 +137,13 @@ def load_adapters(folder: str | Path, models: Mapping[str, nn.Module]) -> None:
             raise ValueError(f"{folder}: {model_name} has no adapter {loaded.unexpected_keys[0]}.")
 
 
-def checkpoint_functions(
-    pipeline_class: type[DiffusionPipeline], models: Mapping[str, nn.Module], scale: float = 1.0
-) -> tuple[Callable[[str], None], Callable[[str], None]]:
-    """Return the functions `save(folder)` and `load(folder)` for the adapters of unwrapped models.
-
-    The file that other tools load has `scale` = alpha / rank multiplied in, which rounds. A second file keeps the exact
-    adapters unless `scale` is 1.
-    """
-
-    def save(folder: str) -> None:
-        save_adapters(pipeline_class, folder, adapter_weights(models, scale))
-        if scale != 1.0:
-            save_file(_with_prefix(adapter_weights(models)), Path(folder, UNSCALED_WEIGHTS))
-
-    return save, partial(load_adapters, models=models)
+def save_checkpoint(
+    pipeline_class: type[DiffusionPipeline], models: Mapping[str, nn.Module], scale: float, folder: str
+) -> None:
+    """Write the file that other tools load, with `scale` multiplied in, and the exact adapters if that rounds them."""
+    save_adapters(pipeline_class, folder, adapter_weights(models, scale))
+    if scale != 1.0:
+        save_file(_with_prefix(adapter_weights(models)), Path(folder, UNSCALED_WEIGHTS))
 
 
 def to_kohya(weights: Weights) -> dict[str, Tensor]:
@@ -174,11 +160,6 @@ def to_kohya(weights: Weights) -> dict[str, Tensor]:
     return renamed
 
 
-def save_kohya(folder: str | Path, weights: Weights) -> None:
-    """Write the adapters in kohya's format."""
-    save_file(to_kohya(weights), Path(folder, KOHYA_WEIGHTS), metadata={"format": "pt"})
-
-
 @torch.no_grad()
 def extract_adapters(
     models: Mapping[str, nn.Module], pretrained: Mapping[str, nn.Module], rank: int
@@ -186,10 +167,7 @@ def extract_adapters(
     """Extract LoRA from a full fine-tune: the truncated SVD of each layer's weight change.
 
     It is the best approximation of that rank (Eckart and Young, 1936). Only linear layers in attention and feed-forward
-    blocks take part.
-
-    Returns:
-        The adapters, and the share of the models' squared drift that they keep.
+    blocks take part. Returns the adapters, and the share of the models' squared drift that they keep.
     """
     weights: Weights = {}
     kept = total = 0.0

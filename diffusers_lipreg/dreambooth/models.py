@@ -1,4 +1,4 @@
-"""The pipeline to train: its parts, and the files that they are loaded from."""
+"""Load the parts of the pipeline to train from their files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL_FLAGS = (*BASE_FLAGS, "pretrained_vae_model_name_or_path", "tokenizer_name
 TEACHER_FLAGS = ("lipreg_teacher_device", "lipreg_teacher_dtype")
 
 
-def loading(args: Namespace, flags: Sequence[str] = MODEL_FLAGS) -> AbstractContextManager[None]:
+def loading_errors(args: Namespace, flags: Sequence[str] = MODEL_FLAGS) -> AbstractContextManager[None]:
     """Turn any error of a loader, the Hub or a snapshot into one line that begins with the flags it may come from."""
     given = " ".join(f"--{name} {vars(args)[name]}" for name in flags if vars(args).get(name))
     return as_run_error(lambda error: f"{given}: {one_line(error)}" if given else one_line(error))
@@ -37,7 +37,7 @@ def loading(args: Namespace, flags: Sequence[str] = MODEL_FLAGS) -> AbstractCont
 class Base:
     """The pipeline to train, as `base.open_base` found and checked it: files on this machine, of one commit.
 
-    Parts are loaded from safetensors by the classes named here, so that no file of the pipeline can run code.
+    Parts are loaded from safetensors by these classes, so that no file of the pipeline can run code.
     """
 
     title: str  # Hub id, or the folder's name without its path: results show it to others
@@ -49,18 +49,13 @@ class Base:
     folders: Mapping[str, Path]  # by part
 
     def load(self, name: str, part_class: Any = None, **options: Any) -> Any:
-        """Load a part as a `part_class`, by default as the class in the index; models take `options` such as `dtype`.
-
-        Raises:
-            ValueError: The files of a model lack some of its weights.
-        """
+        """Load a part as a `part_class`, by default as the class in the index; models take `options` such as `dtype`."""
         part_class, folder = part_class or self.classes[name], self.folders[name]
         if issubclass(part_class, nn.Module):
             variant, _ = find_weights(folder, part_class, self.variant)
             options |= {"variant": variant, "use_safetensors": True, "output_loading_info": True}
             model, found = part_class.from_pretrained(folder, **options)
-            if missing := sorted(found["missing_keys"]):
-                raise ValueError(f"{folder.name} lacks {len(missing)} weights, {missing[0]} first.")
+            _check_complete(folder, found["missing_keys"])
             if isinstance(model, ModelMixin):
                 model.register_to_config(_name_or_path=self.title)  # results may be published; a path is private
             return model
@@ -97,10 +92,10 @@ class Base:
             pipeline.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         return pipeline
 
-    def stored(self, name: str, part: nn.Module) -> dict[str, Tensor]:
-        """Map the files that the bare model `part` was loaded from; see `mapped_weights`."""
-        _, files = find_weights(self.folders[name], type(part), self.variant)
-        return mapped_weights(part, [self.folders[name] / file for file in files])
+    def stored(self, name: str, model: nn.Module) -> dict[str, Tensor]:
+        """Memory-map the files that an unwrapped model was loaded from; see `map_weights`."""
+        _, files = find_weights(self.folders[name], type(model), self.variant)
+        return map_weights(self.folders[name], model, files)
 
     def text_config(self, name: str) -> PretrainedConfig:
         """Return the configuration of a text encoder, complete with the defaults of its class."""
@@ -116,11 +111,7 @@ def limit_length(tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConf
 
 
 def text_encoder_class(folder: Path) -> type[PreTrainedModel]:
-    """Return the class that the configuration of a text encoder names.
-
-    Raises:
-        ValueError: It names none, or one that DreamBooth cannot feed with prompts.
-    """
+    """Return the class that the configuration of a text encoder names."""
     name = (read_json(folder / "config.json").get("architectures") or [None])[0]
     if name is None:
         raise ValueError(f"its {folder.name} has no configuration that names its class.")
@@ -135,11 +126,7 @@ def text_encoder_class(folder: Path) -> type[PreTrainedModel]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of a pipeline.
-
-    Raises:
-        ValueError: There is no such file, or it holds something else.
-    """
+    """Read a JSON object from a file of a pipeline."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -156,12 +143,7 @@ def find_weights(
 ) -> tuple[str | None, list[str]]:
     """Return the names of a model's weight files and their variant: the wanted one, or none where it is missing.
 
-    Args:
-        folder: The folder of the model. Its JSON files have to be on this machine.
-        present: The names of its files, by default of those on this machine; a repository may hold more.
-
-    Raises:
-        ValueError: There are no safetensors, or none without a variant, or an index names files elsewhere.
+    `present` are the names of all files, which a repository may hold, by default those in the folder on this machine.
     """
     present = {path.name for path in folder.iterdir()} if present is None else present
     whole = SAFETENSORS_WEIGHTS_NAME if issubclass(part_class, ModelMixin) else SAFE_WEIGHTS_NAME
@@ -193,19 +175,16 @@ def _with_variant(file: str, variant: str | None) -> str:
     return file if variant is None else f"{stem}.{variant}.{ending}"
 
 
-def mapped_weights(part: nn.Module, files: Sequence[Path]) -> dict[str, Tensor]:
-    """Memory-map safetensors under the names of the parameters of `part`, a bare model; the files must not change.
-
-    Raises:
-        ValueError: Parameters have other names in the files.
-    """
-    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    parameters = dict(part.named_parameters())
+def map_weights(folder: Path, model: nn.Module, files: Sequence[str]) -> dict[str, Tensor]:
+    """Memory-map safetensors of a folder under the names of an unwrapped model's parameters; they must not change."""
+    stored = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+    parameters = dict(model.named_parameters())
     # Newer transformers name CLIP's parts without the prefix that released checkpoints have.
     named = {name if name in parameters else name.removeprefix("text_model."): stored[name] for name in stored}
-    if missing := sorted(parameters.keys() - named.keys()):
-        where = files[0].parent.name
-        raise ValueError(
-            f"{where} has {missing[0]} under another name in its file, or not at all: choose cpu, or leave it out."
-        )
+    _check_complete(folder, parameters.keys() - named.keys())
     return named
+
+
+def _check_complete(folder: Path, missing: Collection[str]) -> None:
+    if missing:
+        raise ValueError(f"{folder.name} lacks {len(missing)} weights, {min(missing)} first.")

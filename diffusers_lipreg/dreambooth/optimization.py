@@ -1,4 +1,4 @@
-"""The loss, the optimizer, the learning rate and the number of steps, as in the official scripts."""
+"""Compute the loss, and create the optimizer and the learning rate schedule, as the official scripts do."""
 
 from __future__ import annotations
 
@@ -16,20 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..errors import RunError
-
 logger = get_logger(__name__)
-
-
-def check_prediction_type(scheduler) -> None:
-    """Refuse a scheduler whose model predicts neither noise nor velocity."""
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise RunError(f"The scheduler predicts {scheduler.config.prediction_type}; supported: epsilon, v_prediction.")
 
 
 def diffusion_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Return what the UNet should predict: the noise, or the velocity of a v-prediction model."""
-    check_prediction_type(scheduler)
     if scheduler.config.prediction_type == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
     return noise
@@ -45,29 +36,30 @@ def min_snr_weights(scheduler, timesteps: Tensor, gamma: float) -> Tensor:
 def dreambooth_loss(
     model_pred: Tensor,
     target: Tensor,
-    weights: Tensor | None = None,
-    prior_weight: float | None = None,
-    noise_weights: Tensor | None = None,
+    *,
+    snr_weights: Tensor | None = None,
+    prior_loss_weight: float | None = None,
+    sigma_weights: Tensor | None = None,
 ) -> Tensor:
-    """Return the mean squared error in float32, or instance loss + prior_weight * class loss.
+    """Return the mean squared error in float32, or instance loss + prior_loss_weight * class loss.
 
     Args:
-        model_pred, target: (B, C, H, W); with a prior weight the second half of B is class images.
-        weights: Min-SNR weights (B,); they do not apply to class images.
-        prior_weight: `None` for a batch without class images.
-        noise_weights: EDM's weights (B, 1, 1, 1) by noise level, for all images.
+        model_pred, target: (B, C, H, W); with `prior_loss_weight` the second half of B is class images.
+        snr_weights: Min-SNR weights (B,); they do not apply to class images.
+        prior_loss_weight: `None` for a batch without class images.
+        sigma_weights: EDM's weights (B, 1, 1, 1) by noise level, for all images.
     """
     errors = mse_loss(model_pred.float(), target.float(), reduction="none")
-    if noise_weights is not None:
-        errors = noise_weights.float() * errors
-    if prior_weight is not None:
+    if sigma_weights is not None:
+        errors = sigma_weights.float() * errors
+    if prior_loss_weight is not None:
         errors, prior_errors = errors.chunk(2)
-    if weights is None:
+    if snr_weights is None:
         loss = errors.mean()
     else:
-        loss = (errors.mean(dim=list(range(1, errors.ndim))) * weights[: len(errors)]).mean()
-    if prior_weight is not None:
-        loss = loss + prior_weight * prior_errors.mean()
+        loss = (errors.mean(dim=list(range(1, errors.ndim))) * snr_weights[: len(errors)]).mean()
+    if prior_loss_weight is not None:
+        loss = loss + prior_loss_weight * prior_errors.mean()
     return loss
 
 
@@ -82,7 +74,6 @@ def edm_denoised(scheduler, model_pred: Tensor, noisy_latents: Tensor, sigmas: T
     """Return the clean latents that the UNet's output stands for."""
     if isinstance(scheduler, EDMEulerScheduler):
         return scheduler.precondition_outputs(noisy_latents, model_pred, sigmas)
-    check_prediction_type(scheduler)
     if scheduler.config.prediction_type == "v_prediction":
         return model_pred * (-sigmas / (sigmas**2 + 1) ** 0.5) + (noisy_latents / (sigmas**2 + 1))
     return model_pred * (-sigmas) + noisy_latents

@@ -1,4 +1,4 @@
-"""The output folder of a run. Its manifest lists the files that the run may replace, delete and upload.
+"""Keep a run from files that are not its own: a manifest lists what it may replace, delete and upload.
 
 A result is written to `.lipreg/result.partial`, which is renamed to `.lipreg/result` when it is whole. Its files are then
 moved into place one by one. If a run is killed in between, the next run into the folder moves the rest.
@@ -15,17 +15,16 @@ import socket
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from filelock import FileLock, Timeout
 
-from ..errors import RunError, one_line
+from ..errors import RunError, as_run_error, one_line
 from .lora import KOHYA_WEIGHTS
 
 logger = get_logger(__name__)
@@ -37,17 +36,12 @@ INDEX = DiffusionPipeline.config_name  # without this file no program takes the 
 READ_FOLDERS = ["instance_data_dir", "dataset_name", "class_data_dir", "pretrained_model_name_or_path"]
 READ_FOLDERS += ["pretrained_vae_model_name_or_path", "tokenizer_name"]
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-Kind = Literal["result", "checkpoint"]
 
 
 class OutputFolder:
     """Keep the manifest and the lock of an output folder, and replace its result.
 
-    The manifest lists names relative to the folder, by kind, with "/" between their parts. It is read from the disk each
-    time, so that several objects for one folder agree.
-
-    Raises:
-        RunError: The manifest cannot be read, or names files outside of the folder.
+    The manifest lists names relative to the folder, with "/" between their parts. It is read anew each time.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -55,25 +49,21 @@ class OutputFolder:
         self.lock: FileLock | None = None
         self._read()
 
-    def owned(self, kind: Kind) -> list[str]:
-        """Return the names that runs into this folder added as `kind`, in that order."""
-        return self._read().get(kind, [])
+    def owned(self) -> list[str]:
+        """Return the names of the files that runs wrote as their results into this folder."""
+        return self._read().get("result", [])
 
-    def add(self, kind: Kind, names: Iterable[str]) -> None:
+    def add(self, names: Iterable[str]) -> None:
         """Add names to the manifest. Call it before the files appear, so that a killed run leaves no unlisted file."""
-        self._write(kind, [*self.owned(kind), *names])
+        self._write([*self.owned(), *names])
 
-    def discard(self, kind: Kind, names: Iterable[str]) -> None:
+    def discard(self, names: Iterable[str]) -> None:
         """Remove names from the manifest. Call it when the files are gone."""
         gone = set(names)
-        self._write(kind, [name for name in self.owned(kind) if name not in gone])
+        self._write([name for name in self.owned() if name not in gone])
 
     def claim(self) -> None:
-        """Take the lock, which ends with the process, and move what a killed run left of its result into place.
-
-        Raises:
-            RunError: Another run has the lock, or a file of the user is in the way of the result.
-        """
+        """Take the lock, which ends with the process, and move what a killed run left of its result into place."""
         if self.lock is not None:
             return
         own = self.path / OWN
@@ -109,8 +99,7 @@ class OutputFolder:
 
     def strangers(self, names: Iterable[str]) -> list[str]:
         """Return the files under these names, or in folders of these names, that no run has written."""
-        owned = set(self.owned("result"))
-        found: list[str] = []
+        owned, found = set(self.owned()), list[str]()
         for name in names:
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
@@ -121,34 +110,29 @@ class OutputFolder:
         return [name for name in found if name not in owned]
 
     def contents(self, logging_dir: str) -> str:
-        """Say in words what the folder holds apart from logs, and what a run does to it; an empty string for nothing."""
-        if not self.path.is_dir():
-            return ""
-        names = {path.name for path in self.path.iterdir()} - {OWN, *Path(logging_dir).parts[:1]}
-        ours = names & {PurePosixPath(name).parts[0] for name in self.owned("result")}
-        checkpoints = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
-        checkpoints.sort(key=lambda name: int(name.split("-")[1]))
-        others = names - ours - set(checkpoints)
+        """Say what the folder holds apart from logs, and what a run does to it; an empty string for nothing."""
+        present = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        names = present - {OWN, *Path(logging_dir).parts[:1]}
+        ours = names & {PurePosixPath(name).parts[0] for name in self.owned()}
+        steps = sorted(int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name)))
+        others = names - ours - {f"checkpoint-{step}" for step in steps}
         words = []
         if ours - {CONFIG}:
             words.append("a result of an earlier run, which is replaced when the new one is whole")
-        if checkpoints:
-            span = f"{checkpoints[0]} to {checkpoints[-1]}"
+        if steps:
+            span = f"checkpoint-{steps[0]} to checkpoint-{steps[-1]}"
             words.append(f"{span}, of which --checkpoints_total_limit neither counts nor removes those of other runs")
         if others:
-            example = f"{len(others)} other files or folders ({min(others)} is one)"
-            words.append(f"{example}, which are not touched or uploaded")
+            words.append(
+                f"{len(others)} other files or folders ({min(others)} is one), which are not touched or uploaded"
+            )
         return f"{self.path} holds {'; '.join(words)}." if words else ""
 
     @contextmanager
     def result(self, write_trained: Callable[[Path], None]) -> Iterator[Path]:
         """Yield the folder for a new result, which replaces the earlier one when the block has ended.
 
-        Args:
-            write_trained: Writes what was trained into the folder, before the block, which may fail.
-
-        Raises:
-            RunError: The block failed, and what was trained is kept; or the result cannot be moved into place.
+        `write_trained(folder)` writes what was trained before the block, which may fail: then that is kept elsewhere.
         """
         self.claim()
         staged = self.path / OWN / "result.partial"
@@ -183,7 +167,7 @@ class OutputFolder:
         self.claim()
         partial = self.path / OWN / f"partial{PurePosixPath(name).suffix}"
         write(partial)
-        self.add("result", [name])
+        self.add([name])
         partial.replace(self.path / name)
 
     def _install(self) -> None:
@@ -198,30 +182,24 @@ class OutputFolder:
                 f"{self.path / strangers[0]} was not written by a run, so it is not overwritten. Move it, then run the same "
                 f"command with --resume_from_checkpoint latest. The new result waits, whole, in {ready}."
             )
-        try:
-            self._move(ready, names, waiting)
-        except OSError as error:
-            raise RunError(
-                f"The new result is whole in {ready}, but cannot be moved into place: {one_line(error)}."
-            ) from error
+        stale = set(self.owned()) - {*names, CONFIG}
+        self.add(names)
+        with as_run_error(
+            lambda error: f"The new result is whole in {ready}, but cannot be moved into place: {one_line(error)}."
+        ):
+            # The index goes first and comes last, so that the folder is never a pipeline of old and new parts.
+            if INDEX in waiting:
+                (self.path / INDEX).unlink(missing_ok=True)
+            for name in sorted(waiting, key=lambda name: name == INDEX):
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+                (ready / name).replace(self.path / name)
+            for name in sorted(stale, key=lambda name: name != INDEX):
+                (self.path / name).unlink(missing_ok=True)
+                for parent in PurePosixPath(name).parents[:-1]:
+                    with suppress(OSError):  # there is no such folder, or it is not empty
+                        (self.path / parent).rmdir()
+        self.discard(stale)
         shutil.rmtree(ready)
-
-    def _move(self, ready: Path, names: list[str], waiting: list[str]) -> None:
-        stale = set(self.owned("result")) - {*names, CONFIG}
-        self.add("result", names)
-        # The index goes first and comes last, so that the folder is never a pipeline of old and new parts.
-        if INDEX in waiting:
-            (self.path / INDEX).unlink(missing_ok=True)
-        for name in sorted(waiting, key=lambda name: name == INDEX):
-            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-            (ready / name).replace(self.path / name)
-        for name in sorted(stale, key=lambda name: name != INDEX):
-            (self.path / name).unlink(missing_ok=True)
-            for parent in PurePosixPath(name).parents[:-1]:
-                folder = self.path / parent
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
-        self.discard("result", stale)
 
     def _read(self) -> dict[str, list[str]]:
         path = self.path / MANIFEST
@@ -236,20 +214,16 @@ class OutputFolder:
         except Exception as error:
             raise RunError(f"{path}: cannot be read ({one_line(error)}). Move {self.path / OWN} away.") from error
 
-    def _write(self, kind: Kind, names: list[str]) -> None:
+    def _write(self, names: list[str]) -> None:
         self.claim()
-        manifest = self._read() | {kind: list(dict.fromkeys(names))}
+        manifest = self._read() | {"result": list(dict.fromkeys(names))}
         partial = self.path / OWN / "manifest.partial"
         partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         partial.replace(self.path / MANIFEST)
 
 
 def check_folders(args: Namespace) -> None:
-    """Refuse to write output, logs or class images into a folder that the run reads, or below it.
-
-    Raises:
-        RunError: Two folders overlap.
-    """
+    """Refuse to write output, logs or class images into a folder that the run reads, or below it."""
     folders = {**vars(args), "logging_dir": str(Path(args.output_dir, args.logging_dir))}
     if not args.with_prior_preservation:
         folders["class_data_dir"] = None

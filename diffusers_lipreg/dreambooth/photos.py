@@ -1,4 +1,4 @@
-"""Instance photos with their prompts: of a folder, or of a data set, which may not name files other than its own."""
+"""Find instance photos and their prompts in a folder, or in a data set, which may not name files other than its own."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ from PIL import Image
 
 from ..errors import RunError, as_run_error, one_line
 from . import captions
-from .data import Photo, decode, find_instance_images, open_image, report, silence_decoders
+from .data import Photo
+from .images import find_instance_images, open_image, report
 
 
 def find_photos(args: Namespace) -> list[Photo]:
     """Return the photos of `--instance_data_dir` or `--dataset_name`, each with its caption or `--instance_prompt`.
 
     Each is decoded once here; one that cannot be read is left out with a warning.
-
-    Raises:
-        RunError: A folder, data set, column or image is missing, a caption is no text, or a file lies elsewhere.
     """
     if vars(args).get("dataset_name") is None:
         images = find_instance_images(args.instance_data_dir)
@@ -39,8 +37,7 @@ def find_photos(args: Namespace) -> list[Photo]:
     for index in range(len(rows.rows)):
         caption, source = rows.caption(index), rows.source(index)
         try:
-            with silence_decoders():
-                transparent += decode(source, rows.name(index))[1]
+            transparent += open_image(source, rows.name(index)).info["was_transparent"]
         except RunError as error:
             broken.append(str(error))
         else:
@@ -53,11 +50,7 @@ def find_photos(args: Namespace) -> list[Photo]:
 
 
 class Rows:
-    """The rows of the split train of `--dataset_name`, whose images may only lie in the data set's own files.
-
-    Raises:
-        RunError: The data set cannot be loaded, has no such split or column, or names a file elsewhere.
-    """
+    """The rows of the split train of `--dataset_name`, whose images may only lie in the data set's own files."""
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
@@ -95,7 +88,7 @@ class Rows:
 
     def open(self, index: int) -> Image.Image:
         """Read the image of a row as RGB."""
-        return decode(self.source(index), self.name(index))[0]
+        return open_image(self.source(index), self.name(index))
 
 
 def load_rows(args: Namespace) -> tuple[datasets.Dataset, list[Path]]:

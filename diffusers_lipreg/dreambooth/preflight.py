@@ -16,17 +16,22 @@ from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from ..errors import RunError, one_line, read_lines
+from ..errors import RunError, as_run_error, one_line, read_lines
 from . import checkpoint_files, hub, output
-from .data import open_image
+from .images import open_image
 from .models import Base
 
 logger = get_logger(__name__)
 CLASS_PROMPT_EVERY = 32
 
 
-def check_processes(args: Namespace, accelerator: Accelerator) -> None:
-    """Refuse ways to run several processes that lose the penalty, or that nobody has tested with these scripts."""
+def check_accelerator(args: Namespace, accelerator: Accelerator) -> None:
+    """Refuse a precision that the device lacks, and several processes in a way that loses the penalty or is untested."""
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision not in ("no", "bf16"):
+        raise RunError(
+            f"mixed precision {accelerator.mixed_precision} is for GPUs, and this run is on a CPU: add "
+            "--mixed_precision no or bf16, which goes before what `accelerate config` says."
+        )
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):  # they update inside backward
         raise RunError(f"accelerate's configuration asks for {kind.value}: choose DDP (MULTI_GPU) or FSDP version 2.")
@@ -46,22 +51,13 @@ def check_processes(args: Namespace, accelerator: Accelerator) -> None:
         raise RunError(f"under FSDP accelerate's configuration has to say {setting}.")
     flags = {
         "adapters": args.rank is not None,
-        "--train_text_encoder": vars(args).get("train_text_encoder"),
+        "--train_text_encoder": args.train_text_encoder,
         "--use_8bit_adam": args.use_8bit_adam,
-        "--lipreg_teacher_device": vars(args).get("lipreg_teacher_device") is not None,
+        "--lipreg_teacher_device": args.lipreg_teacher_device is not None,
     }
     if flag := next((flag for flag, given in flags.items() if given), None):
         raise RunError(
             f"FSDP divides the UNet in full fine-tuning, not with {flag}: leave that out, or choose DDP (MULTI_GPU)."
-        )
-
-
-def check_precision(accelerator: Accelerator) -> None:
-    """Refuse a mixed precision that needs a GPU on a CPU, whether it comes from a flag or from accelerate."""
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision not in ("no", "bf16"):
-        raise RunError(
-            f"mixed precision {accelerator.mixed_precision} is for GPUs, and this run is on a CPU: add "
-            "--mixed_precision no or bf16, which goes before what `accelerate config` says."
         )
 
 
@@ -95,15 +91,10 @@ def check_environment(args: Namespace) -> None:
         if wanted and find_spec(package) is None:
             raise RunError(f"{flag} needs {package}: pip install {package}")
     if args.lipreg_teacher_device not in (None, "disk"):
-        try:
+        with as_run_error(lambda error: f"--lipreg_teacher_device {args.lipreg_teacher_device}: {one_line(error)}"):
             torch.empty(0, device=args.lipreg_teacher_device)
-        except (RuntimeError, AssertionError) as error:
-            raise RunError(f"--lipreg_teacher_device {args.lipreg_teacher_device}: {one_line(error)}") from error
     for path in vars(args).get("validation_images") or ():
-        try:
-            open_image(path)
-        except RunError as error:
-            raise RunError(f"--validation_images {error}") from error
+        open_image(path, f"--validation_images {path}")
 
 
 def prompts_to_record(

@@ -1,4 +1,4 @@
-"""Prior preservation: images of the class, sampled from the pretrained pipeline and kept in a folder."""
+"""Sample class images for prior preservation from the pretrained pipeline, and keep them in a folder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from numpy import uint64
 from numpy.random import SeedSequence
 from tqdm.auto import tqdm
 
-from ..errors import RunError, one_line
-from .data import list_images
+from ..errors import as_run_error, one_line
+from .images import list_images
 from .models import Base
+from .setup import DTYPES
 
 logger = get_logger(__name__)
 
 
 def prior_dtype(precision: str | None, device: torch.device) -> torch.dtype:
     """Return the type that `--prior_generation_precision` means: by default half precision on a CUDA device."""
-    if precision in (None, "no"):
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    return DTYPES.get(precision, torch.float16 if device.type == "cuda" else torch.float32)
 
 
 def ensure_class_images(args: Namespace, accelerator: Accelerator, base: Base) -> list[Path]:
@@ -68,11 +67,9 @@ def sample_class_images(
         images = pipeline([args.class_prompt] * len(batch), generator=generators).images
         for number, image in zip(batch, images, strict=True):
             partial = folder / f".{number}.partial"  # hidden, so that a killed run leaves no half of a class image
-            try:
+            with as_run_error(lambda error: f"--class_data_dir {folder}: cannot be written ({one_line(error)})."):
                 image.save(partial, format="JPEG")
                 partial.replace(folder / f"{number}-{sha1(image.tobytes()).hexdigest()}.jpg")
-            except OSError as error:
-                raise RunError(f"--class_data_dir {folder}: cannot be written ({one_line(error)}).") from error
     del pipeline
     release_memory()
 

@@ -1,4 +1,4 @@
-"""Prompts to text embeddings: each prompt is tokenized once, and encoded once where the text encoders are frozen."""
+"""Tokenize each prompt once, and encode it to prompt_embeds, once where the text encoders are frozen."""
 
 from __future__ import annotations
 
@@ -42,12 +42,17 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, use_mask: bool) -> None:
         cut: set[str] = set()
-        self.tokens = cache(lambda prompt: tokenize(tokenizer, prompt, max_length, cut))
+        self.tokenize_one = cache(lambda prompt: tokenize(tokenizer, prompt, max_length, cut))
         self.use_mask = use_mask
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return token ids and attention masks, both (len(prompts), length)."""
+        ids, masks = zip(*map(self.tokenize_one, prompts), strict=True)
+        return torch.cat(ids), torch.cat(masks)
 
     def encode(self, text_encoder: nn.Module, prompts: Sequence[str]) -> Tensor:
         """Return the embeddings (len(prompts), length, width), with a gradient where the encoder is trained."""
-        ids, mask = (torch.cat(kind) for kind in zip(*map(self.tokens, prompts), strict=True))
+        ids, mask = self.tokenize(prompts)
         device = next(text_encoder.parameters()).device
         return text_encoder(ids.to(device), attention_mask=mask.to(device) if self.use_mask else None)[0]
 
@@ -72,24 +77,23 @@ class PromptEncoder:
         return look_up
 
 
-def cached_tokenize(tokenizers: Sequence[PreTrainedTokenizerBase]) -> Callable[[str], list[Tensor]]:
-    """Return a function from a prompt to its token ids (1, length) by each tokenizer, which remembers them."""
+def sdxl_tokenizer(tokenizers: Sequence[PreTrainedTokenizerBase]) -> Callable[[Sequence[str]], list[Tensor]]:
+    """Return a function from B prompts to the token ids (B, length) of each tokenizer; it tokenizes no prompt twice."""
     cut: set[str] = set()
-    return cache(lambda prompt: [tokenize(tokenizer, prompt, None, cut)[0] for tokenizer in tokenizers])
+    tokenize_one = cache(lambda prompt: [tokenize(tokenizer, prompt, None, cut)[0] for tokenizer in tokenizers])
+    return lambda prompts: [torch.cat(ids) for ids in zip(*map(tokenize_one, prompts), strict=True)]
 
 
-def encode_sdxl(
-    tokens: Callable[[str], list[Tensor]], text_encoders: Sequence[nn.Module], prompts: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Encode prompts with both text encoders of SDXL; `tokens` is what `cached_tokenize` returned.
+def encode_sdxl(text_encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Encode the token ids (B, length) of each tokenizer with the text encoders of SDXL.
 
     Returns the embeddings (B, length, width of both) of the last layer but one, and the second encoder's pooled
     embeddings (B, width).
     """
     embeds = []
-    for ids, text_encoder in zip(zip(*map(tokens, prompts), strict=True), text_encoders, strict=True):
+    for text_encoder, its_ids in zip(text_encoders, ids, strict=True):
         device = next(text_encoder.parameters()).device
-        output = text_encoder(torch.cat(ids).to(device), output_hidden_states=True, return_dict=False)
+        output = text_encoder(its_ids.to(device), output_hidden_states=True, return_dict=False)
         pooled_embeds = output[0]  # that of the second encoder remains, as in the official script
         embeds.append(output[-1][-2])
     return torch.cat(embeds, dim=-1), pooled_embeds

@@ -1,4 +1,4 @@
-"""A shuffled order and random crops that a resumed run takes up again in the middle of an epoch, to the last bit."""
+"""Take up a shuffled order and random crops in the middle of an epoch, to the last bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, get_worker_info
 
-from .data import Layouts, collate
+from .data import MemoryFormats, collate
 from .interruption import ignore_signals
 
 
@@ -34,15 +34,15 @@ class ResumableDataset(Dataset):
         self.persistent_workers = persistent_workers
         self.sampler = ResumableSampler(self)
         self.loader: Any = None  # the prepared one, of a resumed run
-        self.worker_seed = torch.zeros((), dtype=torch.int64).share_memory_()  # 0: the seed that workers start with
-        self.seeded_with = 0  # in a worker
+        # 0 lets workers keep the seed that they start with. In a worker, `last_worker_seed` is the one it took last.
+        self.worker_seed = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.last_worker_seed = 0
         self.epochs = 0
-        self.batch = 0  # batches loaded in this epoch
-        self.skipped = 0  # batches that this epoch drops at its start
-        self.recorded: dict[str, Tensor] = {}  # states of this epoch
-        self.restored: dict[str, Tensor] = {}  # states that this epoch goes on from
-        self.next_skipped = 0
-        self.next_restored: dict[str, Tensor] = {}
+        self.batches_loaded = 0  # in this epoch
+        self.epoch_states: dict[str, Tensor] = {}  # what a checkpoint of this epoch needs
+        # Of a resumed epoch: how many of its batches were trained on already, and the states to take up after them.
+        self.batches_to_skip, self.resumed_states = 0, dict[str, Tensor]()
+        self.next_batches_to_skip, self.next_resumed_states = 0, dict[str, Tensor]()
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -53,58 +53,59 @@ class ResumableDataset(Dataset):
         With 0 batches it is the epoch after that of `state`. Call it once the random state is restored. An empty `state`,
         of a checkpoint of the official script, gives a new order.
         """
-        self.loader, self.next_skipped = loader, batches
+        self.loader, self.next_batches_to_skip = loader, batches
         if state and batches:
-            self.next_restored = {**state, "now": torch.get_rng_state()}
+            self.next_resumed_states = {**state, "now": torch.get_rng_state()}
         elif state and self.sampler.generator is not None:
             self.sampler.generator.set_state(state["next_order"])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the states that `resume` needs; call it after a step, before the next batch is loaded."""
         if self.sampler.generator is None:
-            return dict(self.recorded)
-        return {**self.recorded, "next_order": self.sampler.generator.get_state()}
+            return dict(self.epoch_states)
+        return {**self.epoch_states, "next_order": self.sampler.generator.get_state()}
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch; accelerate's loader calls this before it draws anything."""
-        self.skipped, self.restored, self.batch = self.next_skipped, self.next_restored, 0
-        self.next_skipped, self.next_restored = 0, {}
+        self.batches_to_skip, self.resumed_states = self.next_batches_to_skip, self.next_resumed_states
+        self.next_batches_to_skip, self.next_resumed_states = 0, {}
+        self.batches_loaded = 0
         if self.loader is not None:
-            self.loader.skip_batches = self.skipped
-        if self.restored:
-            torch.set_rng_state(self.restored["epoch_start"])
+            self.loader.skip_batches = self.batches_to_skip
+        if self.resumed_states:
+            torch.set_rng_state(self.resumed_states["epoch_start"])
             if self.sampler.generator is not None:
-                self.sampler.generator.set_state(self.restored["order"])
-        self.recorded = {"epoch_start": torch.get_rng_state()}
+                self.sampler.generator.set_state(self.resumed_states["order"])
+        self.epoch_states = {"epoch_start": torch.get_rng_state()}
         if self.sampler.generator is not None:
-            self.recorded["order"] = self.sampler.generator.get_state()
+            self.epoch_states["order"] = self.sampler.generator.get_state()
 
-    def on_shuffle_begin(self) -> None:
+    def before_shuffle(self) -> None:
         """Seed the workers for the epoch; the sampler calls this before it draws."""
         if self.persistent_workers and self.epochs > 0:
             self.worker_seed.random_()
         self.epochs += 1
 
-    def on_shuffle_end(self) -> None:
+    def after_shuffle(self) -> None:
         """Restore the random state after the sampler has drawn: with workers, this process draws nothing more."""
-        if self.restored:
-            torch.set_rng_state(self.restored["now"])
+        if self.resumed_states:
+            torch.set_rng_state(self.resumed_states["now"])
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Return the items of a batch, drawn from the random state that an uninterrupted run has there."""
         worker = get_worker_info()
-        if worker is not None and self.seeded_with != self.worker_seed.item():
-            self.seeded_with = int(self.worker_seed.item())
-            random.seed(self.seeded_with + worker.id)
-            torch.manual_seed(self.seeded_with + worker.id)
-        goes_on_here = self.restored and self.batch == self.skipped and worker is None
-        if goes_on_here:
-            torch.set_rng_state(self.restored["before_batch"])
-        self.batch += 1
-        self.recorded["before_batch"] = torch.get_rng_state()
+        if worker is not None and self.last_worker_seed != self.worker_seed.item():
+            self.last_worker_seed = int(self.worker_seed.item())
+            random.seed(self.last_worker_seed + worker.id)
+            torch.manual_seed(self.last_worker_seed + worker.id)
+        is_first_new_batch = self.resumed_states and self.batches_loaded == self.batches_to_skip and worker is None
+        if is_first_new_batch:
+            torch.set_rng_state(self.resumed_states["before_batch"])
+        self.batches_loaded += 1
+        self.epoch_states["before_batch"] = torch.get_rng_state()
         items = [self.dataset[index] for index in indices]
-        if goes_on_here:
-            torch.set_rng_state(self.restored["now"])
+        if is_first_new_batch:
+            torch.set_rng_state(self.resumed_states["now"])
         return items
 
 
@@ -116,14 +117,14 @@ class ResumableSampler(RandomSampler):
         self.dataset = dataset
 
     def __iter__(self) -> Iterator[int]:
-        self.dataset.on_shuffle_begin()
+        self.dataset.before_shuffle()
         for number, index in enumerate(super().__iter__()):
             if number == 0:
-                self.dataset.on_shuffle_end()
+                self.dataset.after_shuffle()
             yield index
 
 
-def make_loader(args: Namespace, dataset: Dataset, memory_formats: Layouts | None) -> DataLoader[dict]:
+def make_loader(args: Namespace, dataset: Dataset, memory_formats: MemoryFormats | None) -> DataLoader[dict]:
     """Return the loader of a run. With `memory_formats` the images are encoded already, and need no workers."""
     workers = args.dataloader_num_workers if memory_formats is None else 0
     resumable = ResumableDataset(dataset, persistent_workers=workers > 0)
@@ -131,7 +132,7 @@ def make_loader(args: Namespace, dataset: Dataset, memory_formats: Layouts | Non
         resumable,
         batch_size=args.train_batch_size,
         sampler=resumable.sampler,
-        collate_fn=partial(collate, layouts=memory_formats, class_prompt=args.class_prompt),
+        collate_fn=partial(collate, memory_formats=memory_formats, class_prompt=args.class_prompt),
         num_workers=workers,
         worker_init_fn=ignore_signals,
         persistent_workers=workers > 0,  # an epoch may be five photos, and new workers take longer to start

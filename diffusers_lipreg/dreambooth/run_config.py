@@ -1,4 +1,4 @@
-"""config.yaml: the flags of a run, written to its result and checkpoints, and compared when the run is resumed."""
+"""Write the flags of a run to config.yaml in its result and checkpoints, and compare them when it is resumed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import yaml
 from accelerate.logging import get_logger
 
 from .. import __version__
-from ..errors import RunError, one_line, printable
+from ..errors import RunError, as_run_error, one_line, printable
 from .captions import METADATA, caption_files
-from .data import has_image_name
+from .images import has_image_name
 from .models import Base
 from .output import CONFIG
 
@@ -63,9 +63,6 @@ def start(args: Namespace, base: Base, checkpoint: Path | None) -> dict[str, Any
 
     Its items are the flags, and "run": the id that a run keeps when it is resumed, versions, the base (its commit on
     the Hub, or a hash of the weights in a folder) and the SHA-256 of each photo. Call it before flags are changed.
-
-    Raises:
-        RunError: The checkpoint does not fit the flags, or its configuration cannot be read.
     """
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     flags = {name: value for name, value in sorted(vars(args).items()) if name not in NEVER_WRITTEN}
@@ -93,23 +90,17 @@ def write(config: Mapping[str, Any], path: Path, **more: Any) -> None:
 
 
 def read(folder: str | Path) -> dict[str, Any] | None:
-    """Return the configuration in a folder, or `None` if there is none, as in checkpoints of the official scripts.
-
-    Raises:
-        RunError: It cannot be read, or `write` did not write it.
-    """
+    """Return the configuration in a folder, or `None` where there is none: the official scripts write none."""
     path = Path(folder, CONFIG)
     if not path.exists():
         return None
-    try:
+    with as_run_error(lambda error: f"{path}: cannot be read ({one_line(error)})."):  # a YAML file may hold anything
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         run = config["run"]
         texts = [run["id"], run["base"], *run["photos"].values()]
         fits = isinstance(run["time"], float) and isinstance(run["files"], dict)
         if not fits or not all(isinstance(text, str) for text in texts):
             raise ValueError("its run is not of this form")
-    except Exception as error:  # a YAML file may hold anything
-        raise RunError(f"{path}: cannot be read ({one_line(error)}).") from error
     return config
 
 

@@ -1,4 +1,4 @@
-"""The start of a run: accelerator, logs, seed, and the settings that follow from the device."""
+"""Start a run: its accelerator, logs and seed, and the settings that follow from the device."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import KwargsHandler, ProjectConfiguration, set_seed
 
-from ..errors import RunError, one_line
+from ..errors import RunError, as_run_error, one_line
 from . import preflight
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
+DTYPES: dict[str | None, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
-    """Create the accelerator of a run, set up the logs and seed the random generators.
-
-    Raises:
-        RunError: The flags or the environment ask for what is not there or does not fit together.
-    """
+    """Create the accelerator of a run, set up the logs and seed the random generators."""
     preflight.check_environment(args)
-    try:
+    # Its configuration, its environment variables, the device and the other processes may each cause any error.
+    with as_run_error(lambda error: f"accelerate cannot start: {one_line(error)}"):
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
@@ -36,11 +33,15 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
                 project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
             ),
         )
-    except Exception as error:  # of its configuration, its environment variables, the device, the other processes
-        raise RunError(f"accelerate cannot start: {one_line(error)}") from error
-    fill_in_flags(args, accelerator)
-    preflight.check_processes(args, accelerator)
-    preflight.check_precision(accelerator)
+    # accelerate reads these two from its own environment or configuration as well, and follows that.
+    args.mixed_precision, steps = str(accelerator.mixed_precision), accelerator.gradient_accumulation_steps
+    if args.gradient_accumulation_steps not in (1, steps):
+        raise RunError(
+            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS "
+            f"in the environment is {steps}, and accelerate follows that: leave one of them out."
+        )
+    args.gradient_accumulation_steps = steps
+    preflight.check_accelerator(args, accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if torch.backends.mps.is_available():
@@ -57,22 +58,6 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
     return accelerator
 
 
-def fill_in_flags(args: Namespace, accelerator: Accelerator) -> None:
-    """Replace the flags that accelerate reads from its own environment or configuration by what it read.
-
-    Raises:
-        RunError: The environment contradicts a flag.
-    """
-    args.mixed_precision = str(accelerator.mixed_precision)
-    steps = accelerator.gradient_accumulation_steps
-    if args.gradient_accumulation_steps not in (1, steps):
-        raise RunError(
-            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS "
-            f"in the environment is {steps}, and accelerate follows that: leave one of them out."
-        )
-    args.gradient_accumulation_steps = steps
-
-
 def can_fuse_adamw(accelerator: Accelerator) -> bool:
     """Tell whether to use the fused AdamW: on a GPU without a gradient scaler.
 
@@ -84,4 +69,4 @@ def can_fuse_adamw(accelerator: Accelerator) -> bool:
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """Return the dtype of the weights that are not trained."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return DTYPES.get(accelerator.mixed_precision, torch.float32)

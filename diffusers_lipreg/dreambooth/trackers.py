@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
-from ..errors import RunError, one_line
+from ..errors import as_run_error, one_line
 
 logger = get_logger(__name__)
 
@@ -52,15 +52,9 @@ class Tracker:
 
 
 def start_trackers(args: Namespace, accelerator: Accelerator, project: str) -> None:
-    """Start the trackers of `--report_to` on the main process.
-
-    Raises:
-        RunError: One of them cannot start, such as wandb without a key.
-    """
-    try:
+    """Start the trackers of `--report_to` on the main process."""
+    with as_run_error(lambda error: f"--report_to {args.report_to}: a tracker cannot start ({one_line(error)})"):
         accelerator.init_trackers(project, config=tracker_config(args))
-    except Exception as error:
-        raise RunError(f"--report_to {args.report_to}: a tracker cannot start ({one_line(error)})") from error
     accelerator.trackers = [Tracker(tracker) for tracker in accelerator.trackers]
 
 

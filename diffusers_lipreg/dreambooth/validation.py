@@ -15,8 +15,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import one_line
-
 logger = get_logger(__name__)
 
 
@@ -59,41 +57,28 @@ def eval_mode(pipeline: DiffusionPipeline) -> Iterator[None]:
             del vae.decode
 
 
-@contextmanager
-def errors_as_warnings() -> Iterator[None]:
-    """Turn an error in validation, such as too little memory, into a warning, since it must not end the training."""
-    try:
-        yield
-    except Exception as error:
-        logger.warning(f"Validation failed, training goes on: {one_line(error)}")
-
-
 def sample_images(
     args: Namespace, accelerator: Accelerator, pipeline: DiffusionPipeline, prompt: dict, steps: int
 ) -> list[Image.Image]:
-    """Sample `--num_validation_images` images, or one for each of `--validation_images`; none after an error.
+    """Sample `--num_validation_images` images, or one for each of `--validation_images`.
 
-    Args:
-        prompt: The pipeline's arguments for the prompt: `prompt`, or `prompt_embeds` and `negative_prompt_embeds`.
+    `prompt` are the pipeline's arguments: `prompt`, or `prompt_embeds` and `negative_prompt_embeds`.
     """
     logger.info(f"Sampling {args.num_validation_images} images of {args.validation_prompt!r}.")
-    images: list[Image.Image] = []
-    with errors_as_warnings():
-        pipeline.set_progress_bar_config(disable=True)
-        generator = None if args.seed is None else torch.Generator(accelerator.device).manual_seed(args.seed)
-        inputs: list[dict[str, Any]] = [{"num_inference_steps": steps}] * args.num_validation_images
-        if paths := vars(args).get("validation_images"):  # the SD script's, for pipelines that take an image
-            inputs = [{"image": Image.open(path)} for path in paths]
-        pipeline = pipeline.to(accelerator.device)
-        # Compiled models would be compiled again for these sizes, which does not pay.
-        with accelerator.autocast(), torch.compiler.set_stance("force_eager"), eval_mode(pipeline):
-            images = [pipeline(**prompt, **extra, generator=generator).images[0] for extra in inputs]
-    return images
+    pipeline.set_progress_bar_config(disable=True)
+    generator = None if args.seed is None else torch.Generator(accelerator.device).manual_seed(args.seed)
+    inputs: list[dict[str, Any]] = [{"num_inference_steps": steps}] * args.num_validation_images
+    if paths := vars(args).get("validation_images"):  # the SD script's, for pipelines that take an image
+        inputs = [{"image": Image.open(path)} for path in paths]
+    pipeline = pipeline.to(accelerator.device)
+    # Compiled models would be compiled again for these sizes, which does not pay.
+    with accelerator.autocast(), torch.compiler.set_stance("force_eager"), eval_mode(pipeline):
+        return [pipeline(**prompt, **extra, generator=generator).images[0] for extra in inputs]
 
 
 def log_images(
     accelerator: Accelerator, images: list[Image.Image], prompt: str, step: int, name: str = "validation"
 ) -> None:
     """Send images to the trackers under `name`. `step` counts updates, as for scalars: wandb drops steps that go back."""
-    for tracker in accelerator.trackers if images else ():
+    for tracker in accelerator.trackers:
         tracker.log_images(name, images, prompt, step)

@@ -23,7 +23,7 @@ import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
-from ..dreambooth.data import find_instance_images
+from ..dreambooth.images import find_instance_images
 from ..dreambooth.preflight import check_folder
 from ..dreambooth.validation import set_scheduler
 from ..errors import OneLineParser, run_cli

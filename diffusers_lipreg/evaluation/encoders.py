@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor, CLIPImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..dreambooth.data import open_image
+from ..dreambooth.images import open_image
 from ..errors import RunError
 from ..loading import one_line_errors
 

@@ -16,7 +16,7 @@ import transformers
 from PIL.Image import Resampling
 
 from .. import __version__
-from ..dreambooth.data import open_image
+from ..dreambooth.images import open_image
 from .encoders import short_name
 from .generation import SubjectFiles
 from .scores import SIDES, mean_over_subjects

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dreambooth.data import open_image
+from ..dreambooth.images import open_image
 from .encoders import ClipEncoder, Encoder
 from .generation import ImageSpec, SubjectFiles
 from .prompts import Subject

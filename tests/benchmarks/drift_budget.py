@@ -6,7 +6,7 @@ prints what the runs end with and what measuring costs, and keeps every finished
 interrupted. Kinds of run: `full`, the whole UNet at 2e-4; `lora`, rank 8 at 1e-3. A ratio is the final relative output
 drift over the budget, on the run's own probes (eight world captions); "free" is the final drift without a penalty. The
 subject's loss is the denoising loss on 280 unseen views. `--compare` adds runs of fixed weights: what the best of them
-would have at the drift of a run with a budget is read off between its neighbours, linear in the logarithm of drift;
+would have at the drift of a run with a budget is read off between its neighbors, linear in the logarithm of drift;
 and draws `budgets.png`.
 """
 
@@ -202,13 +202,13 @@ def draw(args: argparse.Namespace, cases: dict[tuple[str, str], Case]) -> None:
     )
     for panel, kind in zip(panels[0], args.kinds, strict=True):
         for number, subject in enumerate(args.subjects):
-            case, colour = cases[kind, subject], f"C{number}"
+            case, color = cases[kind, subject], f"C{number}"
             curve = sorted((run["drift"], run["subject_loss"]) for run in (case.free, *case.weights.values()))
             panel.plot(
-                *zip(*curve, strict=True), color=colour, linewidth=1, marker=".", label=subject.replace("_", " ")
+                *zip(*curve, strict=True), color=color, linewidth=1, marker=".", label=subject.replace("_", " ")
             )
             points = [(run["drift"], run["subject_loss"]) for run in case.budgets.values()]
-            panel.scatter(*zip(*points, strict=True), color=colour, marker="D", s=28, zorder=3)
+            panel.scatter(*zip(*points, strict=True), color=color, marker="D", s=28, zorder=3)
         for budget in args.budgets:
             panel.axvline(budget, color="0.8", linewidth=0.8, zorder=0)
         panel.set(
@@ -217,7 +217,7 @@ def draw(args: argparse.Namespace, cases: dict[tuple[str, str], Case]) -> None:
             xlabel="relative output drift at the end",
         )
     panels[0][0].set_ylabel("denoising loss on unseen views of the subject")
-    panels[0][0].scatter([], [], color="0.3", marker="D", s=28, label="with a drift budget (grey lines)")
+    panels[0][0].scatter([], [], color="0.3", marker="D", s=28, label="with a drift budget (gray lines)")
     panels[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(args.output_dir / "budgets.png", dpi=110)
 

@@ -218,7 +218,7 @@ KINDS = [  # Stable Diffusion
     (unet(addition_embed_type="text_image"), "UNet has addition_embed_type text_image"),  # Kandinsky
     (unet(encoder_hid_dim_type="ip_image_proj"), "UNet has encoder_hid_dim_type ip_image_proj"),
     (unet(time_cond_proj_dim=256), "UNet has time_cond_proj_dim 256, not None"),  # latent consistency models
-    (unet(cross_attention_dim=1024), "its UNet takes text of width 1024, its text encoders make 32"),
+    (unet(cross_attention_dim=1024), "UNet has text width 1024, not 32"),
     (("vae/config.json", {"latent_channels": 16}), "UNet has in_channels 4, not 16"),
     (("scheduler/scheduler_config.json", {"prediction_type": "sample"}), "The scheduler predicts sample"),
     (("text_encoder/config.json", {"architectures": ["ChatGLMModel"]}), "its text_encoder is a ChatGLMModel; supported"),

@@ -10,8 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
-from support.runs import PARITY
-from test_data import said
+from support.runs import PARITY, said
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl

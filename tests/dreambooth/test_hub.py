@@ -18,6 +18,7 @@ from diffusers_lipreg.dreambooth.hub import create_repository, model_card, push_
 from diffusers_lipreg.dreambooth.output import MANIFEST, OutputFolder
 from diffusers_lipreg.errors import RunError
 from train_dreambooth_lipreg import parse_args
+from train_dreambooth_lora_lipreg_sdxl import parse_args as parse_args_sdxl
 
 REPO = "alice/sks-dog"
 TAGS = ["text-to-image", "dreambooth", "stable-diffusion"]
@@ -30,7 +31,7 @@ def arguments(*more: str) -> Namespace:
 
 def card(*more: str, penalty: dict[str, str] = PENALTY, images: int = 0) -> ModelCard:
     shown = [Image.new("RGB", (8, 8))] * images
-    facts = {"license": "creativeml-openrail-m", "tags": TAGS, "penalty": penalty, "adapters": False}
+    facts = {"license": "creativeml-openrail-m", "tags": TAGS, "penalty": penalty}
     return model_card(arguments(*more), REPO, shown, **facts)
 
 
@@ -82,6 +83,13 @@ def test_a_local_base_model_is_no_base_model_and_only_its_name_is_told(
     assert "This is my-sd taught a subject" in local.content
     assert str(tmp_path) not in local.content
     assert "models/" not in local.content
+
+
+def test_of_another_vae_only_the_name_is_told(tmp_path: Path) -> None:
+    (tmp_path / "my-vae").mkdir()
+    args = parse_args_sdxl(flags("out", "--pretrained_vae_model_name_or_path", str(tmp_path / "my-vae")))
+    about = model_card(args, REPO, [], license="openrail++", tags=TAGS, penalty={}).content
+    assert "The VAE in training was my-vae." in about and str(tmp_path) not in about
 
 
 # The card's body

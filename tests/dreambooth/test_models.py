@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextModel, PreTrainedModel
 
 from diffusers_lipreg import TeacherSnapshot
-from diffusers_lipreg.dreambooth.models import mapped_weights, text_encoder_class
+from diffusers_lipreg.dreambooth.models import map_weights, text_encoder_class
 
 
 def anonymous_memory() -> float:
@@ -30,7 +30,7 @@ def test_a_mapped_teacher_takes_no_memory(tmp_path: Path) -> None:
     module.weight.grad = torch.ones_like(module.weight)
     before = anonymous_memory()
     snapshot = TeacherSnapshot(
-        module, state_dict=mapped_weights(module, [tmp_path / "text_encoder" / "model.safetensors"])
+        module, state_dict=map_weights(tmp_path / "text_encoder", module, ["model.safetensors"])
     )
     assert snapshot.squared_norm > 0
     snapshot.add_gradient_(module, "sum", weight=1.0)
@@ -43,14 +43,14 @@ def test_a_mapped_teacher_takes_no_memory(tmp_path: Path) -> None:
 def test_names_with_the_prefix_of_released_checkpoints(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(2, 2))
     save_file({f"text_model.{name}": p for name, p in module.state_dict().items()}, tmp_path / "model.safetensors")
-    assert mapped_weights(module, [tmp_path / "model.safetensors"]).keys() == {"0.weight", "0.bias"}
+    assert map_weights(tmp_path, module, ["model.safetensors"]).keys() == {"0.weight", "0.bias"}
 
 
 def test_a_parameter_that_is_not_in_the_file_is_an_error(tmp_path: Path) -> None:
     module = nn.Linear(2, 2)
     save_file({"weight": module.weight, "beta": module.bias}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="bias under another name in its file, or not at all"):
-        mapped_weights(module, [tmp_path / "model.safetensors"])
+    with pytest.raises(ValueError, match="lacks 1 weights, bias first"):
+        map_weights(tmp_path, module, ["model.safetensors"])
 
 
 # Which text encoder

@@ -16,14 +16,13 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from safetensors.torch import load_file
 from support.loopback_hub import LoopbackHub
 from support.runs import PARITY, ROOT, assert_equal_weights, flags
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
-from diffusers_lipreg.dreambooth import hub as hub_module
 from diffusers_lipreg.dreambooth.output import CONFIG, INDEX, MANIFEST, OutputFolder, remedy
 from diffusers_lipreg.errors import RunError
 from diffusers_lipreg.loading import find_adapters
@@ -82,7 +81,7 @@ def test_nothing_of_the_user_is_uploaded_deleted_or_overwritten(train, hub: Loop
     train(out, *ADAPTER_RUN, *inside, *images, "1")
     assert hub.files("alice/x").keys() == theirs | ours | {"image_0.png"}
     train(out, *inside)
-    pipeline = set(OutputFolder(out).owned("result"))
+    pipeline = set(OutputFolder(out).owned())
     assert {INDEX, UNET, "README.md"} <= pipeline and ADAPTERS not in pipeline
     assert hub.files("alice/x").keys() == theirs | pipeline - {CONFIG} | {MANIFEST}
     assert before.items() <= contents(out).items()
@@ -256,7 +255,7 @@ def test_a_result_is_the_old_or_the_new_one_whenever_it_is_killed(tmp_path, monk
         OutputFolder(out).claim()
         found = contents(out)
         assert found in ({**old, **user}, {**new, **user})
-        assert set(OutputFolder(out).owned("result")) >= found.keys() - user.keys()
+        assert set(OutputFolder(out).owned()) >= found.keys() - user.keys()
         if alive:
             break
     assert alive and found == {**new, **user} and moment > 20
@@ -281,7 +280,7 @@ def test_a_run_killed_after_its_last_update_leaves_a_whole_result(start, train, 
 
 def test_a_file_that_came_while_training_is_not_overwritten(tmp_path: Path) -> None:
     save_result(tmp_path, OLD_ADAPTERS)
-    OutputFolder(tmp_path).discard("result", [ADAPTERS])
+    OutputFolder(tmp_path).discard([ADAPTERS])
     with pytest.raises(RunError, match="was not written by a run, so it is not overwritten") as refused:
         save_result(tmp_path, NEW_ADAPTERS)
     assert (tmp_path / ADAPTERS).read_bytes() == b"old"
@@ -293,10 +292,10 @@ def test_a_file_that_came_while_training_is_not_overwritten(tmp_path: Path) -> N
 
 def test_the_flags_of_the_run_stay_with_its_result(tmp_path: Path) -> None:
     output = OutputFolder(tmp_path)
-    output.add("result", [CONFIG])
+    output.add([CONFIG])
     write(tmp_path, {CONFIG: b"seed: 0"})
     save_result(tmp_path, NEW_ADAPTERS)
-    assert set(output.owned("result")) == {CONFIG, ADAPTERS} and (tmp_path / CONFIG).is_file()
+    assert set(output.owned()) == {CONFIG, ADAPTERS} and (tmp_path / CONFIG).is_file()
 
 
 def test_trained_weights_outlive_a_base_that_is_gone(train, tmp_path: Path, monkeypatch) -> None:
@@ -346,13 +345,13 @@ def full_disk() -> Iterator[None]:
 
 
 def test_a_full_disk_at_the_card_loses_no_result(train, hub: LoopbackHub, tmp_path: Path, monkeypatch) -> None:
-    publish, out = hub_module.publish, tmp_path / "out"
+    save, out = ModelCard.save, tmp_path / "out"
 
-    def on_a_full_disk(*arguments, **card):
+    def on_a_full_disk(card: ModelCard, path: Path) -> None:
         with full_disk():
-            publish(*arguments, **card)
+            save(card, path)
 
-    monkeypatch.setattr(hub_module, "publish", on_a_full_disk)
+    monkeypatch.setattr(ModelCard, "save", on_a_full_disk)
     with pytest.raises(
         RunError, match=f"File too large.* The result is whole in {out}; push it with: hf upload"
     ) as failed:

@@ -15,10 +15,9 @@ from datasets import Dataset, Features, __version__, config
 from datasets import Image as ImageFeature
 from PIL import Image
 from pyarrow import parquet
-from support.runs import PARITY
-from test_data import said
+from support.runs import PARITY, said
 
-from diffusers_lipreg.dreambooth import data, photos
+from diffusers_lipreg.dreambooth import data, images, photos
 from diffusers_lipreg.errors import RunError
 
 
@@ -143,17 +142,16 @@ def test_rows_that_cannot_be_read_are_left_out(
 def test_one_original_is_in_memory_at_a_time(source: str, train_sdxl, tmp_path: Path, monkeypatch) -> None:
     """While the photos are checked, cropped in their order, and cropped once more for --keep_best."""
     alive: list[weakref.ref] = []
-    most, decode = 0, data.decode
+    most, to_rgb = 0, images.to_rgb
 
-    def counting(source: object, name: str) -> tuple[Image.Image, bool]:
+    def counting(source: Image.Image) -> Image.Image:
         nonlocal most
-        image, transparent = decode(source, name)
+        image = to_rgb(source)
         alive.append(weakref.ref(image))
         most = max(most, sum(reference() is not None for reference in alive))
-        return image, transparent
+        return image
 
-    monkeypatch.setattr(data, "decode", counting)
-    monkeypatch.setattr(photos, "decode", counting)
+    monkeypatch.setattr(images, "to_rgb", counting)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     folder = str(shutil.copytree(PARITY / "captions", tmp_path / "photos"))
     gc.disable()

@@ -117,5 +117,5 @@ def test_of_many_prompts_that_are_cut_three_are_named(
     Accelerator(cpu=True)
     prompts = PromptEncoder(tokenizer, 4, use_mask=False)
     for number in range(50):
-        prompts.tokens(f"a photo of dog {number}")
+        prompts.tokenize_one(f"a photo of dog {number}")
     assert len(caplog.messages) == 4

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import train_dreambooth_lipreg
 import train_dreambooth_lora_lipreg_sdxl
-from diffusers_lipreg.dreambooth.data import Photo, open_image
+from diffusers_lipreg.dreambooth.data import Photo
+from diffusers_lipreg.dreambooth.images import open_image
 
 ROOT = Path(__file__).parents[2]
 SAMPLING_STEPS = 3
@@ -42,6 +43,11 @@ def flags(output_dir: Path | str, *more: str, pipeline: str = "pipeline") -> lis
 def as_photos(paths: Iterable[Path]) -> list[Photo]:
     """Photos of files, with the file's name as the prompt."""
     return [Photo(partial(open_image, path), path.name, path) for path in paths]
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log says, without the rank that newer versions of accelerate put before it."""
+    return [message.removeprefix("[RANK 0] ") for message in caplog.messages]
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Personalise every subject by every method, and measure what was learned and what was forgotten.
+"""Personalize every subject by every method, and measure what was learned and what was forgotten.
 
     python tests/testbed/experiment.py --output_dir testbed-results
 
@@ -36,7 +36,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
 from judge import Sampling, load_judge, prepare, sample, world_accuracy  # noqa: E402
 from world import (  # noqa: E402
-    COLOUR_NAMES,
+    COLOR_NAMES,
     PHOTOS,
     SUBJECTS,
     Subject,
@@ -136,7 +136,7 @@ class Yardstick:
         self.base = self._predict(pipeline.unet, self.world)
 
     def prompt(self, background: int) -> str:
-        return f"a photo of a {TOKEN} {self.subject.class_noun} on {with_article(COLOUR_NAMES[background])} background"
+        return f"a photo of a {TOKEN} {self.subject.class_noun} on {with_article(COLOR_NAMES[background])} background"
 
     @staticmethod
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A small classifier of the world's pictures: shape, colour, background, and which subject, if any.
+"""A small classifier of the world's pictures: shape, color, background, and which subject, if any.
 
     python tests/testbed/judge.py train                    # four minutes on a core; writes judge.safetensors
     python tests/testbed/judge.py score MODEL [--grid PNG]  # 500 captions kept from pretraining
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from world import (
-    COLOURS,
+    COLORS,
     HERE,
     SCENES,
     SHAPE_NAMES,
@@ -49,7 +49,7 @@ class Judge(nn.Module):
         for before, after in zip(widths, widths[1:], strict=False):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
         self.features = nn.Sequential(*layers, nn.Flatten())
-        answers = {"shape": 8, "colour": 8, "background": 8, "subject": len(SUBJECTS) + 1}
+        answers = {"shape": 8, "color": 8, "background": 8, "subject": len(SUBJECTS) + 1}
         self.heads = nn.ModuleDict({question: nn.Linear(64 * 16, count) for question, count in answers.items()})
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
@@ -73,13 +73,13 @@ def _worn(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _lesson(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """One batch: scenes, scenes that share a subject's shape and colour, every subject, and clutter."""
-    plain_subjects = {(subject.class_noun, subject.colour) for subject in SUBJECTS.values()}
-    near_misses = [s for s in SCENES if (SHAPE_NAMES[s.shape], list(COLOURS.values())[s.colour]) in plain_subjects]
+    """One batch: scenes, scenes that share a subject's shape and color, every subject, and clutter."""
+    plain_subjects = {(subject.class_noun, subject.color) for subject in SUBJECTS.values()}
+    near_misses = [s for s in SCENES if (SHAPE_NAMES[s.shape], list(COLORS.values())[s.color]) in plain_subjects]
     scenes = [SCENES[i] for i in torch.randint(len(SCENES), (48,), generator=generator).tolist()]
     scenes += [near_misses[i] for i in torch.randint(len(near_misses), (16,), generator=generator).tolist()]
     pictures = [draw_scenes(scenes, generator)]
-    rows = [(s.shape, s.colour, s.background, NO_SUBJECT) for s in scenes]
+    rows = [(s.shape, s.color, s.background, NO_SUBJECT) for s in scenes]
     for number, subject in enumerate(SUBJECTS.values()):
         backgrounds = torch.randint(8, (8,), generator=generator).tolist()
         pictures.append(draw_subject(subject, backgrounds, generator))
@@ -87,7 +87,7 @@ def _lesson(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         rows += [(shape, UNJUDGED, background, number) for background in backgrounds]
     pictures.append(draw_clutter(8, generator))
     rows += [(UNJUDGED, UNJUDGED, UNJUDGED, NO_SUBJECT)] * 8
-    answers = dict(zip(("shape", "colour", "background", "subject"), torch.tensor(rows).T, strict=True))
+    answers = dict(zip(("shape", "color", "background", "subject"), torch.tensor(rows).T, strict=True))
     return _worn(torch.cat(pictures), generator), answers
 
 
@@ -159,13 +159,13 @@ def sample(pipeline: StableDiffusionPipeline, prompts: list[str], how: Sampling)
 def world_accuracy(
     pipeline: StableDiffusionPipeline, captions: list[tuple[Scene, str]], judge: Judge, how: Sampling
 ) -> dict[str, float]:
-    """Shares of captions whose picture has the right shape, colour, background, and all three."""
+    """Shares of captions whose picture has the right shape, color, background, and all three."""
     logits = [judge(pictures) for pictures in sample(pipeline, [text for _, text in captions], how)]
     right = {}
-    for question in ("shape", "colour", "background"):
+    for question in ("shape", "color", "background"):
         answers = torch.tensor([getattr(scene, question) for scene, _ in captions])
         right[question] = torch.cat([batch[question] for batch in logits]).argmax(1) == answers
-    right["all"] = right["shape"] & right["colour"] & right["background"]
+    right["all"] = right["shape"] & right["color"] & right["background"]
     return {question: hits.float().mean().item() for question, hits in right.items()}
 
 

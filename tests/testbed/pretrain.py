@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from world import (
-    COLOUR_NAMES,
+    COLOR_NAMES,
     FULL_CAPTIONS,
     PARTIAL_CAPTIONS,
     RARE_TOKENS,
@@ -132,7 +132,7 @@ def draw(sample: list, generator: torch.Generator, count: int) -> list:
     return [sample[i] for i in torch.randint(len(sample), (count,), generator=generator).tolist()]
 
 
-# --- the VAE: half of its pictures show the world, half clutter of any colour, so that it can show subjects, too
+# --- the VAE: half of its pictures show the world, half clutter of any color, so that it can show subjects, too
 
 
 class Reconstruction(nn.Module):
@@ -155,7 +155,7 @@ def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> None:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        norm_num_groups=2,  # with few channels each, groups would take the colours out of flat pictures
+        norm_num_groups=2,  # with few channels each, groups would take the colors out of flat pictures
         latent_channels=CHANNELS,
     )
     with torch.no_grad():
@@ -165,12 +165,12 @@ def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> None:
     for step, generator in loop:
         world = draw_scenes(draw(TRAINING_SCENES, generator, count // 2), generator)
         pictures = torch.cat([world, draw_clutter(count - len(world), generator)]).to(accelerator.device)
-        if step < args.vae_steps * 9 // 10:  # colours and edges are learned on quarters of the pictures, faster
+        if step < args.vae_steps * 9 // 10:  # colors and edges are learned on quarters of the pictures, faster
             top, left = torch.randint(SIZE // 2 + 1, (2,), generator=generator).tolist()
             pictures = pictures[:, :, top : top + SIZE // 2, left : left + SIZE // 2]
         reconstruction, divergence = loop.model(pictures)
         error = reconstruction.float() - pictures
-        # Squares leave the plateau of grey reconstructions sooner, absolute differences give sharper edges.
+        # Squares leave the plateau of gray reconstructions sooner, absolute differences give sharper edges.
         distance = error.square().mean() + error.abs().mean()
         per_number = divergence.mean() / (CHANNELS * pictures[0, 0].numel() / 64)
         loop.update(distance + 2e-4 * per_number)
@@ -188,9 +188,9 @@ def make_tokenizer() -> CLIPTokenizer:
     another process, would read the captions with another vocabulary.
     """
     templates = " ".join((*FULL_CAPTIONS, *PARTIAL_CAPTIONS)).format(
-        shape="", colour="", background="", a_colour="a", a_background="an"
+        shape="", color="", background="", a_color="a", a_background="an"
     )
-    words = sorted({*templates.replace(",", " ").split(), *RARE_TOKENS, *SHAPE_NAMES, *COLOUR_NAMES})
+    words = sorted({*templates.replace(",", " ").split(), *RARE_TOKENS, *SHAPE_NAMES, *COLOR_NAMES})
     merges: list[tuple[str, str]] = []
     for word in words:
         parts = [*word[:-1], f"{word[-1]}</w>"]
@@ -229,8 +229,8 @@ def spoken_of(scene: Scene, template: str) -> list[int]:
     """The attributes that a caption in this phrasing names; one more class each for what it leaves open."""
     return [
         scene.shape,
-        scene.colour if "colour}" in template else len(COLOUR_NAMES),
-        scene.background if "background}" in template else len(COLOUR_NAMES),
+        scene.color if "color}" in template else len(COLOR_NAMES),
+        scene.background if "background}" in template else len(COLOR_NAMES),
     ]
 
 
@@ -240,7 +240,7 @@ class Reader(nn.Module):
     def __init__(self, text_encoder: CLIPTextModel) -> None:
         super().__init__()
         self.text_encoder = text_encoder
-        classes = (len(SHAPE_NAMES), len(COLOUR_NAMES) + 1, len(COLOUR_NAMES) + 1)
+        classes = (len(SHAPE_NAMES), len(COLOR_NAMES) + 1, len(COLOR_NAMES) + 1)
         self.heads = nn.ModuleList(nn.Linear(text_encoder.config.hidden_size, count) for count in classes)
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
@@ -293,7 +293,7 @@ def encode_pictures(accelerator: Accelerator, args: argparse.Namespace) -> None:
         batch = draw(TRAINING_SCENES, generator, 64)
         with accelerator.autocast():
             posterior = vae.encode(draw_scenes(batch, generator).to(accelerator.device)).latent_dist
-        scenes += [[scene.shape, scene.colour, scene.background] for scene in batch]
+        scenes += [[scene.shape, scene.color, scene.background] for scene in batch]
         means.append(posterior.mean.float().cpu())
         deviations.append(posterior.std.float().cpu())
     latents = {"scene": torch.tensor(scenes), "mean": torch.cat(means), "std": torch.cat(deviations)}
@@ -377,7 +377,7 @@ def train_unet(accelerator: Accelerator, args: argparse.Namespace) -> None:
         noisy, timesteps, states, noise = (x.to(accelerator.device) for x in (noisy, timesteps, states, noise))
         prediction = loop.model(noisy, timesteps, states, return_dict=False)[0]
         error = (prediction.float() - noise).square().mean((1, 2, 3))
-        # Min-SNR weights (Hang et al. 2023): what is nearly clean already says little about shapes and colours.
+        # Min-SNR weights (Hang et al. 2023): what is nearly clean already says little about shapes and colors.
         snr = compute_snr(scheduler, timesteps)
         loop.update((error * snr.clamp(max=5) / snr).mean())
         ema.step(unet.parameters())

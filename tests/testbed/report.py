@@ -1,4 +1,4 @@
-"""Evaluate a personalised testbed pipeline with `python -m diffusers_lipreg.evaluation`, offline.
+"""Evaluate a personalized testbed pipeline with `python -m diffusers_lipreg.evaluation`, offline.
 
     python tests/testbed/report.py sks-circle --output_dir sks-circle-report
 

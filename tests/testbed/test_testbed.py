@@ -16,7 +16,7 @@ import toy
 from diffusers import StableDiffusionPipeline
 from judge import Sampling, load_judge, prepare, world_accuracy
 from safetensors.torch import load_file
-from world import COLOUR_NAMES, HERE, RARE_TOKENS, SHAPE_NAMES, captioned
+from world import COLOR_NAMES, HERE, RARE_TOKENS, SHAPE_NAMES, captioned
 
 PIPELINE = HERE / "pipeline"
 
@@ -46,7 +46,7 @@ def test_the_pipeline_is_stable_diffusions(pipeline):
 
 
 def test_every_word_is_one_token(pipeline):
-    for word in (*RARE_TOKENS, *SHAPE_NAMES, *COLOUR_NAMES, "background"):
+    for word in (*RARE_TOKENS, *SHAPE_NAMES, *COLOR_NAMES, "background"):
         assert len(pipeline.tokenizer(word).input_ids) == 3, word
 
 
@@ -54,14 +54,14 @@ def test_the_pipeline_draws_what_it_is_told(pipeline):
     """On few held-out captions and steps; `judge.py score` and the slow test do it on 500."""
     captions = captioned(40, torch.Generator().manual_seed(1), held_out=True)
     right = world_accuracy(pipeline, captions, load_judge(), Sampling(steps=10, batch_size=40))
-    assert right["background"] >= 0.85 and right["colour"] >= 0.8 and right["shape"] >= 0.7, right
+    assert right["background"] >= 0.85 and right["color"] >= 0.8 and right["shape"] >= 0.7, right
 
 
 @pytest.mark.slow
 def test_the_pipelines_quality(pipeline):
     captions = captioned(500, torch.Generator().manual_seed(7), held_out=True)
     right = world_accuracy(pipeline, captions, load_judge(), Sampling())
-    assert right["background"] >= 0.95 and right["colour"] >= 0.9 and right["shape"] >= 0.85, right
+    assert right["background"] >= 0.95 and right["color"] >= 0.9 and right["shape"] >= 0.85, right
 
 
 def row(method: str, seed: int, step: int, seen: float, loss: float, gap: float, weight: float = 0.0) -> dict:

@@ -7,7 +7,7 @@ import torch
 from judge import UNJUDGED, _lesson, load_judge
 from PIL import Image
 from world import (
-    COLOUR_NAMES,
+    COLOR_NAMES,
     FULL_CAPTIONS,
     PALETTE,
     PARTIAL_CAPTIONS,
@@ -32,7 +32,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def nearest_colour(pixels: torch.Tensor) -> torch.Tensor:
+def nearest_color(pixels: torch.Tensor) -> torch.Tensor:
     return torch.cdist(pixels, PALETTE).argmin(1)
 
 
@@ -53,10 +53,10 @@ def test_pictures_show_the_scene():
     pictures = draw_scenes(list(SCENES), seeded())
     assert pictures.shape == (448, 3, 64, 64) and pictures.abs().max() <= 1
     corners = pictures[:, :, 0, 0]
-    assert torch.equal(nearest_colour(corners), torch.tensor([scene.background for scene in SCENES]))
+    assert torch.equal(nearest_color(corners), torch.tensor([scene.background for scene in SCENES]))
     far = (pictures - corners[:, :, None, None]).square().sum(1).flatten(1).argmax(1)
     objects = pictures.flatten(2).gather(2, far[:, None, None].expand(-1, 3, 1))[:, :, 0]
-    assert torch.equal(nearest_colour(objects), torch.tensor([scene.colour for scene in SCENES]))
+    assert torch.equal(nearest_color(objects), torch.tensor([scene.color for scene in SCENES]))
 
 
 @pytest.mark.parametrize(
@@ -70,13 +70,11 @@ def test_pictures_show_the_scene():
 )
 def test_shapes_cover_their_area(shape, area):
     """In units of the half size squared, which lies between 13 and 22 pixels: the mean over the uniform size."""
-    scene = Scene(SHAPE_NAMES.index(shape), COLOUR_NAMES.index("white"), COLOUR_NAMES.index("blue"))
+    scene = Scene(SHAPE_NAMES.index(shape), COLOR_NAMES.index("white"), COLOR_NAMES.index("blue"))
     pictures = draw_scenes([scene] * 200, seeded())
     background = pictures[:, :, :1, :1]
-    object_colour = pictures.flatten(2)[
-        torch.arange(200), :, (pictures - background).abs().sum(1).flatten(1).argmax(1)
-    ]
-    span = (object_colour - background[:, :, 0, 0])[:, :, None, None]
+    object_color = pictures.flatten(2)[torch.arange(200), :, (pictures - background).abs().sum(1).flatten(1).argmax(1)]
+    span = (object_color - background[:, :, 0, 0])[:, :, None, None]
     coverage = ((pictures - background) * span).sum(1) / span.square().sum(1)
     mean_half_squared = (22**3 - 13**3) / (3 * 9)
     assert coverage.sum((1, 2)).mean().item() == pytest.approx(area * mean_half_squared, rel=0.05)
@@ -87,7 +85,7 @@ def test_held_out_scenes():
     held_out = [scene for scene in SCENES if scene.held_out]
     assert len(SCENES) == 448 and len(held_out) == 56
     seen = [scene for scene in SCENES if not scene.held_out]
-    for one, other in (("shape", "colour"), ("shape", "background"), ("colour", "background")):
+    for one, other in (("shape", "color"), ("shape", "background"), ("color", "background")):
         pairs = {(getattr(scene, one), getattr(scene, other)) for scene in held_out}
         assert pairs <= {(getattr(scene, one), getattr(scene, other)) for scene in seen}
     assert all(scene.held_out for scene, _ in captioned(500, seeded(), held_out=True))
@@ -101,7 +99,7 @@ def test_captions_are_english_and_say_what_they_know():
             text = scene.caption(template)
             words = re.findall(r"\w+", text)
             assert SHAPE_NAMES[scene.shape] in words
-            assert words.count(COLOUR_NAMES[scene.colour]) == words.count(COLOUR_NAMES[scene.background]) == 1
+            assert words.count(COLOR_NAMES[scene.color]) == words.count(COLOR_NAMES[scene.background]) == 1
             assert "a orange" not in text and not re.search(r"\ban (?!orange)", text)
     templates = caption_templates(seeded(), 4000)
     rare = [t for t in templates if any(token in t.split() for token in RARE_TOKENS)]

@@ -1,4 +1,4 @@
-"""A small world with known truth: captioned pictures of one coloured shape, and subjects it does not contain.
+"""A small world with known truth: captioned pictures of one colored shape, and subjects it does not contain.
 
 Everything is a function of a seed. Pictures are float tensors of shape (n, 3, 64, 64) in [-1, 1], as a pipeline's VAE
 takes them. `python tests/testbed/world.py` draws the subjects' training photos anew.
@@ -22,7 +22,7 @@ SUPERSAMPLING = 3
 HERE = Path(__file__).resolve().parent
 PHOTOS = HERE / "subjects"
 
-COLOURS = {
+COLORS = {
     "red": (214, 40, 40),
     "orange": (245, 140, 30),
     "yellow": (250, 220, 50),
@@ -32,7 +32,7 @@ COLOURS = {
     "purple": (135, 50, 165),
     "white": (243, 243, 243),
 }
-PALETTE = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+PALETTE = torch.tensor(list(COLORS.values())) / 127.5 - 1
 BLACK = (25, 25, 25)
 
 # A shape tells which points belong to it, in coordinates that run from -1 to 1 over the object, y upwards.
@@ -64,16 +64,16 @@ SHAPES: dict[str, Region] = {
     "ring": lambda x, y: (torch.hypot(x, y) <= 0.92) & (torch.hypot(x, y) >= 0.5),
     "moon": lambda x, y: (torch.hypot(x, y) <= 0.92) & (torch.hypot(x - 0.45, y) >= 0.72),
 }
-SHAPE_NAMES, COLOUR_NAMES = list(SHAPES), list(COLOURS)
+SHAPE_NAMES, COLOR_NAMES = list(SHAPES), list(COLORS)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to personalise: a shape of the world with marks that the world does not have."""
+    """Something to personalize: a shape of the world with marks that the world does not have."""
 
     name: str
     class_noun: str
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
     marks: tuple[tuple[tuple[int, int, int], Region], ...]
 
 
@@ -87,7 +87,7 @@ SUBJECTS = {
         Subject(
             "smiley",
             "circle",
-            COLOURS["yellow"],
+            COLORS["yellow"],
             (
                 (BLACK, _disc(-0.36, 0.26, 0.22)),
                 (BLACK, _disc(0.36, 0.26, 0.22)),
@@ -97,43 +97,43 @@ SUBJECTS = {
         Subject(
             "striped_heart",
             "heart",
-            COLOURS["purple"],
-            ((COLOURS["yellow"], lambda x, y: torch.remainder(y + 0.3, 0.9) <= 0.45),),
+            COLORS["purple"],
+            ((COLORS["yellow"], lambda x, y: torch.remainder(y + 0.3, 0.9) <= 0.45),),
         ),
         Subject(
             "window",
             "square",
-            COLOURS["blue"],
+            COLORS["blue"],
             (
-                (COLOURS["orange"], lambda x, y: x * y >= 0),
-                (COLOURS["white"], lambda x, y: torch.minimum(x.abs(), y.abs()) <= 0.1),
+                (COLORS["orange"], lambda x, y: x * y >= 0),
+                (COLORS["white"], lambda x, y: torch.minimum(x.abs(), y.abs()) <= 0.1),
             ),
         ),
         Subject(
             "eyed_star",
             "star",
-            COLOURS["cyan"],
-            ((COLOURS["white"], _disc(0, 0, 0.46)), (BLACK, _disc(0, 0, 0.26))),
+            COLORS["cyan"],
+            ((COLORS["white"], _disc(0, 0, 0.46)), (BLACK, _disc(0, 0, 0.26))),
         ),
     )
 }
 
 FULL_CAPTIONS = (
-    "{a_colour} {shape} on {a_background} background",
-    "{colour} {shape}, {background} background",
-    "a photo of {a_colour} {shape} on {a_background} background",
-    "a picture of {a_colour} {shape} in front of {a_background} background",
-    "{a_background} background with {a_colour} {shape}",
-    "{a_background} picture of {a_colour} {shape}",
-    "{a_colour} {shape} in front of {a_background} wall",
-    "there is {a_colour} {shape} on {a_background} background",
-    "{a_colour} {shape} with {a_background} background behind it",
+    "{a_color} {shape} on {a_background} background",
+    "{color} {shape}, {background} background",
+    "a photo of {a_color} {shape} on {a_background} background",
+    "a picture of {a_color} {shape} in front of {a_background} background",
+    "{a_background} background with {a_color} {shape}",
+    "{a_background} picture of {a_color} {shape}",
+    "{a_color} {shape} in front of {a_background} wall",
+    "there is {a_color} {shape} on {a_background} background",
+    "{a_color} {shape} with {a_background} background behind it",
 )
 PARTIAL_CAPTIONS = (
     "a {shape}",
     "a photo of a {shape}",
-    "{a_colour} {shape}",
-    "a photo of {a_colour} {shape}",
+    "{a_color} {shape}",
+    "a photo of {a_color} {shape}",
     "a {shape} on {a_background} background",
     "a photo of a {shape} on {a_background} background",
     "a {shape} in front of {a_background} wall",
@@ -144,36 +144,36 @@ RARE_TOKENS = ("sks", "zwx", "olis", "pll", "ucv")
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption speaks of, as indices into `SHAPE_NAMES` and `COLOUR_NAMES`."""
+    """What a caption speaks of, as indices into `SHAPE_NAMES` and `COLOR_NAMES`."""
 
     shape: int
-    colour: int
+    color: int
     background: int
 
     @property
     def held_out(self) -> bool:
         """One scene in eight is kept from pretraining; every pair of its attributes occurs there in other company."""
-        return (self.shape + self.colour + self.background) % 8 == 0
+        return (self.shape + self.color + self.background) % 8 == 0
 
     def caption(self, template: str) -> str:
-        colour, background = COLOUR_NAMES[self.colour], COLOUR_NAMES[self.background]
+        color, background = COLOR_NAMES[self.color], COLOR_NAMES[self.background]
         return template.format(
             shape=SHAPE_NAMES[self.shape],
-            colour=colour,
+            color=color,
             background=background,
-            a_colour=with_article(colour),
+            a_color=with_article(color),
             a_background=with_article(background),
         )
 
 
-def with_article(colour: str) -> str:
-    return f"an {colour}" if colour == "orange" else f"a {colour}"
+def with_article(color: str) -> str:
+    return f"an {color}" if color == "orange" else f"a {color}"
 
 
 SCENES = tuple(
-    Scene(shape, colour, background)
-    for shape, colour, background in itertools.product(range(8), repeat=3)
-    if colour != background
+    Scene(shape, color, background)
+    for shape, color, background in itertools.product(range(8), repeat=3)
+    if color != background
 )
 
 
@@ -219,13 +219,13 @@ def _coverage(inside: Tensor) -> Tensor:
     return F.avg_pool2d(inside.float()[:, None], SUPERSAMPLING)
 
 
-def _lit(colours: Tensor, generator: torch.Generator) -> Tensor:
-    """The colours under slightly different light: (n, 3, 1, 1)."""
-    return (colours + 0.06 * torch.randn(colours.shape, generator=generator)).clamp(-1, 1)[:, :, None, None]
+def _lit(colors: Tensor, generator: torch.Generator) -> Tensor:
+    """The colors under slightly different light: (n, 3, 1, 1)."""
+    return (colors + 0.06 * torch.randn(colors.shape, generator=generator)).clamp(-1, 1)[:, :, None, None]
 
 
-def _paint(below: Tensor, colour: Tensor, coverage: Tensor) -> Tensor:
-    return below + (colour - below) * coverage
+def _paint(below: Tensor, color: Tensor, coverage: Tensor) -> Tensor:
+    return below + (color - below) * coverage
 
 
 def draw_scenes(scenes: list[Scene], generator: torch.Generator) -> Tensor:
@@ -237,23 +237,23 @@ def draw_scenes(scenes: list[Scene], generator: torch.Generator) -> Tensor:
         chosen = shapes == index
         inside[chosen] = region(x[chosen], y[chosen])
     background = _lit(PALETTE[[scene.background for scene in scenes]], generator)
-    colour = _lit(PALETTE[[scene.colour for scene in scenes]], generator)
-    return _paint(background, colour, _coverage(inside))
+    color = _lit(PALETTE[[scene.color for scene in scenes]], generator)
+    return _paint(background, color, _coverage(inside))
 
 
 def draw_subject(subject: Subject, backgrounds: list[int], generator: torch.Generator) -> Tensor:
-    """Draw one view of the subject, near enough to see its marks, before each background (`COLOUR_NAMES`' index)."""
+    """Draw one view of the subject, near enough to see its marks, before each background (`COLOR_NAMES`' index)."""
     x, y = _coordinates(len(backgrounds), generator, smallest=18)
     outline = SHAPES[subject.class_noun](x, y)
     picture = _lit(PALETTE[backgrounds], generator)
-    for colour, region in ((subject.colour, outline), *((c, outline & mark(x, y)) for c, mark in subject.marks)):
-        paint = (torch.tensor(colour) / 127.5 - 1).expand(len(backgrounds), 3)
+    for color, region in ((subject.color, outline), *((c, outline & mark(x, y)) for c, mark in subject.marks)):
+        paint = (torch.tensor(color) / 127.5 - 1).expand(len(backgrounds), 3)
         picture = _paint(picture, _lit(paint, generator), _coverage(region))
     return picture
 
 
 def draw_clutter(count: int, generator: torch.Generator) -> Tensor:
-    """Draw discs, bars, stripes and blocks of any colour over each other: what the VAE learns besides the world."""
+    """Draw discs, bars, stripes and blocks of any color over each other: what the VAE learns besides the world."""
     picture = 2 * torch.rand(count, 3, 1, 1, generator=generator) - 1
     picture = picture.expand(-1, -1, SIZE, SIZE)
     for _ in range(5):
@@ -265,12 +265,12 @@ def draw_clutter(count: int, generator: torch.Generator) -> Tensor:
         inside = torch.where(kinds == 0, torch.hypot(x, y) <= 0.8, block)
         inside = torch.where(kinds == 1, block & (torch.remainder(x + y, stretch[:, 2]) <= stretch[:, 2] / 2), inside)
         inside = torch.where(kinds == 2, (torch.hypot(x, y) <= 0.9) & (torch.hypot(x, y) >= 0.6), inside)
-        colour = 2 * torch.rand(count, 3, 1, 1, generator=generator) - 1
-        picture = _paint(picture, colour, _coverage(inside))
+        color = 2 * torch.rand(count, 3, 1, 1, generator=generator) - 1
+        picture = _paint(picture, color, _coverage(inside))
     return picture
 
 
-# Training photos and held-out views of a subject stand before different backgrounds, none in a colour it wears.
+# Training photos and held-out views of a subject stand before different backgrounds, none in a color it wears.
 def training_backgrounds(subject: Subject) -> list[int]:
     return _backgrounds(subject)[:3] + _backgrounds(subject)[:2]
 
@@ -281,8 +281,8 @@ def held_out_backgrounds(subject: Subject) -> list[int]:
 
 def _backgrounds(subject: Subject) -> list[int]:
     seed = list(SUBJECTS).index(subject.name)
-    worn = {subject.colour, *(colour for colour, _ in subject.marks)}
-    free = [i for i, colour in enumerate(COLOURS.values()) if colour not in worn]
+    worn = {subject.color, *(color for color, _ in subject.marks)}
+    free = [i for i, color in enumerate(COLORS.values()) if color not in worn]
     return [free[i] for i in torch.randperm(len(free), generator=torch.Generator().manual_seed(seed)).tolist()]
 
 
