@@ -153,11 +153,13 @@ class Checkpoints:
                 torch.save(states, self.partial / SAMPLER_STATE)
                 (self.partial / REGULARIZER_STATE).write_text(json.dumps(regularizer.state_dict()), encoding="utf-8")
         if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
-            older = [path for path in self.written() if path != final]
+            owned = self.output.owned("checkpoint")
+            older = [path for path in self.written() if path.name in owned and path != final]
             spared = max(1, self.args.checkpoints_total_limit) - 1
             for checkpoint in older[: max(0, len(older) - spared)]:
                 checkpoint.replace(self.removed)
                 self._clear()
+                self.output.discard([checkpoint.name], "checkpoint")
         self.accelerator.wait_for_everyone()
         logger.info(f"Saved {final}.")
         return final
@@ -182,10 +184,11 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 self.output.claim()
                 self._clear()
-                if final.exists() and run_of(final) is None:
+                if final.exists() and (final.name not in self.output.owned("checkpoint") or run_of(final) is None):
                     kept = next(path for number in count(1) if not (path := Path(f"{final}.kept-{number}")).exists())
                     final.replace(kept)
                     logger.warning(f"{final} was not written by a run of ours: it is kept as {kept}.")
+                self.output.add([final.name], "checkpoint")
             yield
             if self.accelerator.is_main_process:
                 sizes = {name: (self.partial / name).stat().st_size for name in files(self.partial)}

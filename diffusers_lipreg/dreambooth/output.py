@@ -41,7 +41,8 @@ DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 class OutputFolder:
     """Keep the manifest and the lock of an output folder, and replace its result.
 
-    The manifest lists names relative to the folder, with "/" between their parts. It is read anew each time.
+    The manifest lists names relative to the folder, by kind, "result" or "checkpoint", with "/" between their parts. It is
+    read anew each time.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,18 +50,18 @@ class OutputFolder:
         self.lock: FileLock | None = None
         self._read()
 
-    def owned(self) -> list[str]:
-        """Return the names of the files that runs wrote as their results into this folder."""
-        return self._read().get("result", [])
+    def owned(self, kind: str = "result") -> list[str]:
+        """Return the names that runs into this folder added as `kind`, in that order."""
+        return self._read().get(kind, [])
 
-    def add(self, names: Iterable[str]) -> None:
+    def add(self, names: Iterable[str], kind: str = "result") -> None:
         """Add names to the manifest. Call it before the files appear, so that a killed run leaves no unlisted file."""
-        self._write([*self.owned(), *names])
+        self._write(kind, [*self.owned(kind), *names])
 
-    def discard(self, names: Iterable[str]) -> None:
+    def discard(self, names: Iterable[str], kind: str = "result") -> None:
         """Remove names from the manifest. Call it when the files are gone."""
         gone = set(names)
-        self._write([name for name in self.owned() if name not in gone])
+        self._write(kind, [name for name in self.owned(kind) if name not in gone])
 
     def claim(self) -> None:
         """Take the lock, which ends with the process, and move what a killed run left of its result into place."""
@@ -214,9 +215,9 @@ class OutputFolder:
         except Exception as error:
             raise RunError(f"{path}: cannot be read ({one_line(error)}). Move {self.path / OWN} away.") from error
 
-    def _write(self, names: list[str]) -> None:
+    def _write(self, kind: str, names: list[str]) -> None:
         self.claim()
-        manifest = self._read() | {"result": list(dict.fromkeys(names))}
+        manifest = self._read() | {kind: list(dict.fromkeys(names))}
         partial = self.path / OWN / "manifest.partial"
         partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         partial.replace(self.path / MANIFEST)

@@ -218,6 +218,10 @@ def test_the_limit_counts_the_checkpoints_of_the_run_alone(
         run.save(step, Regularizer())
     begin("run", limit).save(8, Regularizer())  # resumed, it is the same run
     assert names(output) == before | {f"checkpoint-{step}" for step in kept}
+    assert set(OutputFolder(output).owned("checkpoint")) == {
+        "checkpoint-300",
+        *(f"checkpoint-{step}" for step in kept),
+    }
 
 
 def test_one_of_an_earlier_run_of_ours_is_replaced_and_one_of_somebody_else_kept(output: Path, begin: Begin) -> None:
@@ -234,6 +238,17 @@ def test_one_of_an_earlier_run_of_ours_is_replaced_and_one_of_somebody_else_kept
     assert names(output) == before | kept | {"checkpoint-300", ".lipreg"}
     assert "old" not in names(output / "checkpoint-300")
     assert "old" in names(output / "checkpoint-20.kept-1") and "mine" in names(output / "checkpoint-best.kept-1")
+
+
+def test_one_of_ours_that_the_user_brought_here_is_kept(output: Path, begin: Begin) -> None:
+    """It names its run in config.yaml, but the manifest of this folder does not list it."""
+    run = begin("run", limit=1)
+    run.save(5, Regularizer())
+    shutil.copytree(output / "checkpoint-5", output / "checkpoint-7")
+    run.save(6, Regularizer())
+    assert {"checkpoint-6", "checkpoint-7"} <= names(output)
+    run.save(7, Regularizer())
+    assert names(output) >= {"checkpoint-7", "checkpoint-7.kept-1"}
 
 
 # Half-written and half-removed ones
