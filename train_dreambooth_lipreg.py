@@ -18,39 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import release_memory
-from diffusers import DDPMScheduler, StableDiffusionPipeline
-from PIL import Image
-from torch import Tensor, nn
-from transformers import AutoTokenizer
-
-from diffusers_lipreg import AdapterSnapshot, TeacherSnapshot
-from diffusers_lipreg.dreambooth import (
-    arguments,
-    checkpoints,
-    data,
-    latents,
-    lora,
-    optimization,
-    preflight,
-    setup,
-    validation,
-)
-from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
-from diffusers_lipreg.dreambooth.loop import TrainableModels, TrainingRun
-from diffusers_lipreg.dreambooth.models import TEACHER_FLAGS, Base, limit_length, loading_errors, text_encoder_class
-from diffusers_lipreg.dreambooth.prompts import PromptEncoder
+from diffusers_lipreg import AdapterSnapshot
+from diffusers_lipreg.dreambooth import arguments
+from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, read_flags, run_script
 from diffusers_lipreg.drift import REDUCTIONS
 from diffusers_lipreg.errors import OneLineParser
-from diffusers_lipreg.losses import Snapshot
-from diffusers_lipreg.outputs import MEASURED_PROMPTS, generic_prompts
-from diffusers_lipreg.regularizer import DriftRegularizer, Recordings, check_rounding
-
-logger = get_logger(__name__)
-EmbedPrompts = Callable[[Sequence[str]], Tensor]  # from B prompts to prompt_embeds (B, length, width)
 
 
 def build_parser() -> OneLineParser:
@@ -77,6 +49,40 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
             f"--lipreg_reduction {args.lipreg_reduction} is not for {kind}: choose {' or '.join((*fitting, 'output'))}"
         )
     return args
+
+
+if __name__ == "__main__":
+    ARGS = read_flags(parse_args)  # before the imports below, which take seconds: a mistake is told at once
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import release_memory
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from diffusers_lipreg import TeacherSnapshot
+from diffusers_lipreg.dreambooth import (
+    checkpoints,
+    data,
+    latents,
+    lora,
+    optimization,
+    preflight,
+    setup,
+    validation,
+)
+from diffusers_lipreg.dreambooth.loop import TrainableModels, TrainingRun
+from diffusers_lipreg.dreambooth.models import TEACHER_FLAGS, Base, limit_length, loading_errors, text_encoder_class
+from diffusers_lipreg.dreambooth.prompts import PromptEncoder
+from diffusers_lipreg.losses import Snapshot
+from diffusers_lipreg.outputs import MEASURED_PROMPTS, generic_prompts
+from diffusers_lipreg.regularizer import DriftRegularizer, Recordings, check_rounding
+
+logger = get_logger(__name__)
+EmbedPrompts = Callable[[Sequence[str]], Tensor]  # from B prompts to prompt_embeds (B, length, width)
 
 
 class Models(TrainableModels):
@@ -347,4 +353,4 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    run_script(main, ARGS)

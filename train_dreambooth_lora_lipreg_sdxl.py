@@ -18,32 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import release_memory
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-)
-from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
 from diffusers_lipreg import AdapterSnapshot
-from diffusers_lipreg.dreambooth import arguments, data, latents, lora, optimization, preflight, setup, validation
-from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, run_script
-from diffusers_lipreg.dreambooth.loop import TrainableModels, TrainingRun
-from diffusers_lipreg.dreambooth.models import Base, loading_errors, text_encoder_class
-from diffusers_lipreg.dreambooth.prompts import encode_sdxl, sdxl_tokenizer
-from diffusers_lipreg.errors import OneLineParser, RunError
-from diffusers_lipreg.losses import Snapshot
-from diffusers_lipreg.outputs import MEASURED_PROMPTS, generic_prompts
-from diffusers_lipreg.regularizer import DriftRegularizer, Recordings
-
-EmbedPrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # from prompts to their embeddings, and pooled ones
+from diffusers_lipreg.dreambooth import arguments
+from diffusers_lipreg.dreambooth.interruption import GracefulExit, guarded, read_flags, run_script
+from diffusers_lipreg.errors import OneLineParser
 
 
 def build_parser() -> OneLineParser:
@@ -61,6 +39,35 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     args = arguments.parse(parser, input_args)
     arguments.check_sdxl(parser, args)
     return args
+
+
+if __name__ == "__main__":
+    ARGS = read_flags(parse_args)  # before the imports below, which take seconds: a mistake is told at once
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import release_memory
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffusers_lipreg.dreambooth import data, latents, lora, optimization, preflight, setup, validation
+from diffusers_lipreg.dreambooth.loop import TrainableModels, TrainingRun
+from diffusers_lipreg.dreambooth.models import Base, loading_errors, text_encoder_class
+from diffusers_lipreg.dreambooth.prompts import encode_sdxl, sdxl_tokenizer
+from diffusers_lipreg.errors import RunError
+from diffusers_lipreg.losses import Snapshot
+from diffusers_lipreg.outputs import MEASURED_PROMPTS, generic_prompts
+from diffusers_lipreg.regularizer import DriftRegularizer, Recordings
+
+EmbedPrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # from prompts to their embeddings, and pooled ones
 
 
 class Models(TrainableModels):
@@ -339,4 +346,4 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    run_script(main, ARGS)

@@ -1,6 +1,8 @@
 """The two scripts are one program: who has read one of them knows where to look in the other."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from support.runs import ROOT
@@ -38,3 +40,18 @@ def test_main_is_short_and_shows_the_new_line_after_backward(script) -> None:
     assert len(script.main.__wrapped__.__code__.co_varnames) - len({"batch", "loss", "card_rows"}) <= 12
     after_backward = lines[next(number for number, line in enumerate(lines) if "accelerator.backward" in line) + 2]
     assert after_backward.strip() == "regularizer.add_gradient_()"
+
+
+@pytest.mark.parametrize("script", [SD, SDXL], ids=lambda script: script.__name__)
+def test_flags_are_read_before_the_imports_that_take_seconds(script) -> None:
+    show_help = f"""
+import runpy, sys
+sys.argv = ["{script.__name__}.py", "--help"]
+try:
+    runpy.run_path({str(script.__file__)!r}, run_name="__main__")
+except SystemExit as end:
+    sys.exit(end.code or ("diffusers" in sys.modules and "diffusers is imported"))
+"""
+    done = subprocess.run([sys.executable, "-c", show_help], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--lipreg_weight" in done.stdout

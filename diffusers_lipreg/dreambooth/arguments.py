@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
-from diffusers.optimization import SchedulerType
 
 from ..errors import OneLineParser
 
@@ -237,6 +236,8 @@ def check_shared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error("--with_prior_preservation needs --class_prompt, a prompt for class images")
     elif args.class_data_dir is not None or (args.class_prompt is not None and args.lipreg_reduction != "output"):
         warnings.warn("--class_data_dir and --class_prompt do nothing without --with_prior_preservation", stacklevel=2)
+    from diffusers.optimization import SchedulerType  # imported late: it takes a second, and --help does without
+
     schedulers = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
     if args.lr_scheduler not in schedulers:
         parser.error(f"--lr_scheduler must be one of {', '.join(schedulers)}, got {args.lr_scheduler}")

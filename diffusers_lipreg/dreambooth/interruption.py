@@ -130,12 +130,25 @@ def guarded(main: Callable[[argparse.Namespace, GracefulExit], None]) -> Callabl
     return run
 
 
-def run_script(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
-    """Run a training script by `run_cli`, and keep its launcher from printing a token in its command line."""
-    try:
+def read_flags(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
+    """Return the flags of a training script, and warn of what its launcher may do."""
+    with _quiet_launcher():
         args = parse_args()
         warn_of_launcher()
+        return args
+
+
+def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run a training script by `run_cli`."""
+    with _quiet_launcher():
         run_cli(main, args)
+
+
+@contextmanager
+def _quiet_launcher() -> Iterator[None]:
+    """Keep the launcher of a script that fails from printing its command line, which may hold a token."""
+    try:
+        yield
     except BaseException as end:
         if not (isinstance(end, SystemExit) and end.code in (0, None)):
             atexit.register(silence_launcher)  # after the message or the traceback

@@ -22,7 +22,7 @@ import train_dreambooth_lipreg
 from diffusers_lipreg import OutputSnapshot
 from diffusers_lipreg.dreambooth import interruption
 from diffusers_lipreg.dreambooth.checkpoint_files import list_checkpoints
-from diffusers_lipreg.dreambooth.interruption import GracefulExit, run_script
+from diffusers_lipreg.dreambooth.interruption import GracefulExit, read_flags, run_script
 
 WEIGHTS = {"train": "unet/diffusion_pytorch_model.safetensors", "train_sdxl": "pytorch_lora_weights.safetensors"}
 LONG = ("--max_train_steps", "1000000", "--checkpointing_steps", "2", "--checkpoints_total_limit", "2")
@@ -66,7 +66,7 @@ def run_in_child(words: list[str], log: Path) -> None:
     sys.argv, sys.orig_argv = [SCRIPT, *words], [sys.executable, SCRIPT, *words]
     interruption.find_launcher.cache_clear()
     forget_accelerate()
-    run_script(train_dreambooth_lipreg.main, lambda: train_dreambooth_lipreg.parse_args(words))
+    run_script(train_dreambooth_lipreg.main, read_flags(lambda: train_dreambooth_lipreg.parse_args(words)))
 
 
 def start(words: list[str], log: Path) -> multiprocessing.Process:
