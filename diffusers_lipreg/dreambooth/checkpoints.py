@@ -228,9 +228,11 @@ class Checkpoints:
             self.output.discard("checkpoint", [checkpoint.name])
 
     def _clear(self) -> None:
-        """Remove what is left of half-written and half-removed checkpoints."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        shutil.rmtree(self.removed, ignore_errors=True)
+        """Remove what is left of half-written and half-removed checkpoints; of a link, the link alone."""
+        for path in (self.partial, self.removed):
+            shutil.rmtree(path, ignore_errors=True)
+            if path.is_symlink():
+                path.unlink()
 
     @contextmanager
     def disk_errors(self, target: str | Path) -> Iterator[None]:

@@ -223,6 +223,17 @@ def test_the_limit_counts_the_checkpoints_of_the_run_alone(
     }
 
 
+def test_one_that_the_user_moved_and_linked_is_let_go(output: Path, tmp_path: Path, begin: Begin) -> None:
+    run = begin("run", limit=1)
+    moved = run.save(5, Regularizer()).rename(tmp_path / "moved")
+    (output / "checkpoint-5").symlink_to(moved)
+    before = names(moved)
+    for step in (6, 7, 8):
+        run.save(step, Regularizer())
+    assert names(moved) == before
+    assert {"checkpoint-5", "checkpoint-7"}.isdisjoint(names(output)) and "checkpoint-8" in names(output)
+
+
 def test_one_of_an_earlier_run_of_ours_is_replaced_and_one_of_somebody_else_kept(output: Path, begin: Begin) -> None:
     before = names(output)
     begin("earlier").save(300, Regularizer())
