@@ -32,7 +32,7 @@ from ..errors import RunError, one_line
 from . import run_config
 from .checkpoint_files import last_whole, latest_run, runs_of_checkpoints, step_of
 from .output import CONFIG, OWN, OutputFolder, files, fsync_folder, remedy
-from .resumable import ResumableDataset
+from .resumable import ResumableDataset, check_states
 
 logger = get_logger(__name__)
 SAMPLER_STATE = "sampler_state.pt"
@@ -346,10 +346,12 @@ class Checkpoints:
         states: list[dict[str, Any]] = [{}] * self.accelerator.num_processes
         with tensors_only():
             if random_state.exists():
-                accelerate.utils.load(random_state)  # load_state would ignore a file that it cannot read
+                # load_state would ignore a file that it cannot read, or that lacks one of these.
+                random_states = accelerate.utils.load(random_state)
+                [random_states[name] for name in ("random_state", "numpy_random_seed", "torch_manual_seed")]
             self.accelerator.load_state(str(checkpoint))
             if sampler_state.exists():
-                states = torch.load(sampler_state, weights_only=True)
+                states = check_states(torch.load(sampler_state, weights_only=True))
         if regularizer_state.exists():
             regularizer.load_state_dict(json.loads(regularizer_state.read_text(encoding="utf-8")))
         elif self.args.drift_budget is not None or self.args.keep_best:

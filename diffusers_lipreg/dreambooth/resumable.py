@@ -98,7 +98,7 @@ class ResumableDataset(Dataset):
             random.seed(self.seeded_with + worker.id)
             torch.manual_seed(self.seeded_with + worker.id)
         goes_on_here = self.restored and self.batch == self.skipped and worker is None
-        if goes_on_here:
+        if goes_on_here and "before_batch" in self.restored:  # it is not, if workers loaded the batches before
             torch.set_rng_state(self.restored["before_batch"])
         self.batch += 1
         self.recorded["before_batch"] = torch.get_rng_state()
@@ -106,6 +106,22 @@ class ResumableDataset(Dataset):
         if goes_on_here:
             torch.set_rng_state(self.restored["now"])
         return items
+
+
+def check_states(states: Any) -> list[dict[str, Tensor]]:
+    """Return what the `state_dict` of each process returned.
+
+    Raises:
+        Exception: It is something else.
+    """
+    if not isinstance(states, list) or not states:
+        raise ValueError("the states of the data set are no list")
+    for state in states:
+        for generator_state in state.values():
+            torch.Generator().set_state(generator_state)
+        if state and "epoch_start" not in state:
+            raise ValueError("the states of the data set lack the start of the epoch")
+    return states
 
 
 class ResumableSampler(RandomSampler):

@@ -65,6 +65,8 @@ def fill_in_flags(args: Namespace, accelerator: Accelerator) -> None:
     """
     args.mixed_precision = str(accelerator.mixed_precision)
     steps = accelerator.gradient_accumulation_steps
+    if steps < 1:
+        raise RunError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment is {steps}: it must be at least 1.")
     if args.gradient_accumulation_steps not in (1, steps):
         raise RunError(
             f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS "

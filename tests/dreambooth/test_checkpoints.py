@@ -492,3 +492,28 @@ def test_a_checkpoint_brings_back_the_place_in_the_epoch(
     if not official or updates == 3:
         torch.testing.assert_close(rest, whole[batches:], rtol=0, atol=0)
         assert torch.equal(torch.get_rng_state(), final_state)
+
+
+EPOCH_START = {"epoch_start": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize(
+    "states",
+    [5, None, "abc", [], {}, [5], [{"x": EPOCH_START["epoch_start"]}], [{"epoch_start": torch.zeros(3)}], [[{}]]],
+)
+def test_states_of_the_data_set_that_are_something_else_are_refused(begin: Begin, states: object) -> None:
+    run = begin("run")
+    saved = run.save(5, Regularizer())
+    torch.save([EPOCH_START], saved / checkpoints.SAMPLER_STATE)
+    run.load(saved, 100, Regularizer())
+    torch.save(states, saved / checkpoints.SAMPLER_STATE)
+    with pytest.raises(RunError, match="checkpoint-5 is not whole, or not of a run with these flags"):
+        run.load(saved, 100, Regularizer())
+
+
+def test_random_states_that_accelerate_would_pass_over_are_refused(begin: Begin) -> None:
+    run = begin("run")
+    saved = run.save(5, Regularizer())
+    shutil.copy(saved / "scheduler.bin", saved / "random_states_0.pkl")
+    with pytest.raises(RunError, match="checkpoint-5 is not whole, or not of a run with these flags"):
+        run.load(saved, 100, Regularizer())
