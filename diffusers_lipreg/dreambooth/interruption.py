@@ -22,7 +22,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from ..errors import run_cli, secrets
+from ..errors import one_line, run_cli, secrets
 
 # A terminal and a launcher may both pass on one Ctrl-C. A signal so soon after the first is the same interruption.
 ECHO_SECONDS = 1.0
@@ -143,6 +143,7 @@ def run_script(main: Callable[[argparse.Namespace], None], parse_args: Callable[
     """Run a training script by `run_cli`, and keep its launcher from printing a token in its command line."""
     try:
         args = parse_args()
+        threading.excepthook = _say_of_thread
         warn_of_launcher()
         run_cli(main, args)
     except BaseException as end:
@@ -235,6 +236,12 @@ class _UnreadStream:
     def flush(self) -> None:
         with suppress(OSError):
             self._stream.flush()
+
+
+def _say_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """Say in one line that a thread has failed: a tracker's does on a full disk, which ends nothing."""
+    if failure.exc_value is not None:
+        _say(f"warning: a thread in the background ended ({one_line(failure.exc_value)}).")
 
 
 def _say(message: str) -> None:
