@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,7 +46,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, name: str | None = None) -> None:
-    """Call `main(args)`. A `RunError` or `OSError` ends the process with one line on standard error and exit code 1.
+    """Call `main(args)`. A `RunError` or `OSError` ends the process with one line on standard error and exit code 1,
+    Ctrl-C with one and 130.
+
+    What standard output cannot encode, such as a path on a terminal of another language, it shows as escapes.
 
     Args:
         args: Its `debug` asks for the traceback instead.
@@ -53,8 +58,13 @@ def run_cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace
     from .hub_client import bound_waiting  # imported late, since only commands talk to the Hub
 
     bound_waiting()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(args)
+    except KeyboardInterrupt:
+        print(f"{name or Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (RunError, OSError) as error:  # an OSError comes from a disk or file that no other code has described
         if vars(args).get("debug"):
             raise

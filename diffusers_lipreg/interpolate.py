@@ -10,11 +10,15 @@ interpolated and the factors scaled. A file of adapters keeps its names and meta
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,8 +59,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 @contextmanager
 def new_folder(name: str) -> Iterator[Path]:
-    """Yield a hidden folder to write into, which becomes `name` at the end of the block. An error removes it."""
+    """Yield a hidden folder to write into, which becomes `name` at the end of the block. An error or SIGTERM removes it."""
     path = Path(name).resolve()
+    in_main_thread = threading.current_thread() is threading.main_thread()  # Python has no handlers in others
+    before = signal.signal(signal.SIGTERM, _exit) if in_main_thread else None
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(f"--output_dir {name} is there already and not empty: name another.")
@@ -70,6 +76,13 @@ def new_folder(name: str) -> Iterator[Path]:
             result.rename(path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"--output_dir {name}: it cannot be written ({one_line(error)})") from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def choose_alpha(args: argparse.Namespace, base: Any, set_alpha: Callable[[float], Any]) -> float:
@@ -113,6 +126,9 @@ def interpolate_adapters(args: argparse.Namespace, file: Path, folder: Path) -> 
     """Write the adapters between none and those of `file` into `folder` and return their alpha."""
     with safe_open(file, "pt") as stored:
         weights, metadata = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:  # scaled, 8 bits would be others or an error
+            raise RunError(f"--personalized {file}: {name} is of {tensor.dtype}, of which no part can be taken.")
     needs_base = args.budget is not None or any(MAGNITUDE in name for name in weights)
     base: Any = load_base(args) if needs_base else None
     change = WeightInterpolation(pair_with_starts(weights, base))

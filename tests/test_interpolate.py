@@ -1,7 +1,11 @@
 """python -m diffusers_lipreg.interpolate: pipelines and adapters, by alpha and by budget, and bad input."""
 
 import json
+import os
 import shutil
+import signal
+import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -230,3 +234,27 @@ def test_mistakes_on_the_command_line(more, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         call(BASE, BASE, tmp_path / "out", *more)
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_without_a_traceback_and_leaves_nothing(tmp_path, monkeypatch, capsys, number, code):
+    monkeypatch.setattr(interpolate, "interpolate_adapters", lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as ended:
+        call(BASE, adapters(tmp_path / "adapters"), tmp_path / "out", "--alpha", "0.5")
+    assert ended.value.code == code
+    assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_adapters_in_eight_bits_are_refused(tmp_path, dtype):
+    folder = adapters(tmp_path / "adapters")
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(folder / ADAPTERS).items()}, folder / ADAPTERS)
+    assert f"of {dtype}, of which no part can be taken" in refusal(BASE, folder, tmp_path / "out")
+
+
+def test_a_path_that_the_terminal_cannot_show_is_shown_as_escapes(tmp_path, monkeypatch):
+    output = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(output, encoding="ascii"))
+    call(BASE, adapters(tmp_path / "adapters"), tmp_path / "\u65e5\u672c", "--alpha", "0.5")
+    sys.stdout.flush()
+    assert output.getvalue().strip().endswith(rb"\u65e5\u672c")

@@ -102,6 +102,21 @@ def test_accumulation_of_the_environment(train, tmp_path, monkeypatch, logs, giv
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["gradient_accumulation_steps"] == 2
 
 
+@pytest.mark.parametrize("steps", ["0", "-1"])
+def test_accumulation_of_the_environment_that_cannot_be(train, tmp_path, monkeypatch, steps):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+    with pytest.raises(RunError, match=f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS .* is {steps}: it must be at least 1"):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [("2", "0"), ("0", "2"), ("2", "1")], ids="-".join)
+def test_a_run_goes_on_with_another_number_of_workers(train, tmp_path, workers):
+    options = ("--rank", "1", "--no-cache_latents", "--checkpointing_steps", "1", "--dataloader_num_workers")
+    train(tmp_path, *options, workers[0], "--max_train_steps", "1")
+    train(tmp_path, *options, workers[1], "--max_train_steps", "3", "--resume_from_checkpoint", "checkpoint-1")
+    assert (tmp_path / "checkpoint-3").is_dir()
+
+
 def test_a_checkpoint_of_adapters_loads_at_full_strength(train, tmp_path):
     out = train(tmp_path, "--rank", "4", "--lora_alpha", "16", "--checkpointing_steps", "2")
     loads = []

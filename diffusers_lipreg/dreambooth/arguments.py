@@ -194,7 +194,10 @@ def parse(parser: OneLineParser, arguments: Sequence[str] | None) -> argparse.Na
     args = parser.parse_args(arguments)
     if args.hub_token and not re.fullmatch(r"[!-~]+", args.hub_token):
         parser.error("--hub_token holds a character that no token has")  # the client's message would quote it
-    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    local_rank = os.environ.get("LOCAL_RANK", str(args.local_rank))
+    if not re.fullmatch(r"-?\d{1,9}", local_rank):
+        parser.error(f"LOCAL_RANK in the environment is {local_rank!r}, not a number")
+    args.local_rank = int(local_rank)
     parser.check_texts(args)
     if not args.instance_prompt.strip():
         warnings.warn("--instance_prompt is empty: no prompt will call for the subject", stacklevel=2)
@@ -219,12 +222,15 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"--{name} must be 0 or more, got {number}")
         if name in BELOW_ONE and number >= 1:
             parser.error(f"--{name} must be below 1, got {number}")
+        if isinstance(number, int) and number >= 2**63:
+            parser.error(f"--{name} must be below {2**63}, got {number}")
         if isinstance(number, float) and not 0 <= number <= FLOAT32_MAX:
             parser.error(f"--{name} must be a finite number, 0 or more, that float32 can hold, got {number}")
     if args.seed is not None and not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
-    if args.learning_rate == 0:
-        parser.error("--learning_rate must be above 0: nothing would be trained")
+    for name in ("learning_rate", "max_grad_norm", "snr_gamma", "lora_alpha"):
+        if vars(args).get(name) == 0:
+            parser.error(f"--{name} must be above 0: nothing would be trained")
 
 
 def check_shared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -261,6 +261,9 @@ def check_kind(base: Base, args: Namespace, sdxl: bool) -> None:
         channels, side = vae["latent_channels"], 2 ** (len(vae["block_out_channels"]) - 1)
         if args.resolution < side:
             raise RunError(f"--resolution {args.resolution}: the VAE makes one latent of {side} x {side} pixels.")
+        factor = vae["scaling_factor"]
+        if not (isinstance(factor, (int, float)) and 0 < factor < math.inf):
+            raise ValueError(f"its VAE has scaling_factor {factor}, not a number above 0.")
     elif unet["class_embed_type"] == "timestep":
         upscaler = unet["in_channels"] == 2 * channels
     text_encoders = [base.text_config(part) for part in base.classes if part.startswith("text_encoder")]
@@ -307,6 +310,9 @@ def check_settings(base: Base, args: Namespace, sdxl: bool) -> None:
             raise ValueError(f"its scheduler is a {kind}, without the betas of a diffusion model. {ADVICE}")
         if (prediction := scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
             raise ValueError(f"The scheduler predicts {prediction}; supported: epsilon, v_prediction.")
+        steps, kept = scheduler.config.num_train_timesteps, scheduler.alphas_cumprod
+        if len(kept) != steps or not ((kept >= 0) & (kept <= 1)).all():
+            raise ValueError(f"its scheduler has no noise schedule of {steps} betas from 0 to 1.")
     length = vars(args).get("tokenizer_max_length")
     limit = getattr(base.text_config("text_encoder"), "max_position_embeddings", math.inf)  # T5 has none
     if (length or 0) > limit:

@@ -44,7 +44,7 @@ def prompts(args: Namespace, captions: Sequence[str]) -> list[str]:
 
 def caption_files(images: Iterable[Path], files: Iterable[Path]) -> dict[Path, Path]:
     """Return the .txt of each image that has one among the files: of the same name but for the suffix."""
-    texts = {normalized(file.stem): file for file in files if file.suffix.lower() == ".txt"}
+    texts = {normalized(file.stem): file for file in files if file.suffix.lower() == ".txt" and file.is_file()}
     return {image: texts[name] for image in images if (name := normalized(image.stem)) in texts}
 
 
@@ -99,7 +99,10 @@ def check_caption(caption: object, where: str) -> str:
 def read_file(file: Path) -> str:
     """Read a file of UTF-8, with or without a byte order mark."""
     with as_run_error(lambda error: f"{file}: cannot be read as a text in UTF-8 ({one_line(error)})."):
-        return file.read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig")
+        if "\0" in text:  # UTF-16 of Latin letters passes for UTF-8
+            raise ValueError("it holds zero bytes")
+        return text
 
 
 def abbreviate(names: Sequence[str]) -> str:

@@ -31,10 +31,11 @@ from . import run_config
 from .checkpoint_files import last_whole, latest_run, run_of, runs_of_checkpoints, step_of
 from .models import map_weights
 from .output import CONFIG, OWN, OutputFolder, files, fsync_folder, remedy
-from .resumable import ResumableDataset
+from .resumable import ResumableDataset, check_states
 
 logger = get_logger(__name__)
 SAMPLER_STATE = "sampler_state.pt"
+RANDOM_STATES = {"random_state", "numpy_random_seed", "torch_manual_seed"}  # that accelerate restores on any device
 REGULARIZER_STATE = "regularizer_state.json"
 # The command line sets these items of an optimizer's groups. All others, such as Prodigy's estimates, are state.
 HYPERPARAMETERS = "initial_lr betas beta3 eps weight_decay decouple use_bias_correction safeguard_warmup".split()
@@ -200,9 +201,11 @@ class Checkpoints:
                 self._clear()
 
     def _clear(self) -> None:
-        """Remove what is left of half-written and half-removed checkpoints."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        shutil.rmtree(self.removed, ignore_errors=True)
+        """Remove what is left of half-written and half-removed checkpoints; of a link, the link alone."""
+        for path in (self.partial, self.removed):
+            shutil.rmtree(path, ignore_errors=True)
+            if path.is_symlink():
+                path.unlink()
 
     @contextmanager
     def disk_errors(self, target: str | Path) -> Iterator[None]:
@@ -302,10 +305,12 @@ class Checkpoints:
         states: list[dict[str, Any]] = [{}] * self.accelerator.num_processes
         with tensors_only():
             if random_state.exists():
-                accelerate.utils.load(random_state)  # load_state would ignore a file that it cannot read
+                # load_state would ignore a file that it cannot read, or that lacks one of these.
+                if not RANDOM_STATES <= accelerate.utils.load(random_state).keys():
+                    raise ValueError(f"{random_state.name} is not whole")
             self.accelerator.load_state(str(checkpoint))
             if sampler_state.exists():
-                states = torch.load(sampler_state, weights_only=True)
+                states = check_states(torch.load(sampler_state, weights_only=True))
         if regularizer_state.exists():
             regularizer.load_state_dict(json.loads(regularizer_state.read_text(encoding="utf-8")))
         elif self.args.drift_budget is not None or self.args.keep_best:

@@ -22,7 +22,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from ..errors import run_cli, secrets
+from ..errors import one_line, run_cli, secrets
 
 # A terminal and a launcher may both pass on one Ctrl-C. A signal so soon after the first is the same interruption.
 ECHO_SECONDS = 1.0
@@ -134,6 +134,7 @@ def read_flags(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespa
     """Return the flags of a training script, and warn of what its launcher may do."""
     with _quiet_launcher():
         args = parse_args()
+        threading.excepthook = _say_of_thread
         warn_of_launcher()
         return args
 
@@ -239,6 +240,12 @@ class _UnreadStream:
     def flush(self) -> None:
         with suppress(OSError):
             self._stream.flush()
+
+
+def _say_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """Say in one line that a thread has failed: a tracker's does on a full disk, which ends nothing."""
+    if failure.exc_value is not None:
+        _say(f"warning: a thread in the background ended ({one_line(failure.exc_value)}).")
 
 
 def _say(message: str) -> None:

@@ -103,7 +103,18 @@ class Base:
 
 
 def limit_length(tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """Lower the tokenizer's longest prompt to the positions of the text encoder, and return the tokenizer."""
+    """Lower the tokenizer's longest prompt to the positions of the text encoder, and return the tokenizer.
+
+    Raises:
+        ValueError: The tokenizer makes what the text encoder cannot read.
+    """
+    if len(tokenizer) > text_config.vocab_size:
+        raise ValueError(
+            f"its tokenizer has {len(tokenizer)} tokens, its text encoder embeds {text_config.vocab_size}: they do not "
+            "belong together."
+        )
+    if tokenizer.pad_token_id is None or tokenizer.model_max_length < 1:
+        raise ValueError("its tokenizer has no padding token, or no length of prompts.")
     limit = getattr(text_config, "max_position_embeddings", None)  # T5 has none
     if limit is not None and tokenizer.model_max_length > limit:
         tokenizer.init_kwargs["model_max_length"] = tokenizer.model_max_length = limit

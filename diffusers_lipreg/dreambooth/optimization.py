@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..errors import RunError
+
 logger = get_logger(__name__)
 
 
@@ -123,7 +125,14 @@ def create_optimizer(args: Namespace, models: Mapping[str, nn.Module], fused: bo
 def create_adamw(
     args: Namespace, parameters: Sequence[nn.Parameter] | Sequence[dict], fused: bool
 ) -> torch.optim.Optimizer:
-    """Create AdamW, in its fused form or bitsandbytes' 8-bit one, over parameters or groups of them."""
+    """Create AdamW, in its fused form or bitsandbytes' 8-bit one, over parameters or groups of them.
+
+    Raises:
+        RunError: A learning rate makes a first step that float32 cannot hold.
+    """
+    for name in ("learning_rate", "text_encoder_lr"):
+        if vars(args).get(name, 0) / (1 - args.adam_beta1) > torch.finfo(torch.float32).max:
+            raise RunError(f"--{name} {vars(args)[name]:g} is too large: AdamW divides it by 1 - adam_beta1.")
     optimizer_class: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True if fused else None)
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit

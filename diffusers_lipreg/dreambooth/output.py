@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
@@ -36,6 +37,7 @@ INDEX = DiffusionPipeline.config_name  # without this file no program takes the 
 READ_FOLDERS = ["instance_data_dir", "dataset_name", "class_data_dir", "pretrained_model_name_or_path"]
 READ_FOLDERS += ["pretrained_vae_model_name_or_path", "tokenizer_name"]
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+T = TypeVar("T")
 
 
 class OutputFolder:
@@ -108,7 +110,11 @@ class OutputFolder:
                 found += [other.relative_to(self.path).as_posix() for other in inside]
             elif os.path.lexists(path):
                 found.append(name)
-        return [name for name in found if name not in owned]
+        return [name for name in found if name not in owned or self._is_elsewhere(name)]
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Tell whether a name leads through a link to a folder outside, whose files no run has written."""
+        return any((self.path / parent).is_symlink() for parent in PurePosixPath(name).parents)
 
     def contents(self, logging_dir: str) -> str:
         """Say what the folder holds apart from logs, and what a run does to it; an empty string for nothing."""
@@ -164,8 +170,14 @@ class OutputFolder:
         self._install()
 
     def write_result(self, name: str, write: Callable[[Path], object]) -> None:
-        """Add one file to the result in place. `write(path)` writes it elsewhere first, so that it appears whole."""
+        """Add one file to the result in place. `write(path)` writes it elsewhere first, so that it appears whole.
+
+        Raises:
+            RunError: A file of the user has that name.
+        """
         self.claim()
+        if self.strangers([name]):
+            raise RunError(f"{self.path / name} was not written by a run, so it is not overwritten.")
         partial = self.path / OWN / f"partial{PurePosixPath(name).suffix}"
         write(partial)
         self.add([name])
@@ -176,7 +188,7 @@ class OutputFolder:
         ready = self.path / OWN / "result"
         if not (ready / NAMES).is_file():
             return
-        names = json.loads((ready / NAMES).read_text(encoding="utf-8"))
+        names = read_names(ready / NAMES, checked_names)
         waiting = [name for name in names if (ready / name).is_file()]
         if strangers := self.strangers(waiting):
             raise RunError(
@@ -195,6 +207,8 @@ class OutputFolder:
                 (self.path / name).parent.mkdir(parents=True, exist_ok=True)
                 (ready / name).replace(self.path / name)
             for name in sorted(stale, key=lambda name: name != INDEX):
+                if self._is_elsewhere(name):
+                    continue
                 (self.path / name).unlink(missing_ok=True)
                 for parent in PurePosixPath(name).parents[:-1]:
                     with suppress(OSError):  # there is no such folder, or it is not empty
@@ -203,17 +217,12 @@ class OutputFolder:
         shutil.rmtree(ready)
 
     def _read(self) -> dict[str, list[str]]:
-        path = self.path / MANIFEST
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            for name in (name for names in manifest.values() for name in names):
-                if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or Path(name).drive:
-                    raise ValueError(f"{name} is outside of the folder")
-            return manifest
+            return read_names(
+                self.path / MANIFEST, lambda kinds: {kind: checked_names(names) for kind, names in kinds.items()}
+            )
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except Exception as error:
-            raise RunError(f"{path}: cannot be read ({one_line(error)}). Move {self.path / OWN} away.") from error
 
     def _write(self, kind: str, names: list[str]) -> None:
         self.claim()
@@ -221,6 +230,35 @@ class OutputFolder:
         partial = self.path / OWN / "manifest.partial"
         partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         partial.replace(self.path / MANIFEST)
+
+
+def read_names(path: Path, check: Callable[[Any], T]) -> T:
+    """Read a list of names that `.lipreg` holds, as JSON, and return what `check` makes of it.
+
+    Raises:
+        OSError: There is no such file.
+        RunError: It is damaged, or holds anything else.
+    """
+    try:
+        return check(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except Exception as error:  # JSON may hold anything
+        raise RunError(f"{path}: cannot be read ({one_line(error)}). Move {path.parent} away.") from error
+
+
+def checked_names(names: list[str]) -> list[str]:
+    """Return names of files in an output folder.
+
+    Raises:
+        Exception: They are no list of names, or one of them is outside of the folder or in `.lipreg`.
+    """
+    for name in names:
+        parts = PurePosixPath(name).parts
+        plain = name.encode() and "\0" not in name and parts and "/".join(parts) == name
+        if not plain or parts[0] in ("/", OWN) or ".." in parts or Path(name).drive:
+            raise ValueError(f"{name!r} is outside of the folder")
+    return [*names]
 
 
 def check_folders(args: Namespace) -> None:

@@ -99,7 +99,7 @@ class ResumableDataset(Dataset):
             random.seed(self.last_worker_seed + worker.id)
             torch.manual_seed(self.last_worker_seed + worker.id)
         is_first_new_batch = self.resumed_states and self.batches_loaded == self.batches_to_skip and worker is None
-        if is_first_new_batch:
+        if is_first_new_batch and "before_batch" in self.resumed_states:  # workers may have loaded the batches before
             torch.set_rng_state(self.resumed_states["before_batch"])
         self.batches_loaded += 1
         self.epoch_states["before_batch"] = torch.get_rng_state()
@@ -107,6 +107,22 @@ class ResumableDataset(Dataset):
         if is_first_new_batch:
             torch.set_rng_state(self.resumed_states["now"])
         return items
+
+
+def check_states(states: Any) -> list[dict[str, Tensor]]:
+    """Return what the `state_dict` of each process returned.
+
+    Raises:
+        Exception: It is something else.
+    """
+    if not isinstance(states, list) or not states:
+        raise ValueError("the states of the data set are no list")
+    for state in states:
+        for generator_state in state.values():
+            torch.Generator().set_state(generator_state)
+        if state and "epoch_start" not in state:
+            raise ValueError("the states of the data set lack the start of the epoch")
+    return states
 
 
 class ResumableSampler(RandomSampler):

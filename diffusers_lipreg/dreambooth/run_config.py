@@ -97,10 +97,12 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     with as_run_error(lambda error: f"{path}: cannot be read ({one_line(error)})."):  # a YAML file may hold anything
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         run = config["run"]
-        texts = [run["id"], run["base"], *run["photos"].values()]
+        texts = [run["id"], run["base"], *run["photos"].values(), *run["files"]]
         fits = isinstance(run["time"], float) and isinstance(run["files"], dict)
         if not fits or not all(isinstance(text, str) for text in texts):
             raise ValueError("its run is not of this form")
+        for value in config.values():
+            _shown(value)  # Python does not write out an integer of thousands of digits
     return config
 
 

@@ -35,6 +35,8 @@ def start_accelerator(args: Namespace, *handlers: KwargsHandler) -> Accelerator:
         )
     # accelerate reads these two from its own environment or configuration as well, and follows that.
     args.mixed_precision, steps = str(accelerator.mixed_precision), accelerator.gradient_accumulation_steps
+    if steps < 1:
+        raise RunError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment is {steps}: it must be at least 1.")
     if args.gradient_accumulation_steps not in (1, steps):
         raise RunError(
             f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS "

@@ -144,6 +144,30 @@ def test_the_launchers_local_rank_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse("--local_rank", "3").local_rank == 1
 
 
+@pytest.mark.parametrize("rank", ["", "abc", "1.5"])
+def test_a_local_rank_that_is_no_number_is_refused_in_one_line(monkeypatch, capsys, rank: str) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit):
+        parse()
+    assert f"LOCAL_RANK in the environment is {rank!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--max_grad_norm", "0"], ["--snr_gamma", "0"], ["--lora_alpha", "0", "--rank", "2"]], ids=lambda f: f[0]
+)
+def test_a_zero_by_which_nothing_would_be_trained_is_refused(flags: list[str], capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse(*flags)
+    assert f"{flags[0]} must be above 0: nothing would be trained" in capsys.readouterr().err
+
+
+def test_a_number_that_no_tensor_can_hold_is_refused(capsys) -> None:
+    parse("--gradient_accumulation_steps", str(2**63 - 1))
+    with pytest.raises(SystemExit):
+        parse("--gradient_accumulation_steps", str(2**63))
+    assert "--gradient_accumulation_steps must be below" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", [["--class_data_dir", "dogs"], ["--class_prompt", "a photo of dog"]])
 def test_class_flags_without_prior_preservation_are_only_warned_of(flag: list[str]) -> None:
     with pytest.warns(UserWarning, match="--with_prior_preservation"):

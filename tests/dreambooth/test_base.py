@@ -1,6 +1,7 @@
 """The base before training: there, whole, of one commit, without code, and of a kind that the loss is for."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -259,7 +260,7 @@ def test_what_the_loss_is_not_for_is_refused(look: Look, tmp_path: Path, name: s
 def deepfloyd(folder: Path, stage: int) -> Path:
     """A tiny DeepFloyd IF: pixels, the text states of T5, and a second stage that improves an image."""
     text = T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, architectures=["T5EncoderModel"]
+        vocab_size=1000, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, architectures=["T5EncoderModel"]
     )
     size = {"sample_size": 8, "block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1}
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "attention_head_dim": 4}
@@ -296,6 +297,48 @@ def test_deepfloyds_pixels_are_a_kind_of_their_own(look: Look, tmp_path: Path) -
     change(second / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
     with pytest.raises(RunError, match="add --tokenizer_max_length 77"):
         look(second, "--class_labels_conditioning", "timesteps")
+
+
+def add_token(folder: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<sks-dog>"])  # as textual inversion does, without the embedding
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("name", "part"), [("pipeline", "tokenizer"), ("pipeline_sdxl", "tokenizer_2")])
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(look: Look, tmp_path, name: str, part: str) -> None:
+    base = copy(tmp_path, name)
+    add_token(base / part)
+    with pytest.raises(RunError, match="its tokenizer has 1001 tokens, its text encoder embeds 1000"):
+        look(base)
+
+
+def test_the_same_of_a_tokenizer_from_elsewhere(train, tmp_path: Path) -> None:
+    add_token(copy(tmp_path) / "tokenizer")
+    with pytest.raises(RunError, match="--tokenizer_name .*: its tokenizer has 1001 tokens"):
+        train(tmp_path / "out", "--tokenizer_name", str(tmp_path / "pipeline" / "tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("file", "setting", "value", "message"),
+    [
+        ("vae/config.json", "scaling_factor", None, "scaling_factor None, not a number above 0"),
+        ("vae/config.json", "scaling_factor", "0.18", "scaling_factor 0.18, not a number above 0"),
+        ("vae/config.json", "scaling_factor", 0, "scaling_factor 0, not a number above 0"),
+        ("vae/config.json", "scaling_factor", math.nan, "scaling_factor nan, not a number above 0"),
+        ("scheduler/scheduler_config.json", "trained_betas", [0.1, 0.2], "no noise schedule of 1000 betas"),
+        ("scheduler/scheduler_config.json", "beta_start", math.nan, "no noise schedule of 1000 betas"),
+        ("tokenizer/tokenizer_config.json", "model_max_length", -1, "no padding token, or no length of prompts"),
+        ("tokenizer/tokenizer_config.json", "pad_token", None, "no padding token, or no length of prompts"),
+    ],
+)
+def test_a_setting_that_training_would_trip_over_is_refused(
+    look: Look, tmp_path: Path, file: str, setting: str, value: Any, message: str
+) -> None:
+    base = copy(tmp_path)
+    change(base / file, **{setting: value})
+    with pytest.raises(RunError, match=message):
+        look(base)
 
 
 # One commit, and the Hub away

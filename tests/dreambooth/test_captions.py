@@ -1,6 +1,7 @@
 """Captions: a .txt beside a photo, a metadata.jsonl, a data set's column; what has none, and what is for no photo, is said."""
 
 import json
+import os
 import unicodedata
 from argparse import Namespace
 from pathlib import Path
@@ -111,11 +112,17 @@ def test_the_same_in_a_data_set(folder: Path, tmp_path: Path, train_sdxl, monkey
         train_sdxl(tmp_path / "out", "--dataset_name", str(folder), "--caption_column", "text")
 
 
-@pytest.mark.parametrize("content", [b"caf\xe9", "ein Hund".encode("utf-16")])
+@pytest.mark.parametrize("content", [b"caf\xe9", "ein Hund".encode("utf-16"), "ein Hund".encode("utf-16-le")])
 def test_a_text_in_another_encoding_is_named(folder: Path, content: bytes) -> None:
     (folder / "red.txt").write_bytes(content)
     with pytest.raises(RunError, match=f"^{folder / 'red.txt'}: cannot be read as a text in UTF-8"):
         prompts(folder)
+
+
+def test_what_has_the_name_of_a_caption_but_is_no_file_is_not_read(folder: Path) -> None:
+    (folder / "red.txt").mkdir()
+    os.mkfifo(folder / "blue.txt")  # reading it would wait for ever
+    assert set(prompts(folder)) == {PROMPT}
 
 
 @pytest.mark.parametrize("line", ['{"file_name": ', "[]", "7", '{"file_name": 7}', "[" * 100_000], ids=range(5))

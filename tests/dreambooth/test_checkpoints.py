@@ -224,6 +224,17 @@ def test_the_limit_counts_the_checkpoints_of_the_run_alone(
     }
 
 
+def test_one_that_the_user_moved_and_linked_is_let_go(output: Path, tmp_path: Path, begin: Begin) -> None:
+    run = begin("run", limit=1)
+    moved = run.save(5, Regularizer()).rename(tmp_path / "moved")
+    (output / "checkpoint-5").symlink_to(moved)
+    before = names(moved)
+    for step in (6, 7, 8):
+        run.save(step, Regularizer())
+    assert names(moved) == before
+    assert {"checkpoint-5", "checkpoint-7"}.isdisjoint(names(output)) and "checkpoint-8" in names(output)
+
+
 def test_one_of_an_earlier_run_of_ours_is_replaced_and_one_of_somebody_else_kept(output: Path, begin: Begin) -> None:
     before = names(output)
     begin("earlier").save(300, Regularizer())
@@ -493,3 +504,28 @@ def test_a_checkpoint_brings_back_the_place_in_the_epoch(
     if not official or updates == 3:
         torch.testing.assert_close(rest, whole[batches:], rtol=0, atol=0)
         assert torch.equal(torch.get_rng_state(), final_state)
+
+
+EPOCH_START = {"epoch_start": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize(
+    "states",
+    [5, None, "abc", [], {}, [5], [{"x": EPOCH_START["epoch_start"]}], [{"epoch_start": torch.zeros(3)}], [[{}]]],
+)
+def test_states_of_the_data_set_that_are_something_else_are_refused(begin: Begin, states: object) -> None:
+    run = begin("run")
+    saved = run.save(5, Regularizer())
+    torch.save([EPOCH_START], saved / checkpoints.SAMPLER_STATE)
+    run.load(saved, 100, Regularizer())
+    torch.save(states, saved / checkpoints.SAMPLER_STATE)
+    with pytest.raises(RunError, match="checkpoint-5 is not whole, or not of a run with these flags"):
+        run.load(saved, 100, Regularizer())
+
+
+def test_random_states_that_accelerate_would_pass_over_are_refused(begin: Begin) -> None:
+    run = begin("run")
+    saved = run.save(5, Regularizer())
+    shutil.copy(saved / "scheduler.bin", saved / "random_states_0.pkl")
+    with pytest.raises(RunError, match="checkpoint-5 is not whole, or not of a run with these flags"):
+        run.load(saved, 100, Regularizer())

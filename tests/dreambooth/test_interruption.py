@@ -8,7 +8,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -273,3 +275,21 @@ def test_ctrl_c_in_a_pipeline(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     assert list_checkpoints(out)[-1] != before
+
+
+def test_a_thread_that_fails_is_one_line(capfd, monkeypatch) -> None:
+    """tensorboard writes in a thread, which a full disk ends."""
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    def main(args: object) -> None:
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    run_script(main, read_flags(lambda: Namespace(debug=False)))
+    assert capfd.readouterr().err.strip() == (
+        "warning: a thread in the background ended ([Errno 28] No space left on device)."
+    )

@@ -19,6 +19,7 @@ from diffusers_lipreg.dreambooth.optimization import (
     scale_learning_rate,
 )
 from diffusers_lipreg.dreambooth.setup import can_fuse_adamw
+from diffusers_lipreg.errors import RunError
 
 
 def scheduler(prediction_type: str) -> DDPMScheduler:
@@ -34,6 +35,18 @@ def samples(*values: float) -> torch.Tensor:
 
 
 # What is predicted
+
+
+def test_a_first_step_that_overflows_is_refused() -> None:
+    args = Namespace(
+        learning_rate=3e38, adam_beta1=0.9, adam_beta2=0.9, adam_weight_decay=0, adam_epsilon=1, use_8bit_adam=False
+    )
+    with pytest.raises(RunError, match=r"--learning_rate 3e\+38 is too large"):
+        create_adamw(args, [nn.Parameter(torch.zeros(1))], fused=False)
+    args.learning_rate = 3e37
+    optimizer = create_adamw(args, [parameter := nn.Parameter(torch.zeros(1))], fused=False)
+    parameter.grad = torch.ones(1)
+    optimizer.step()
 
 
 def test_an_epsilon_model_predicts_the_noise() -> None:

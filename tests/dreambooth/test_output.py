@@ -290,6 +290,61 @@ def test_a_file_that_came_while_training_is_not_overwritten(tmp_path: Path) -> N
     assert contents(tmp_path) == {ADAPTERS: b"new", "mine": b"old"}
 
 
+def test_a_card_that_came_while_training_is_not_overwritten(tmp_path: Path) -> None:
+    write(tmp_path, {"README.md": b"of the user"})
+    with pytest.raises(RunError, match="README.md was not written by a run"):
+        OutputFolder(tmp_path).write_result("README.md", lambda path: path.write_bytes(b"card"))
+    assert contents(tmp_path) == {"README.md": b"of the user"}
+
+
+def link_to_users_folder(output: Path, users: Path) -> None:
+    """Replace the unet of a result by a link to a folder with files of the same names."""
+    write(users, {"config.json": b"of the user", "model.safetensors": b"of the user"})
+    save_result(output, {INDEX: b"old", "unet/config.json": b"old", "unet/model.safetensors": b"old"})
+    shutil.rmtree(output / "unet")
+    (output / "unet").symlink_to(users)
+
+
+def test_nothing_is_deleted_behind_a_link(tmp_path: Path) -> None:
+    link_to_users_folder(tmp_path / "out", tmp_path / "users")
+    save_result(tmp_path / "out", NEW_ADAPTERS)
+    assert set(contents(tmp_path / "users").values()) == {b"of the user"}
+    assert OutputFolder(tmp_path / "out").owned("result") == [ADAPTERS]
+
+
+def test_nothing_is_overwritten_behind_a_link(tmp_path: Path) -> None:
+    link_to_users_folder(tmp_path / "out", tmp_path / "users")
+    with pytest.raises(RunError, match="unet/config.json was not written by a run"):
+        save_result(tmp_path / "out", {INDEX: b"new", "unet/config.json": b"new"})
+    assert set(contents(tmp_path / "users").values()) == {b"of the user"}
+
+
+@pytest.mark.parametrize("file", [MANIFEST, ".lipreg/result/names.json"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        "",
+        "[",
+        "5",
+        "null",
+        "[1]",
+        '["."]',
+        '[""]',
+        '["../x"]',
+        '["/x"]',
+        r'["\u0000"]',
+        r'["\ud800"]',
+        '[".lipreg/x"]',
+    ],
+)
+def test_a_list_of_names_that_lies_ends_the_run_in_one_line(tmp_path: Path, file: str, names: str) -> None:
+    content = f'{{"result": {names}}}' if file == MANIFEST else names
+    write(tmp_path, {file: content.encode(), "x": b"of the user"})
+    with pytest.raises(RunError, match="cannot be read .*Move .* away"):
+        OutputFolder(tmp_path).claim()
+    assert (tmp_path / "x").read_bytes() == b"of the user"
+
+
 def test_the_flags_of_the_run_stay_with_its_result(tmp_path: Path) -> None:
     output = OutputFolder(tmp_path)
     output.add([CONFIG])

@@ -129,12 +129,24 @@ def test_another_subject_is_refused(tmp_path: Path) -> None:
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\n" + "".join(
     f"k{n}: &k{n} [{', '.join([f'*k{n - 1}' if n else '*b'] * 9)}]\n" for n in range(30)
 )
+FILE_5 = "run: {id: a, base: a, photos: {}, time: 1.0, files: {5: 5}}"
+LONG = f"run: {{id: a, base: a, photos: {{}}, time: 1.0, files: {{}}}}\nseed: 0x{'f' * 9999}"
 
 
 @pytest.mark.parametrize(
     "text",
-    ["!!python/object/apply:os.system ['touch marker']", "[" * 10_000, "run: 1", "- a", "\0", BOMB, "run: {id: 1}"],
-    ids=["code", "depth", "a number", "a list", "not text", "a bomb", "no run"],
+    [
+        "!!python/object/apply:os.system ['touch marker']",
+        "[" * 10_000,
+        "run: 1",
+        "- a",
+        "\0",
+        BOMB,
+        "run: {id: 1}",
+        FILE_5,
+        LONG,
+    ],
+    ids=["code", "depth", "a number", "a list", "not text", "a bomb", "no run", "a file named 5", "a long number"],
 )
 def test_what_is_no_configuration_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     Path(tmp_path, CONFIG).write_text(text)
