@@ -152,7 +152,10 @@ def open_output(
     checkpoint = checkpoint_files.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if not accelerator.is_main_process:
         return folder, checkpoint, None
-    folder.open(output.result_names(args, list(base.classes)))
+    names = output.result_names(args, list(base.classes))
+    if (logs := Path(args.logging_dir).parts[:1]) and (logs[0] in (output.OWN, *names) or "checkpoint-" in logs[0]):
+        raise RunError(f"--logging_dir {args.logging_dir}: the run writes {logs[0]} itself, so name another folder.")
+    folder.open(names)
     if contents := folder.contents(args.logging_dir):
         logger.info(contents)
     return folder, checkpoint, hub.create_repository(args) if args.push_to_hub else None

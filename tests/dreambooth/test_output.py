@@ -447,3 +447,9 @@ def test_a_full_disk_at_the_log_stops_no_upload(
     train_sdxl(out, *PUSH, "--validation_prompt", "a dog", "--validation_epochs", "9")
     assert "tensorboard fails, and may miss what follows: [Errno 27] File too large" in caplog.text
     assert ADAPTERS in hub.files("alice/x")
+
+
+@pytest.mark.parametrize("name", ["unet", "unet/logs", "checkpoint-1", ".lipreg"])
+def test_logs_do_not_go_where_the_run_writes_something_else(train, tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunError, match=f"--logging_dir {name}: the run writes .* itself"):
+        train(tmp_path / "out", "--logging_dir", name)
