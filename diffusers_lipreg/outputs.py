@@ -165,7 +165,8 @@ class OutputSnapshot:
         if not prompts or points < 1:
             raise ValueError(f"Expected a prompt and a point at least, got {len(prompts)} prompts, {points} points.")
         bare = unwrap(module)
-        names = [name for name, part in pipeline.components.items() if part is bare]
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        names = [name for name, part in parts.items() if unwrap(part) is bare]
         if not names:
             raise ValueError(f"The {type(bare).__name__} is no part of the {type(pipeline).__name__}.")
         if "image" in inspect.signature(type(pipeline).__call__).parameters:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.pipelines import family
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.utils import clip_grad_norm_
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
-from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot, TeacherSnapshotCallback
+from diffusers_lipreg import LipschitzDriftLoss, OutputSnapshot, TeacherSnapshot, TeacherSnapshotCallback
 from diffusers_lipreg.drift import REDUCTIONS
 
 STEPS, LEARNING_RATE, MAX_NORM = 8, 1e-2, 0.5
@@ -191,3 +192,21 @@ def test_logs_of_a_teacher_that_is_zero():
     callback.on_train_begin(model=module)
     callback.on_pre_optimizer_step(model=module)
     assert callback.logs["drift"] == 0
+
+
+def test_outputs_are_held_by_a_recording_that_is_given():
+    """Which the callback cannot make itself, as it knows no pipeline."""
+    pipeline, unet, _ = family("SD1.5")
+    snapshot = OutputSnapshot(pipeline, unet, prompts=["a dog"], points=4, steps=(4, 4))
+    callback = TeacherSnapshotCallback(2.0, "output", snapshot=snapshot)
+    callback.on_train_begin(model=unet)
+    unet.conv_in.weight.data += 0.1
+    callback.on_pre_optimizer_step(model=unet)
+    logs: dict[str, float] = {}
+    callback.on_log(logs=logs)
+    drift = snapshot.measure(unet)
+    assert logs["loss_drift"] == pytest.approx(2 * drift.output_drift, rel=1e-5)
+    assert logs["drift_percent"] == pytest.approx(drift.output_drift_percent, rel=1e-5)
+    assert unet.conv_in.weight.grad.any()
+    with pytest.raises(ValueError, match="reduction must be one of .*, got 'output'"):
+        TeacherSnapshotCallback(2.0, "output").on_train_begin(model=unet)

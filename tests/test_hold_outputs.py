@@ -99,6 +99,35 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(out / file).items())
 
 
+WAYS = {
+    "embeddings computed once": ("train", ("--pre_compute_text_embeddings",)),
+    "bf16": ("train", ("--mixed_precision", "bf16")),
+    "EDM": ("train_sdxl", ("--do_edm_style_training",)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_of_training_begin_at_the_recorded_predictions(
+    way: str, hold: tuple, request: Any, tmp_path: Path, logs: list
+) -> None:
+    """But for rounding, to which precisions are allowed what they are."""
+    script, more = WAYS[way]
+    request.getfixturevalue(script)(tmp_path / "out", *hold, *more, "--train_batch_size", "2")
+    first, second = (values["drift_percent"] for _, values in logs)
+    assert first <= (1e-3 if way == "bf16" else 1e-9) < second
+
+
+@pytest.mark.parametrize("kind", ["full", "adapters"])
+def test_a_budget_is_met_by_the_weight(kind: str, hold: tuple, train: Callable, tmp_path: Path, logs: list) -> None:
+    """Nothing is scaled down at the end."""
+    rate = {"full": ("--learning_rate", "3e-4"), "adapters": ("--rank", "4", "--learning_rate", "5e-3")}[kind]
+    more = (*hold, "--lipreg_points", "60", "--max_train_steps", "80", "--train_batch_size", "4", *rate)
+    train(tmp_path / "free", *more, "--lipreg_weight", "0", "--probe_steps", "80")
+    assert logs[-1][1]["output_drift_percent"] > 4
+    train(tmp_path / "held", *more, "--drift_budget", "0.02")
+    assert 1.0 <= logs[-1][1]["output_drift_percent"] <= 2.2
+
+
 @pytest.mark.parametrize("script", ["train", "train_sdxl"])
 def test_text_encoders_are_held_too(script: str, hold: tuple, request: Any, tmp_path: Path, logs: list) -> None:
     train = request.getfixturevalue(script)

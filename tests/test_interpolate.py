@@ -14,11 +14,13 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.pipelines import family
 from support.runs import PARITY, load
 
 from diffusers_lipreg import interpolate
 from diffusers_lipreg.dreambooth import lora
 from diffusers_lipreg.interpolate import main
+from diffusers_lipreg.loading import load_pipeline
 from diffusers_lipreg.outputs import OutputSnapshot
 
 BASE = PARITY / "pipeline"
@@ -258,3 +260,17 @@ def test_a_path_that_the_terminal_cannot_show_is_shown_as_escapes(tmp_path, monk
     call(BASE, adapters(tmp_path / "adapters"), tmp_path / "\u65e5\u672c", "--alpha", "0.5")
     sys.stdout.flush()
     assert output.getvalue().strip().endswith(rb"\u65e5\u672c")
+
+
+def test_a_transformer_that_matches_flows_ends_at_the_budget(tmp_path):
+    """Stable Diffusion 3 without its third text encoder, of which another was trained along."""
+    base, transformer, _ = family("SD3")
+    base.save_pretrained(tmp_path / "base")
+    recorded = OutputSnapshot.for_measuring(base, transformer)
+    torch.manual_seed(0)
+    for parameter in [*transformer.parameters(), *base.text_encoder.parameters()]:
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    base.save_pretrained(tmp_path / "personalized")
+    out = call(tmp_path / "base", tmp_path / "personalized", tmp_path / "out", "--budget", "0.02")
+    found = recorded.measure(load_pipeline("--personalized", str(out), torch.float32)).output_drift_relative
+    assert 0.019 <= found <= 0.02001 < recorded.measure(base).output_drift_relative

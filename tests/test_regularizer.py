@@ -1,17 +1,21 @@
 """DriftRegularizer: when penalties act, when output drift is measured, and what logs, card and checkpoint get."""
 
 import json
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from support.pipelines import family
 from torch import nn
 
 from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
 from diffusers_lipreg.errors import RunError
 from diffusers_lipreg.outputs import OutputDrift
-from diffusers_lipreg.regularizer import DriftRegularizer, Penalty, check_rounding
+from diffusers_lipreg.regularizer import DriftRegularizer, Penalty, Recordings, check_rounding
 
 
 def test_a_type_may_round_by_a_tenth_of_the_learning_rate() -> None:
@@ -114,3 +118,24 @@ def test_a_lost_model_ends_in_one_line(model: nn.Linear) -> None:
     lost = SimpleNamespace(measure=lambda model: reading(float("nan")))
     with pytest.raises(RunError, match="output drift is nan after training, so the model is lost"):
         regularizer(model, yardstick=lost).finish()
+
+
+@pytest.mark.parametrize("flag", [None, "drift_budget", "keep_best", "lipreg_reduction"])
+def test_a_pipeline_that_cannot_be_recorded_is_trained_all_the_same(flag: str | None, caplog: Any) -> None:
+    """Unless something else depends on its predictions: here one asks for an image besides the prompt."""
+    parts = {**family("SD1.5")[0].components, "requires_safety_checker": False}
+    pipeline = StableDiffusionImg2ImgPipeline(**parts)
+    args = SimpleNamespace(
+        resolution=64, seed=None, drift_budget=None, keep_best=False, lipreg_weight=1.0, lipreg_points=4,
+        train_batch_size=1, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    if flag in ("drift_budget", "keep_best"):
+        setattr(args, flag, 0.1)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
+    training = ["a tree"] if flag == "lipreg_reduction" else []
+    record = partial(Recordings.from_args, args, accelerator, pipeline, {"unet": pipeline.unet}, training, ["a dog"])
+    if flag is None:
+        assert record().yardstick is None and "so no output drift is measured" in caplog.text
+    else:
+        with pytest.raises(RunError, match="StableDiffusionImg2ImgPipeline cannot be recorded .*: leave out"):
+            record()

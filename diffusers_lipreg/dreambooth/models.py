@@ -72,7 +72,8 @@ class Base:
         for name, part_class in self.classes.items():
             if name not in parts:
                 parts[name] = self.load(name, **({"dtype": dtype} if issubclass(part_class, nn.Module) else {}))
-        absent = dict.fromkeys(self.pipeline_class._optional_components)
+        without = [name for name, value in self.index.items() if value == [None, None]]
+        absent = dict.fromkeys([*self.pipeline_class._optional_components, *without])
         settings = {name: value for name, value in self.index.items() if not isinstance(value, list)}
         expected = signature(self.pipeline_class).parameters
         arguments = {name: value for name, value in (absent | settings | parts).items() if name in expected}
