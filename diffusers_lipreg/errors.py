@@ -46,10 +46,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, name: str | None = None) -> None:
-    """Call `main(args)`. A `RunError` or `OSError` ends the process with one line on standard error and exit code 1,
-    Ctrl-C with one and 130.
+    """Call `main(args)`. A `RunError` or `OSError` ends the process with one line on standard error and exit code 1.
 
-    What standard output cannot encode, such as a path on a terminal of another language, it shows as escapes.
+    Ctrl-C ends it with one line and exit code 130. What standard output cannot encode, such as a path on a terminal of
+    another language, it shows as escapes.
 
     Args:
         args: Its `debug` asks for the traceback instead.

@@ -135,6 +135,7 @@ def read_flags(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespa
     with _quiet_launcher():
         args = parse_args()
         threading.excepthook = _say_of_thread
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `guard`, Ctrl-C ends the imports without a traceback
         warn_of_launcher()
         return args
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
@@ -27,6 +28,12 @@ CLASS_PROMPT_EVERY = 32
 
 def check_accelerator(args: Namespace, accelerator: Accelerator) -> None:
     """Refuse a precision that the device lacks, and several processes in a way that loses the penalty or is untested."""
+    started = os.environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else "1"
+    if started != str(accelerator.num_processes):
+        raise RunError(
+            f"{started} processes were started, but accelerate would make a run of its own of each: without a GPU, set "
+            "ACCELERATE_USE_CPU=true."
+        )
     if accelerator.device.type == "cpu" and accelerator.mixed_precision not in ("no", "bf16"):
         raise RunError(
             f"mixed precision {accelerator.mixed_precision} is for GPUs, and this run is on a CPU: add "

@@ -109,6 +109,7 @@ def evaluate(args: argparse.Namespace) -> None:
     flag = "--instance_data_dir" if args.dataset is None else "--dataset"
     photos = {subject.name: find_instance_images(subject.photos, flag) for subject in subjects}
     check_folder(args.output_dir, "--output_dir")
+    report.check_place(output_dir)
     encoders: list[Encoder] = [*map(DinoEncoder, args.dino), *map(ClipEncoder, args.clip)]
     args.dtype = args.dtype or ("fp16" if device.type == "cuda" else "fp32")
     sampling = Sampling(
@@ -162,12 +163,16 @@ def run(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     silence_libraries()
-    try:
-        run_cli(evaluate, args, NAME)
-    except KeyboardInterrupt:
-        command = f"{NAME} {shlex.join(sys.argv[1:] if argv is None else argv)}"
-        print(f"\nInterrupted. The images so far are kept; to go on: {command}", file=sys.stderr)
-        sys.exit(130)
+
+    def interruptible(args: argparse.Namespace) -> None:
+        try:
+            evaluate(args)
+        except KeyboardInterrupt:
+            command = f"{NAME} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+            print(f"\nInterrupted. The images so far are kept; to go on: {command}", file=sys.stderr)
+            sys.exit(130)
+
+    run_cli(interruptible, args, NAME)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL.Image import Resampling
 
 from .. import __version__
 from ..dreambooth.images import open_image
+from ..errors import RunError
 from .encoders import short_name
 from .generation import SubjectFiles
 from .scores import SIDES, mean_over_subjects
@@ -44,6 +46,19 @@ class Table(NamedTuple):
         lines = [list(self.head), *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder with a report.json or report.html that no evaluation wrote."""
+    try:
+        ours = "diffusers-lipreg" in json.loads((folder / "report.json").read_text(encoding="utf-8"))["versions"]
+    except Exception:  # there is none, or the file holds anything else
+        ours = False
+    for name in ("report.json", "report.html"):
+        if (folder / name).exists() and not ours:
+            raise RunError(
+                f"--output_dir {folder}: {name} in it is not of an evaluation. Move it, or name another folder."
+            )
 
 
 def summarize(args: Namespace, subjects: Mapping[str, Any]) -> dict[str, Any]:

@@ -277,6 +277,17 @@ def test_ctrl_c_in_a_pipeline(tmp_path):
     assert list_checkpoints(out)[-1] != before
 
 
+def test_ctrl_c_ends_the_imports_without_a_traceback(tmp_path: Path) -> None:
+    code = f"""
+import signal, sys
+from train_dreambooth_lipreg import parse_args, read_flags
+read_flags(lambda: parse_args({flags(tmp_path / "out")!r}))
+signal.raise_signal(signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
+
+
 def test_a_thread_that_fails_is_one_line(capfd, monkeypatch) -> None:
     """tensorboard writes in a thread, which a full disk ends."""
 
@@ -289,7 +300,9 @@ def test_a_thread_that_fails_is_one_line(capfd, monkeypatch) -> None:
         thread.join()
 
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    before = signal.getsignal(signal.SIGINT)
     run_script(main, read_flags(lambda: Namespace(debug=False)))
+    signal.signal(signal.SIGINT, before)
     assert capfd.readouterr().err.strip() == (
         "warning: a thread in the background ended ([Errno 28] No space left on device)."
     )

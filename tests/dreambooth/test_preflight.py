@@ -1,7 +1,11 @@
 """Flags, environment and folders are checked before any model is loaded."""
 
-import pytest
+from argparse import Namespace
 
+import pytest
+from accelerate import Accelerator
+
+from diffusers_lipreg.dreambooth.preflight import check_accelerator
 from diffusers_lipreg.errors import RunError
 
 
@@ -25,3 +29,12 @@ def test_what_accelerate_is_told_is_looked_at(script, more, name, value, says, r
     with pytest.raises(RunError, match=says):
         request.getfixturevalue(script)(tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch) -> None:
+    """torchrun starts two on a machine without a GPU, and accelerate takes each for a run of one process."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="2 processes were started, .* set ACCELERATE_USE_CPU=true"):
+        check_accelerator(Namespace(), accelerator)

@@ -288,6 +288,9 @@ def test_what_the_user_gets_wrong_ends_in_one_line(refuse, tmp_path, clip):
         assert f"--resolution {size}: expected a multiple of 8" in refuse(*ONE, "--resolution", size)
     assert "--guidance_scale nan: expected a finite" in refuse(*ONE, "--guidance_scale", "nan")
     assert "--seed -1: expected 0 to" in refuse(*ONE, "--seed=-1")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.json").write_text("[]")
+    assert "report.json in it is not of an evaluation" in refuse(*ONE, "--output_dir", str(tmp_path / "mine"))
     text_to_image = load_pipeline()
     parts = {**text_to_image.components, "safety_checker": None, "requires_safety_checker": False}
     StableDiffusionImg2ImgPipeline(**parts).save_pretrained(tmp_path / "img2img")
