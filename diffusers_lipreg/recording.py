@@ -257,10 +257,8 @@ def _map(function: Callable[..., Any], *trees: Any) -> Any:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """Copy a tensor to host memory in its memory format, pinned if it comes from a GPU."""
-    formats = (torch.contiguous_format, *([torch.channels_last] if tensor.ndim == 4 else []))
-    kept = next((one for one in formats if tensor.is_contiguous(memory_format=one)), torch.contiguous_format)
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda, memory_format=kept)
+    """Copy a tensor to host memory, pinned if it comes from a GPU."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor.detach())
 
 
