@@ -29,7 +29,7 @@ INTEGRAL = 40.0  # e-folds of the weight in a whole run if the drift is one e-fo
 EMA_WINDOW = 4  # measurements over which the noise is averaged
 MAX_LOG_STEP = 0.5  # largest change of the weight in an update, in e-folds
 MEASUREMENTS = 20  # evenly spaced measurements in a run, in addition to those at its beginning
-OUTPUT_AIM = 0.9  # fraction of the limit to aim at where outputs are held, as nothing corrects the end
+OUTPUT_AIM = 0.75  # fraction of the limit to aim at where outputs are held, as nothing corrects the end
 TOLERANCE = 0.02  # fraction of the limit that `scale_to_budget` may leave unused
 
 
