@@ -400,7 +400,9 @@ MISTAKES = [
         "image_0.png is needed for the result",
     ),
     Mistake(
-        1, "--output_dir {claims_other_files}", "manifest.json: cannot be read (../precious is outside of the folder)"
+        1,
+        "--output_dir {claims_other_files}",
+        "manifest.json: cannot be read ('../precious' is outside of the folder)",
     ),
     Mistake(1, "--output_dir {with_a_broken_manifest}", "manifest.json: cannot be read ("),
     # models

@@ -241,8 +241,10 @@ def test_mistakes_on_the_command_line(more, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_it_without_a_traceback_and_leaves_nothing(tmp_path, monkeypatch, capsys, number, code):
     monkeypatch.setattr(interpolate, "interpolate_adapters", lambda *_: os.kill(os.getpid(), number))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's processes ignore it
     with pytest.raises(SystemExit) as ended:
         call(BASE, adapters(tmp_path / "adapters"), tmp_path / "out", "--alpha", "0.5")
+    signal.signal(signal.SIGINT, before)
     assert ended.value.code == code
     assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
 
