@@ -16,7 +16,8 @@ from support.runs import ROOT
 from torch import Tensor, nn
 
 from diffusers_lipreg.losses import LipschitzDriftLoss
-from diffusers_lipreg.outputs import OutputDrift, OutputSnapshot
+from diffusers_lipreg.output_drift import OutputDrift
+from diffusers_lipreg.outputs import OutputSnapshot
 from diffusers_lipreg.recording import floats, tensors
 
 PROMPTS = ["a dog", "a house on a hill"]
