@@ -30,7 +30,8 @@ from .dreambooth.base import check_part, find_classes
 from .dreambooth.models import Base, read_json
 from .dreambooth.output import INDEX
 from .errors import RunError, as_run_error, one_line, read_lines
-from .outputs import MEASURED_PROMPTS, OutputDrift, OutputSnapshot
+from .output_drift import OutputDrift
+from .outputs import MEASURED_PROMPTS, OutputSnapshot
 
 # Separates the name of a layer from those of its factors: PEFT's, diffusers' older ones, kohya's and LyCORIS'.
 FACTOR = re.compile(r"[._](?:lora[._]|lora_linear_layer\.|hada_|lokr_|alpha$)")

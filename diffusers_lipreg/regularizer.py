@@ -12,7 +12,8 @@ from torch import nn
 from .budget import DriftBudget
 from .errors import RunError, one_line
 from .losses import LipschitzDriftLoss, Snapshot
-from .outputs import OutputDrift, OutputSnapshot
+from .output_drift import OutputDrift
+from .outputs import OutputSnapshot
 from .recording import eval_mode
 from .sharding import reshard
 from .snapshot import rounding_error, trained_parameters

@@ -16,7 +16,8 @@ from support.runs import ROOT
 from torch import Tensor, nn
 
 from diffusers_lipreg.losses import LipschitzDriftLoss
-from diffusers_lipreg.outputs import OutputDrift, OutputSnapshot
+from diffusers_lipreg.output_drift import OutputDrift
+from diffusers_lipreg.outputs import OutputSnapshot
 from diffusers_lipreg.recording import floats, tensors
 
 PROMPTS = ["a dog", "a house on a hill"]
@@ -216,6 +217,23 @@ def test_memory_is_that_of_the_shapes() -> None:
     timesteps = len(snapshot.measure(unet).timesteps.unique())
     samples, predictions, prompt_embeds = (6 * 4 * 8 * 8 * 4,) * 2 + (2 * 77 * 32 * 4,)
     assert snapshot.nbytes == samples + predictions + prompt_embeds + 8 * timesteps
+
+
+def test_of_a_text_encoder_only_what_the_pipeline_uses_is_held() -> None:
+    """SDXL takes the next to last hidden states of its second text encoder, and the pooled embeddings."""
+    pipeline, _, _ = family("SDXL")
+    snapshot = OutputSnapshot(pipeline, pipeline.text_encoder_2, prompts=PROMPTS, points=2, steps=(2, 2))
+    assert snapshot.nbytes == 2 * (77 * 32 * 4 + 32 * 4 + 77 * 8)
+    assert snapshot.elements == 77 * 32 + 32
+
+
+def test_a_compiled_module_is_recorded_and_replayed_as_it_was_before() -> None:
+    pipeline, unet, _ = family("SD1.5")
+    compiled = torch.compile(unet)
+    for pipeline.unet in (unet, compiled):
+        snapshot = OutputSnapshot(pipeline, compiled, **FEW)
+        assert snapshot.measure(compiled).output_drift == snapshot.measure(unet).output_drift == 0
+        assert snapshot.add_gradient_(compiled, "output", 1.0).value < 1e-10
 
 
 def test_adapters_are_held_and_need_no_switching() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from diffusers_lipreg import LipschitzDriftLoss, TeacherSnapshot
 from diffusers_lipreg.errors import RunError
-from diffusers_lipreg.outputs import OutputDrift
+from diffusers_lipreg.output_drift import OutputDrift
 from diffusers_lipreg.regularizer import DriftRegularizer, Penalty, Recordings, check_rounding
 
 

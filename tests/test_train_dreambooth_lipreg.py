@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from support.runs import PARITY, ROOT, assert_equal_weights, draw, load
 
 from diffusers_lipreg.errors import RunError, read_lines
-from diffusers_lipreg.outputs import MEASURED_PROMPTS, OutputDrift, OutputSnapshot
+from diffusers_lipreg.output_drift import OutputDrift
+from diffusers_lipreg.outputs import MEASURED_PROMPTS, OutputSnapshot
 
 LORA = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..loading import measure_drift, networks, record_outputs
-from ..outputs import OutputDrift
+from ..output_drift import OutputDrift
 from .analysis import PathKL, lipschitz_slopes
 from .generation import Sampling
 
