@@ -9,7 +9,7 @@ logarithm at every update. With e = log(r / b) - s and T updates in all,
 Between two measurements r is assumed to grow as ||theta - theta_0||^2, or where outputs are held as the drift on the points
 that hold them; the penalty computes it at every update. Overshoot is removed at the end by `scale_to_budget`, which shrinks
 theta - theta_0 (WiSE-FT, arXiv 2109.01903). Undershoot cannot be recovered, so the controller aims above the limit by the
-noise s of log r: its mean change between measurements. Where outputs are held nothing is shrunk, and s is 0.
+noise s of log r: its mean change between measurements. Where outputs are held nothing is shrunk, and s = log(OUTPUT_AIM).
 """
 
 import math
@@ -29,6 +29,7 @@ INTEGRAL = 40.0  # e-folds of the weight in a whole run if the drift is one e-fo
 EMA_WINDOW = 4  # measurements over which the noise is averaged
 MAX_LOG_STEP = 0.5  # largest change of the weight in an update, in e-folds
 MEASUREMENTS = 20  # evenly spaced measurements in a run, in addition to those at its beginning
+OUTPUT_AIM = 0.9  # fraction of the limit to aim at where outputs are held, as nothing corrects the end
 TOLERANCE = 0.02  # fraction of the limit that `scale_to_budget` may leave unused
 
 
@@ -148,7 +149,7 @@ class DriftBudget:
             drift = self._drift_per_sq_distance * self._last_sq_distance()
         else:
             self._measure(drift)
-        error = self._log_ratio(drift) - (self._noise if self.can_scale else 0.0)
+        error = self._log_ratio(drift) - (self._noise if self.can_scale else math.log(OUTPUT_AIM))
         if self._integral is not None:
             self._step(self._integral, error)
         elif drift >= START_FRACTION * self.limit:

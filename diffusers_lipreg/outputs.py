@@ -37,7 +37,6 @@ from .sharding import is_sharded, reshard
 from .snapshot import unwrap
 
 STEPS = (8, 24)  # fewest and most steps of a chain
-POINTS_PER_CHAIN = 8
 WINDOW = 16  # updates over which `Drift.squared_distance` is averaged
 POINTS_PER_MEASURED_CHAIN = 4
 BINS = 4  # parts of a chain, from noise to image, that `OutputDrift.by_timestep` tells apart
@@ -118,8 +117,8 @@ class OutputSnapshot:
     """Record calls of a module in a pretrained pipeline, and compute how far its predictions are from the recorded ones.
 
     Take it while the module holds the pretrained weights, before a checkpoint is loaded. Each chain is the pipeline's own
-    sampler at work, from noise and by default without guidance; of each, random calls from equal parts are kept. Neither
-    recording nor replaying draws a global random number, changes a mode or the pipeline, or leaves a hook.
+    sampler at work, from noise and by default without guidance, and its calls of the module are kept. Neither recording nor
+    replaying draws a global random number, changes a mode or the pipeline, or leaves a hook.
 
     Points are replayed on the bare module in eval mode, in batches where the module proved to be able to. A batch may round
     in another way than the recorded calls did: at the pretrained weights the drift is zero but for rounding. `measure`
@@ -133,8 +132,9 @@ class OutputSnapshot:
             cannot be recorded.
         module: The part of it that is trained, its denoiser or a text encoder, bare or wrapped, with or without adapters.
         prompts: What the pipeline is asked for, in turn: anything but the subject. Default: some hundred generic prompts.
-        chains: How many chains to sample. Default: one for each prompt, and one for at most eight points.
-        points: Calls to keep in all. A module that is called less often, as text encoders are, gives fewer.
+        chains: How many chains to sample; of each, as many calls are kept, one at random from each of equal parts of it.
+            Default: all calls of as many chains as are needed.
+        points: Calls to keep in all. A text encoder is called once for a prompt, and gives fewer.
         seed: Seed of the noise, of the numbers of steps, and of the order in which points are replayed.
         batch_size: Points of an update, on each process.
         micro_batch_size: Points of one forward and backward pass, to save memory. Default: all of them.
@@ -172,17 +172,20 @@ class OutputSnapshot:
             raise ValueError(f"Expected a text-to-image pipeline, got a {type(pipeline).__name__}.")
         self.part, self.seed, self.options = names[0], seed, options
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
-        number = min(points, chains or max(len(prompts), math.ceil(points / POINTS_PER_CHAIN)))
-        generator = torch.Generator().manual_seed(seed)
-        seeds = torch.randint(2**31, (number,), generator=generator).tolist()
-        lengths = torch.randint(steps[0], steps[1] + 1, (number,), generator=generator).tolist()
-        self._chains = [Chain(prompts[i % len(prompts)], lengths[i], seeds[i]) for i in range(number)]
+        self._chains: list[Chain] = []
         self._calls: list[Call] = []
         self._store: Store = {}
+        generator = torch.Generator().manual_seed(seed)
+        limit = chains or max(len(prompts), math.ceil(points / steps[0]))
         with eval_mode(*_networks(pipeline)):
-            for i, chain in enumerate(self._chains):
-                calls = record(pipeline, bare, chain, i, self._store, options)
-                kept = min(len(calls), (i + 1) * points // number - i * points // number)
+            while len(self._calls) < points and len(self._chains) < limit:
+                number = len(self._chains)
+                length = int(torch.randint(steps[0], steps[1] + 1, (), generator=generator))
+                noise = int(torch.randint(2**31, (), generator=generator))
+                self._chains.append(Chain(prompts[number % len(prompts)], length, noise))
+                calls = record(pipeline, bare, self._chains[-1], number, self._store, options)
+                share = points if chains is None else (number + 1) * points // chains
+                kept = min(len(calls), share - len(self._calls))
                 edges = [part * len(calls) // kept for part in range(kept + 1)] if kept else []
                 for first, end in zip(edges, edges[1:], strict=False):
                     self._calls.append(calls[int(torch.randint(first, end, (), generator=generator))])
@@ -206,7 +209,8 @@ class OutputSnapshot:
     ) -> "OutputSnapshot":
         """Record what output drift is measured on: prompts and noise that no recording to train on has by default."""
         points = POINTS_PER_MEASURED_CHAIN * len(prompts)
-        return cls(pipeline, module, prompts=prompts, points=points, seed=MEASURED_SEED + seed, **options)
+        options |= {"prompts": prompts, "chains": len(prompts), "points": points, "seed": MEASURED_SEED + seed}
+        return cls(pipeline, module, **options)
 
     def __repr__(self) -> str:
         return f"OutputSnapshot({len(self._calls)} points)"

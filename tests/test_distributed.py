@@ -52,7 +52,7 @@ def train(route: str, wrapper: str, rank: int, world: int) -> dict[str, Tensor]:
 def hold_outputs(route: str, wrapper: str, rank: int, world: int) -> dict[str, Tensor]:
     """Trains a tiny UNet, held by four points of an update on all processes together, as `train` does."""
     pipeline, unet, _ = family("SD1.5")
-    options = {"prompts": ["a dog", "a cat"], "points": 9, "steps": (2, 5), "batch_size": 4 // world}
+    options = {"prompts": ["a dog", "a cat"], "chains": 2, "points": 9, "steps": (4, 6), "batch_size": 4 // world}
     snapshot = OutputSnapshot(pipeline, unet, **options)
     wrapped = WRAPPERS[wrapper](unet) if world > 1 else unet
     penalty = LipschitzDriftLoss(snapshot, 30.0, "output")

@@ -127,7 +127,7 @@ def test_the_prompts_of_training_are_the_files_and_the_class_prompt(
     train: Callable, hold: tuple, recorded: list[Chain], tmp_path: Path
 ) -> None:
     """Never that of the photos. Drift is measured on others, with other noise."""
-    train(tmp_path / "out", *hold, "--class_prompt", "a dog", "--probe_steps", "2")
+    train(tmp_path / "out", *hold, "--lipreg_points", "75", "--class_prompt", "a dog", "--probe_steps", "2")
     training, measured = recorded[:-8], recorded[-8:]
     assert {chain.prompt for chain in training} == {"a dog", "a tree", "a house"}
     assert [chain.prompt for chain in measured] == list(MEASURED_PROMPTS)
@@ -187,10 +187,10 @@ def test_the_points_take_the_memory_of_their_shapes_and_no_second_model_stays(
         taken.append(self)
 
     monkeypatch.setattr(OutputSnapshot, "__init__", take)
-    train(tmp_path / "out", *hold)
+    train(tmp_path / "out", *hold, "--lipreg_points", "30")
     (snapshot,) = taken
-    samples_and_predictions, prompt_embeds = 2 * 12 * 4 * 8 * 8 * 4, 2 * 77 * 32 * 4
-    assert 0 < snapshot.nbytes - samples_and_predictions - prompt_embeds <= 12 * 8  # timesteps
+    samples_and_predictions, prompt_embeds = 2 * 30 * 4 * 8 * 8 * 4, 2 * 77 * 32 * 4
+    assert 0 < snapshot.nbytes - samples_and_predictions - prompt_embeds <= 30 * 8  # timesteps
     assert not any(isinstance(value, torch.nn.Module) for value in vars(snapshot).values())
 
 

@@ -20,7 +20,7 @@ from diffusers_lipreg.outputs import OutputDrift, OutputSnapshot
 from diffusers_lipreg.recording import floats, tensors
 
 PROMPTS = ["a dog", "a house on a hill"]
-FEW = {"prompts": PROMPTS, "points": 6, "steps": (2, 5)}
+FEW = {"prompts": PROMPTS, "chains": 2, "points": 6, "steps": (2, 5)}
 
 
 def disturb(module: nn.Module, size: float = 0.02) -> None:
@@ -191,6 +191,17 @@ def test_steps_and_noise_vary_from_chain_to_chain() -> None:
     assert sum(holds(samples[:number], tensor) for number, tensor in enumerate(samples)) == 3  # the prompt, again
 
 
+def test_as_many_chains_are_sampled_as_the_points_need() -> None:
+    """All calls of a chain count, in the order of the prompts, which begins again."""
+    pipeline, unet, _ = family("SD1.5")
+    snapshot = OutputSnapshot(pipeline, unet, prompts=["a dog", "a cat"], points=50, steps=(8, 10))
+    reading = snapshot.measure(unet)
+    sizes = [int((reading.chains == chain).sum()) for chain in reading.chains.unique()]
+    assert sum(sizes) == 50 and len(sizes) in (5, 6) and min(sizes[:-1]) >= 9  # one call more than steps
+    distinct = {str(tensor) for tensor in inputs_of(snapshot, unet) if tensor.ndim == 3}
+    assert len(distinct) == 2  # prompt embeddings
+
+
 def test_guidance_can_be_asked_for() -> None:
     """Then each call has two samples, of which one belongs to the empty prompt."""
     pipeline, unet, _ = family("SD1.5")
@@ -325,7 +336,7 @@ def test_its_standard_error_is_honest() -> None:
     readings = []
     for seed in range(30):
         prompts = [f"{seed} {word}" for word in ("dog", "cat", "house", "sea", "tree", "hat")]
-        snapshot = OutputSnapshot(pipeline, unet, prompts=prompts, points=12, seed=seed, steps=(2, 4))
+        snapshot = OutputSnapshot(pipeline, unet, prompts=prompts, chains=6, points=12, seed=seed, steps=(2, 4))
         readings.append(snapshot.measure(tuned))
     scatter = torch.tensor([reading.output_drift_percent for reading in readings]).std().item()
     said = math.sqrt(sum(reading.standard_error_percent**2 for reading in readings) / 30)
@@ -337,7 +348,7 @@ def test_the_chains_are_samples_of_the_model() -> None:
     """The last calls in a pipeline that knows a world are about its world: a blue background."""
     pipeline = StableDiffusionPipeline.from_pretrained(ROOT / "tests/testbed/pipeline", dtype=torch.float32)
     prompts = ["a photo of a red circle on a blue background"] * 4
-    snapshot = OutputSnapshot(pipeline, pipeline.unet, prompts=prompts, points=32, steps=(16, 24))
+    snapshot = OutputSnapshot(pipeline, pipeline.unet, prompts=prompts, chains=4, points=32, steps=(16, 24))
     with watched(pipeline.unet) as calls:
         snapshot.measure(pipeline.unet)
     args, _, (prediction,) = min(calls, key=lambda call: call[0][1])
