@@ -52,6 +52,7 @@ TOKEN = "qvx"  # the pipeline has never read it; `sks` and its like it has learn
 SEED_OF_VIEWS = 10_000  # no training photo is drawn with it
 SUBJECT_PICTURES = 72
 IN_GRID = ("plain", "prior preservation", "sum", "LoRA plain", "LoRA product")
+CLASS_PROMPT = "--class_prompt"  # filled in by `train`, for the subject
 SEEN = 0.5  # the share of pictures with the subject at which methods are compared
 
 
@@ -67,7 +68,8 @@ class Method:
 
     def arguments(self, weight: float) -> list[str]:
         rank = ["--rank", "16"] if self.lora else []
-        return [*rank, "--learning_rate", str(self.rate), *self.flags, "--lipreg_weight", str(weight)]
+        own = [flag for flag in self.flags if flag != CLASS_PROMPT]
+        return [*rank, "--learning_rate", str(self.rate), *own, "--lipreg_weight", str(weight)]
 
 
 METHODS = {
@@ -81,9 +83,15 @@ METHODS = {
         ),
         Method("sum", ("--lipreg_reduction", "sum"), (1e-4, 3e-4, 1e-3)),
         Method("tensor_mean", ("--lipreg_reduction", "tensor_mean"), (7.0, 20.0)),
+        Method("outputs", ("--lipreg_reduction", "output"), (3.0,)),
+        Method("outputs, class prompt", ("--lipreg_reduction", "output", CLASS_PROMPT), (3.0,)),
         Method("LoRA plain", rate=2e-3, lora=True),
         Method("LoRA factors", ("--lipreg_reduction", "factors"), (1e-4,), rate=2e-3, lora=True),
         Method("LoRA product", ("--lipreg_reduction", "product"), (1e-5, 3e-5), rate=2e-3, lora=True),
+        Method("LoRA outputs", ("--lipreg_reduction", "output"), (3.0,), rate=2e-3, lora=True),
+        Method(
+            "LoRA outputs, class prompt", ("--lipreg_reduction", "output", CLASS_PROMPT), (3.0,), rate=2e-3, lora=True
+        ),
     )
 }
 
@@ -218,8 +226,6 @@ def train(run: Run, args: argparse.Namespace, folder: Path) -> float:
         "--pretrained_model_name_or_path": args.model,
         "--instance_data_dir": PHOTOS / run.subject,
         "--instance_prompt": f"a photo of a {TOKEN} {noun}",
-        "--class_prompt": f"a photo of a {noun}",
-        "--class_data_dir": folder / "class_images",
         "--output_dir": folder / "model",
         "--resolution": 64,
         "--train_batch_size": 5,
@@ -232,8 +238,10 @@ def train(run: Run, args: argparse.Namespace, folder: Path) -> float:
         "--seed": run.seed,
     }
     method = METHODS[run.method]
-    if "--with_prior_preservation" not in method.flags:
-        del flags["--class_prompt"], flags["--class_data_dir"]
+    if "--with_prior_preservation" in method.flags:
+        flags["--class_data_dir"] = folder / "class_images"
+    if {"--with_prior_preservation", CLASS_PROMPT} & {*method.flags}:
+        flags[CLASS_PROMPT] = f"a photo of a {noun}"
     given = [str(part) for pair in flags.items() for part in pair]
     start = time.perf_counter()
     script.main(script.parse_args([*given, *method.arguments(run.weight)]))
