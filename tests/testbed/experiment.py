@@ -51,8 +51,7 @@ from world import (  # noqa: E402
 TOKEN = "qvx"  # the pipeline has never read it; `sks` and its like it has learned to pass over
 SEED_OF_VIEWS = 10_000  # no training photo is drawn with it
 SUBJECT_PICTURES = 72
-IN_GRID = ("plain", "prior preservation", "sum", "LoRA plain", "LoRA product")
-CLASS_PROMPT = "--class_prompt"  # filled in by `train`, for the subject
+IN_GRID = ("plain", "prior preservation", "sum", "outputs", "LoRA plain", "LoRA outputs")
 SEEN = 0.5  # the share of pictures with the subject at which methods are compared
 
 
@@ -65,13 +64,14 @@ class Method:
     weights: tuple[float, ...] = (0.0,)
     rate: float = 5e-4
     lora: bool = False
+    class_prompt: bool = False
 
     def arguments(self, weight: float) -> list[str]:
         rank = ["--rank", "16"] if self.lora else []
-        own = [flag for flag in self.flags if flag != CLASS_PROMPT]
-        return [*rank, "--learning_rate", str(self.rate), *own, "--lipreg_weight", str(weight)]
+        return [*rank, "--learning_rate", str(self.rate), *self.flags, "--lipreg_weight", str(weight)]
 
 
+OUTPUTS = ("--lipreg_reduction", "output")
 METHODS = {
     method.name: method
     for method in (
@@ -80,18 +80,17 @@ METHODS = {
         Method(
             "prior preservation",
             ("--with_prior_preservation", "--num_class_images", "100", "--sample_batch_size", "20"),
+            class_prompt=True,
         ),
         Method("sum", ("--lipreg_reduction", "sum"), (1e-4, 3e-4, 1e-3)),
         Method("tensor_mean", ("--lipreg_reduction", "tensor_mean"), (7.0, 20.0)),
-        Method("outputs", ("--lipreg_reduction", "output"), (3.0,)),
-        Method("outputs, class prompt", ("--lipreg_reduction", "output", CLASS_PROMPT), (3.0,)),
+        Method("outputs", OUTPUTS, (3.0,)),
+        Method("outputs, class prompt", OUTPUTS, (3.0,), class_prompt=True),
         Method("LoRA plain", rate=2e-3, lora=True),
         Method("LoRA factors", ("--lipreg_reduction", "factors"), (1e-4,), rate=2e-3, lora=True),
         Method("LoRA product", ("--lipreg_reduction", "product"), (1e-5, 3e-5), rate=2e-3, lora=True),
-        Method("LoRA outputs", ("--lipreg_reduction", "output"), (3.0,), rate=2e-3, lora=True),
-        Method(
-            "LoRA outputs, class prompt", ("--lipreg_reduction", "output", CLASS_PROMPT), (3.0,), rate=2e-3, lora=True
-        ),
+        Method("LoRA outputs", OUTPUTS, (3.0,), rate=2e-3, lora=True),
+        Method("LoRA outputs, class prompt", OUTPUTS, (3.0,), rate=2e-3, lora=True, class_prompt=True),
     )
 }
 
@@ -240,8 +239,8 @@ def train(run: Run, args: argparse.Namespace, folder: Path) -> float:
     method = METHODS[run.method]
     if "--with_prior_preservation" in method.flags:
         flags["--class_data_dir"] = folder / "class_images"
-    if {"--with_prior_preservation", CLASS_PROMPT} & {*method.flags}:
-        flags[CLASS_PROMPT] = f"a photo of a {noun}"
+    if method.class_prompt:
+        flags["--class_prompt"] = f"a photo of a {noun}"
     given = [str(part) for pair in flags.items() for part in pair]
     start = time.perf_counter()
     script.main(script.parse_args([*given, *method.arguments(run.weight)]))
