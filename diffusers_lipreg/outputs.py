@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from tqdm.auto import tqdm
 
 from .drift import Drift
 from .output_drift import OutputDrift
@@ -127,7 +128,9 @@ class OutputSnapshot:
         self._store: Store = {}
         generator = torch.Generator().manual_seed(seed)
         limit = chains or max(len(prompts), math.ceil(points / steps[0]))
-        with eval_mode(*_networks(pipeline)):
+        hidden = True if _rank() > 0 else None  # `None` shows it in a terminal alone
+        progress = tqdm(desc="recorded calls", total=points, leave=False, disable=hidden)
+        with eval_mode(*_networks(pipeline)), progress:
             while len(self._calls) < points and len(self._chains) < limit:
                 number = len(self._chains)
                 length = int(torch.randint(steps[0], steps[1] + 1, (), generator=generator))
@@ -136,6 +139,7 @@ class OutputSnapshot:
                 calls = record(pipeline, bare, self._chains[-1], number, self._store, options)
                 share = points if chains is None else (number + 1) * points // chains
                 kept = min(len(calls), share - len(self._calls))
+                progress.update(kept)
                 edges = [part * len(calls) // kept for part in range(kept + 1)] if kept else []
                 for first, end in zip(edges, edges[1:], strict=False):
                     self._calls.append(calls[int(torch.randint(first, end, (), generator=generator))])

@@ -20,7 +20,7 @@ CORE = {  # besides the standard library; another core module states here what i
     "adapters": {"torch", "adapter_drift", "drift", "errors", "snapshot"},
     "recording": {"torch", "drift"},
     "output_drift": {"torch"},
-    "outputs": {"torch", "drift", "output_drift", "recording", "sharding", "snapshot"},
+    "outputs": {"torch", "tqdm", "drift", "output_drift", "recording", "sharding", "snapshot"},
     "losses": {"torch", "drift"},
     "callbacks": {"torch", "transformers", "adapters", "losses", "snapshot"},
     "budget": {"torch", "losses", "sharding"},
