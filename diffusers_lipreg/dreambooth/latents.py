@@ -24,14 +24,6 @@ from ..errors import RunError
 from . import data, images
 
 
-def latent_shape(vae: AutoencoderKL | None, size: int) -> tuple[int, int, int]:
-    """Return the shape of what is denoised for images of `size` pixels: latents, or pixels without a VAE."""
-    if vae is None:
-        return (3, size, size)
-    side = size // 2 ** (len(vae.config.block_out_channels) - 1)
-    return (vae.config.latent_channels, side, side)
-
-
 def encode_moments(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Return moments (B, 2C, h, w), means before log variances, of pixels (B, 3, H, W), on the VAE's device."""
     return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.parameters
