@@ -131,6 +131,10 @@ class Models(TrainableModels):
             self.vae.to(accelerator.device, dtype=self.weight_dtype)
         self.unwrapped = self.trainable
 
+    @property
+    def pipeline_parts(self) -> dict[str, Any]:
+        return {"unet": self.unet, "text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
+
     def free_text_encoders(self) -> None:
         """Free the memory of the text encoder."""
         self.text_encoder = self.tokenizer = None
@@ -160,21 +164,6 @@ def encode_prompts(
         alone = encoder.precompute(models.text_encoder, accelerator.device, [[args.validation_prompt], [""]])
         validation_inputs = {"prompt_embeds": alone([args.validation_prompt]), "negative_prompt_embeds": alone([""])}
     return embed_prompts, validation_inputs
-
-
-def record_outputs(
-    args: argparse.Namespace, accelerator: Accelerator, base: Base, models: Models, prompts: Sequence[Sequence[str]]
-) -> Recordings:
-    """Record what the pretrained pipeline predicts. Call it before `encode_prompts`, which may free the text encoder.
-
-    Args:
-        prompts: Those to hold outputs on, and those to measure them on.
-    """
-    if not any(prompts):
-        return Recordings()
-    parts = {"unet": models.unet, "text_encoder": models.text_encoder, "tokenizer": models.tokenizer}
-    pipeline = base.sampler(models.vae, **parts)
-    return Recordings.from_args(args, accelerator, pipeline, models.unwrapped, *prompts)
 
 
 def take_snapshot(args: argparse.Namespace, base: Base, models: Models, name: str) -> Snapshot:
@@ -317,7 +306,9 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     held_out = {}
     if args.keep_best:
         held_out = latents.held_out_batch(models.vae, run.photos, args.resolution, accelerator.device)
-    recordings = record_outputs(args, accelerator, run.base, models, prompts)
+    recordings = Recordings.from_args(
+        args, accelerator, partial(run.base.sampler, models.vae, **models.pipeline_parts), models.unwrapped, *prompts
+    )
     embed_prompts, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
     if not args.train_text_encoder:
         models.free_text_encoders()

@@ -105,6 +105,10 @@ class Models(TrainableModels):
     def text_encoders(self) -> list[Any]:
         return [self.text_encoder, self.text_encoder_2]
 
+    @property
+    def pipeline_parts(self) -> dict[str, Any]:
+        return {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+
     def free_text_encoders(self) -> None:
         """Free the memory of the text encoders."""
         self.text_encoder = self.text_encoder_2 = None
@@ -156,21 +160,6 @@ def encode_prompts(
         return prompt_embeds.repeat_interleave(repeats, dim=0), pooled_prompt_embeds.repeat_interleave(repeats, dim=0)
 
     return embed_prompts, {"prompt": args.validation_prompt}
-
-
-def record_outputs(
-    args: argparse.Namespace, accelerator: Accelerator, base: Base, models: Models, prompts: Sequence[Sequence[str]]
-) -> Recordings:
-    """Record what the pretrained pipeline predicts. Call it before `encode_prompts`, which may free text encoders.
-
-    Args:
-        prompts: Those to hold outputs on, and those to measure them on.
-    """
-    if not any(prompts):
-        return Recordings()
-    parts = {"unet": models.unet, "text_encoder": models.text_encoder, "text_encoder_2": models.text_encoder_2}
-    pipeline = base.sampler(models.vae, **parts)
-    return Recordings.from_args(args, accelerator, pipeline, models.unwrapped, *prompts)
 
 
 def take_snapshot(args: argparse.Namespace, base: Base, models: Models, name: str) -> Snapshot:
@@ -309,7 +298,9 @@ def main(args: argparse.Namespace, graceful_exit: GracefulExit) -> None:
     held_out = {}
     if args.keep_best:
         held_out = latents.held_out_batch(models.vae, run.photos, args.resolution, accelerator.device)
-    recordings = record_outputs(args, accelerator, run.base, models, prompts)
+    recordings = Recordings.from_args(
+        args, accelerator, partial(run.base.sampler, models.vae, **models.pipeline_parts), models.unwrapped, *prompts
+    )
     embed_prompts, validation_inputs = encode_prompts(args, accelerator, models, run.photos)
     if not args.train_text_encoder:
         models.free_text_encoders()

@@ -106,7 +106,7 @@ class Recordings(NamedTuple):
         cls,
         args: Any,
         accelerator: Any,
-        pipeline: Any,
+        load_pipeline: Callable[[], Any],
         models: Mapping[str, nn.Module],
         training_prompts: Sequence[str],
         measured_prompts: Sequence[str],
@@ -114,13 +114,16 @@ class Recordings(NamedTuple):
         """Record what a script's flags ask for, in the precision of training. Networks move to the accelerator's device.
 
         Args:
-            pipeline: The pretrained pipeline. It is kept if text encoders are trained.
+            load_pipeline: Returns the pretrained pipeline, which is kept if text encoders are trained.
             models: Those to be trained, by name, before accelerate prepares them.
             training_prompts, measured_prompts: What to record to hold the models, and to measure their drift; may be empty.
 
         Raises:
             RunError: The pipeline does not answer a prompt alone, and a flag asks for its predictions.
         """
+        if not (training_prompts or measured_prompts):
+            return cls()
+        pipeline = load_pipeline()
         side = max(8, args.resolution // 8 * 8)
         size: dict[str, Any] = {"height": side, "width": side}
         held = {name: model for name, model in models.items() if _weight(args, name) != 0} if training_prompts else {}

@@ -133,7 +133,9 @@ def test_a_pipeline_that_cannot_be_recorded_is_trained_all_the_same(flag: str | 
         setattr(args, flag, 0.1)
     accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
     training = ["a tree"] if flag == "lipreg_reduction" else []
-    record = partial(Recordings.from_args, args, accelerator, pipeline, {"unet": pipeline.unet}, training, ["a dog"])
+    record = partial(
+        Recordings.from_args, args, accelerator, lambda: pipeline, {"unet": pipeline.unet}, training, ["a dog"]
+    )
     if flag is None:
         assert record().yardstick is None and "so no output drift is measured" in caplog.text
     else:
