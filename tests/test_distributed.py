@@ -132,4 +132,4 @@ def test_two_processes_equal_one_with_the_whole_batch(ranks, case):
 def test_two_processes_hold_outputs_as_one_does_with_twice_the_points(ranks, case):
     alone = hold_outputs(*case, rank=0, world=1)
     assert alone["reading"].min() > 0
-    torch.testing.assert_close(ranks[0]["outputs", *case], alone, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ranks[0][("outputs", *case)], alone, rtol=1e-4, atol=1e-6)

@@ -187,7 +187,7 @@ def test_steps_and_noise_vary_from_chain_to_chain() -> None:
     pipeline, unet, _ = family("SD1.5")
     reading = OutputSnapshot(pipeline, unet, prompts=["a dog"], chains=8, points=24).measure(unet)
     assert reading.chains.unique().tolist() == list(range(8))
-    assert len(reading.timesteps.unique()) > 18 and reading.timesteps.min() < 150 < 850 < reading.timesteps.max()
+    assert len(reading.timesteps.unique()) > 18 and reading.timesteps.min() < 150 < 800 < reading.timesteps.max()
     samples = [t for t in inputs_of(OutputSnapshot(pipeline, unet, prompts=["a dog"], chains=4, points=4), unet)]
     assert sum(holds(samples[:number], tensor) for number, tensor in enumerate(samples)) == 3  # the prompt, again
 
