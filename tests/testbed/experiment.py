@@ -51,7 +51,7 @@ from world import (  # noqa: E402
 TOKEN = "qvx"  # the pipeline has never read it; `sks` and its like it has learned to pass over
 SEED_OF_VIEWS = 10_000  # no training photo is drawn with it
 SUBJECT_PICTURES = 72
-IN_GRID = ("plain", "prior preservation", "sum", "outputs", "LoRA plain", "LoRA outputs")
+IN_GRID = ("plain", "prior preservation", "sum", "outputs, class prompt", "LoRA plain", "LoRA outputs, class prompt")
 SEEN = 0.5  # the share of pictures with the subject at which methods are compared
 
 
