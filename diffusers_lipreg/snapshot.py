@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift, slices, total
+from .drift import REDUCTIONS, Drift, add_drift_gradient_, drift, slices
 from .sharding import all_reduce_sum, to_local
 
 
@@ -75,7 +75,10 @@ def rounding_error(tensor: Tensor, dtype: torch.dtype) -> float:
 
 def _sum_of_squares(tensor: Tensor, parts: Iterable[Tensor]) -> float:
     """Add up the squares of parts in float32, over all processes that share `tensor`."""
-    return all_reduce_sum(total([part.square().sum() for part in parts]), tensor).item()
+    squares = torch.zeros((), device=tensor.device)
+    for part in parts:  # scalars that stayed between the parts would keep the memory of all from being used again
+        squares += part.square().sum()
+    return all_reduce_sum(squares, tensor).item()
 
 
 @torch.no_grad()
