@@ -32,6 +32,7 @@ from .dreambooth.output import INDEX
 from .errors import RunError, as_run_error, one_line, read_lines
 from .output_drift import OutputDrift
 from .outputs import MEASURED_PROMPTS, OutputSnapshot
+from .recording import pipeline_networks
 
 # Separates the name of a layer from those of its factors: PEFT's, diffusers' older ones, kohya's and LyCORIS'.
 FACTOR = re.compile(r"[._](?:lora[._]|lora_linear_layer\.|hada_|lokr_|alpha$)")
@@ -182,7 +183,7 @@ def load_personalized(
 
 def networks(pipeline: Any) -> dict[str, nn.Module]:
     """Return the networks of a pipeline that make images, by part."""
-    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    parts = pipeline_networks(pipeline)
     return {name: part for name, part in parts.items() if name not in ("safety_checker", "image_encoder")}
 
 

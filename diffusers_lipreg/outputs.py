@@ -29,6 +29,7 @@ from .recording import (
     Store,
     can_be_joined,
     eval_mode,
+    pipeline_networks,
     prediction_of,
     record,
     replay,
@@ -115,8 +116,8 @@ class OutputSnapshot:
         if not prompts or points < 1:
             raise ValueError(f"Expected a prompt and a point at least, got {len(prompts)} prompts, {points} points.")
         bare = unwrap(module)
-        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-        names = [name for name, part in parts.items() if unwrap(part) is bare]
+        networks = pipeline_networks(pipeline)
+        names = [name for name, part in networks.items() if unwrap(part) is bare]
         if not names:
             raise ValueError(f"The {type(bare).__name__} is no part of the {type(pipeline).__name__}.")
         if "image" in inspect.signature(type(pipeline).__call__).parameters:
@@ -130,7 +131,7 @@ class OutputSnapshot:
         limit = chains or max(len(prompts), math.ceil(points / steps[0]))
         hidden = True if _rank() > 0 else None  # `None` shows it in a terminal alone
         progress = tqdm(desc="recorded calls", total=points, leave=False, disable=hidden)
-        with eval_mode(*_networks(pipeline)), progress:
+        with eval_mode(*networks.values()), progress:
             while len(self._calls) < points and len(self._chains) < limit:
                 number = len(self._chains)
                 length = int(torch.randint(steps[0], steps[1] + 1, (), generator=generator))
@@ -238,7 +239,7 @@ class OutputSnapshot:
         is_module = isinstance(trained, nn.Module)
         bare = unwrap(trained if is_module else getattr(trained, self.part))
         errors = torch.zeros(len(self._calls), device=next(bare.parameters()).device)
-        with eval_mode(*([bare] if is_module else _networks(trained))):
+        with eval_mode(*([bare] if is_module else pipeline_networks(trained).values())):
             if is_module:
                 self._measure_calls(bare, errors)
             else:
@@ -313,10 +314,13 @@ class OutputSnapshot:
         # Shards ask for equally many passes of all processes, whose points may be of different kinds.
         alone = len(set(self._kinds)) > 1 and any(is_sharded(parameter) for parameter in module.parameters())
         groups: dict[Any, list[Call]] = {}
+        orders: dict[int, list[int]] = {}  # by turn
         for place in range(first, first + self.batch_size):
             turn, place_in_turn = divmod(place, len(self._calls))
-            generator = torch.Generator().manual_seed((self.seed + 1) * 2**16 + turn)
-            number = int(torch.randperm(len(self._calls), generator=generator)[place_in_turn])
+            if turn not in orders:
+                generator = torch.Generator().manual_seed((self.seed + 1) * 2**16 + turn)
+                orders[turn] = torch.randperm(len(self._calls), generator=generator).tolist()
+            number = orders[turn][place_in_turn]
             groups.setdefault(place if alone else self._kinds[number], []).append(self._calls[number])
         size = self.micro_batch_size
         parts = [calls[i : i + size] for calls in groups.values() for i in range(0, len(calls), size)]
@@ -325,10 +329,6 @@ class OutputSnapshot:
 
 def _error(module: nn.Module, calls: Sequence[Call]) -> Tensor:
     return squared_error(replay(module, calls), calls)
-
-
-def _networks(pipeline: Any) -> list[nn.Module]:
-    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
 
 
 def _rank() -> int:

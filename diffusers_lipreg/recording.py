@@ -9,7 +9,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +46,7 @@ class Chain(NamedTuple):
         output_type = "latent" if "vae" in pipeline.components else "pt"
         generator = torch.Generator().manual_seed(self.seed)
         device = pipeline.device
-        devices = [] if device.type == "cpu" else [device.index or 0]
-        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        with fork_random(device):
             pipeline(
                 prompt=self.prompt,
                 num_inference_steps=self.steps,
@@ -125,6 +124,18 @@ class Output:
 
     def __len__(self) -> int:
         return len(self._output)
+
+
+def pipeline_networks(pipeline: Any) -> dict[str, nn.Module]:
+    """Return the networks of a pipeline by part."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def fork_random(device: torch.device) -> AbstractContextManager[None]:
+    """Give the random numbers of the CPU and of `device` back that are drawn inside a `with` block."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng([device.index or 0], device_type=device.type)
 
 
 @contextmanager

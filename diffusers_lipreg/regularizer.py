@@ -14,7 +14,7 @@ from .errors import RunError, one_line
 from .losses import LipschitzDriftLoss, Snapshot
 from .output_drift import OutputDrift
 from .outputs import OutputSnapshot
-from .recording import eval_mode
+from .recording import eval_mode, fork_random, pipeline_networks
 from .sharding import reshard
 from .snapshot import rounding_error, trained_parameters
 
@@ -68,10 +68,7 @@ class BestCheckpoint:
 
     def measure(self) -> float:
         """Return the subject loss in eval mode, always with the same random numbers; it is the same on all processes."""
-        device = self.accelerator.device
-        devices = [] if device.type == "cpu" else [device.index or 0]
-        kind = "cuda" if device.type == "cpu" else device.type
-        with eval_mode(*self.models), torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
+        with eval_mode(*self.models), torch.no_grad(), fork_random(self.accelerator.device):
             torch.manual_seed(0)
             loss = self.accelerator.gather(self.subject_loss()).mean().item()
         for model in self.models:
@@ -128,7 +125,7 @@ class Recordings(NamedTuple):
         size: dict[str, Any] = {"height": side, "width": side}
         held = {name: model for name, model in models.items() if _weight(args, name) != 0} if training_prompts else {}
         outputs, yardstick = {}, None
-        networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        networks = pipeline_networks(pipeline)
         devices = {name: next(part.parameters()).device for name, part in networks.items()}
         pipeline.to(accelerator.device)
         try:

@@ -238,7 +238,7 @@ class Checkpoints:
             # A checkpoint of this very step holds the weights that have just failed, so it is left out.
             earlier = [path for path in self.of_this_run() if step_of(path) < step]
             words = [self._flag(earlier[-1]) if earlier else "anew"]
-            rates = ["learning_rate", "text_encoder_lr"][: 2 if self.config["train_text_encoder"] else 1]
+            rates = ["learning_rate", "text_encoder_lr"] if self.config["train_text_encoder"] else ["learning_rate"]
             words += [f"--{rate} {self.config[rate] / 10:g}" for rate in rates if self.config.get(rate)]
             precision = ", or in bf16 in place of fp16" if self.accelerator.mixed_precision == "fp16" else ""
             raise RunError(

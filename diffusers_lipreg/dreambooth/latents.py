@@ -127,8 +127,8 @@ def _encode_all(vae: AutoencoderKL, pixels: Iterable[Tensor], batch_size: int, p
 
     Every batch is filled up to the size that training has: the VAE rounds differently in other shapes.
     """
-    images_left = iter(pixels)
-    while group := list(islice(images_left, batch_size)):
+    pixels_left = iter(pixels)
+    while group := list(islice(pixels_left, batch_size)):
         filled = torch.stack(group + group[-1:] * (batch_size - len(group)))
         yield from encode_moments(vae, filled).cpu()[: len(group)].unbind()
         progress.update(len(group))

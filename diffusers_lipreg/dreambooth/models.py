@@ -188,7 +188,7 @@ def _with_variant(file: str, variant: str | None) -> str:
 
 
 def map_weights(folder: Path, model: nn.Module, files: Sequence[str]) -> dict[str, Tensor]:
-    """Memory-map safetensors of a folder under the names of an unwrapped model's parameters; they must not change."""
+    """Memory-map safetensors under the names of an unwrapped model's parameters; the files must not change from then on."""
     stored = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
     parameters = dict(model.named_parameters())
     # Newer transformers name CLIP's parts without the prefix that released checkpoints have.
