@@ -96,7 +96,10 @@ class Base:
     def stored(self, name: str, model: nn.Module) -> dict[str, Tensor]:
         """Memory-map the files that an unwrapped model was loaded from; see `map_weights`."""
         _, files = find_weights(self.folders[name], type(model), self.variant)
-        return map_weights(self.folders[name], model, files)
+        try:
+            return map_weights(self.folders[name], model, files)
+        except ValueError as error:
+            raise ValueError(f"{error} Choose cpu, or leave it out.") from error
 
     def text_config(self, name: str) -> PretrainedConfig:
         """Return the configuration of a text encoder, complete with the defaults of its class."""

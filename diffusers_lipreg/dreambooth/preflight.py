@@ -117,7 +117,10 @@ def prompts_to_record(
     """
     training: Sequence[str] = ()
     if args.lipreg_reduction == "output":
-        training = generic if args.lipreg_prompts is None else read_lines(args.lipreg_prompts, "--lipreg_prompts")
+        if args.lipreg_prompts is None:
+            training = [prompt for prompt in generic if prompt != args.instance_prompt]
+        else:
+            training = read_lines(args.lipreg_prompts, "--lipreg_prompts")
         if args.instance_prompt in training:
             raise RunError(
                 f"--lipreg_prompts {args.lipreg_prompts} holds the --instance_prompt, whose outputs are to change: "
@@ -131,7 +134,8 @@ def prompts_to_record(
     found = measured if args.probe_prompts is None else read_lines(args.probe_prompts, "--probe_prompts")
     if not (left := [prompt for prompt in found if prompt not in training]):
         raise RunError(
-            f"--probe_prompts {args.probe_prompts}: --lipreg_prompts holds all of them, so nothing is left to measure on."
+            "--lipreg_prompts holds all prompts that drift is measured on, so nothing is left to measure on: name others "
+            "with --probe_prompts."
         )
     return training, left
 

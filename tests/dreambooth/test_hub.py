@@ -98,6 +98,9 @@ def test_of_another_vae_only_the_name_is_told(tmp_path: Path) -> None:
 def test_the_penalty_is_a_table_and_without_one_nothing() -> None:
     rows = [f"| {name} | {value} |" for name, value in PENALTY.items()]
     assert "\n".join(["| penalty | |", "|---|---|", *rows]) in card().text
+    assert "drift from the pretrained weights" in card().text
+    held = card(penalty={"lipreg_reduction": "output"}).text
+    assert "predictions was part of the loss" in held and "weights was part" not in held and "arxiv.org" not in held
     assert "penalty" not in card(penalty={}).content
     assert "arxiv.org" not in card(penalty={}).content
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from support.runs import PARITY
 from torch import nn
 from transformers import CLIPTextModel, PreTrainedModel
 
 from diffusers_lipreg import TeacherSnapshot
-from diffusers_lipreg.dreambooth.models import map_weights, text_encoder_class
+from diffusers_lipreg.dreambooth.models import Base, map_weights, text_encoder_class
 
 
 def anonymous_memory() -> float:
@@ -51,6 +52,13 @@ def test_a_parameter_that_is_not_in_the_file_is_an_error(tmp_path: Path) -> None
     save_file({"weight": module.weight, "beta": module.bias}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="lacks 1 weights, bias first"):
         map_weights(tmp_path, module, ["model.safetensors"])
+
+
+def test_weights_that_cannot_be_mapped_end_in_advice(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    base = Base("base", None, None, {}, DiffusionPipeline, {}, {"text_encoder": tmp_path})
+    with pytest.raises(ValueError, match="lacks 1 weights, bias first. Choose cpu, or leave it out"):
+        base.stored("text_encoder", nn.Linear(2, 2))
 
 
 # Which text encoder

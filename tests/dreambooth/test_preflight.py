@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 from accelerate import Accelerator
 
-from diffusers_lipreg.dreambooth.preflight import check_accelerator
+from diffusers_lipreg.dreambooth.preflight import check_accelerator, prompts_to_record
 from diffusers_lipreg.errors import RunError
 
 
@@ -29,6 +29,14 @@ def test_what_accelerate_is_told_is_looked_at(script, more, name, value, says, r
     with pytest.raises(RunError, match=says):
         request.getfixturevalue(script)(tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_instance_prompt_is_never_held() -> None:
+    args = Namespace(
+        lipreg_reduction="output", lipreg_prompts=None, instance_prompt="a dog", class_prompt=None, probe_steps=0,
+        drift_budget=None,
+    )  # fmt: skip
+    assert prompts_to_record(args, ["a dog", "a tree"], ["a bird"]) == (["a tree"], ())
 
 
 def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch) -> None:
