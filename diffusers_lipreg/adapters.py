@@ -107,6 +107,7 @@ class AdapterSnapshot:
     """
 
     reductions = {"product": "Algorithm 1 on the merged weights", "factors": "the authors' released code"}
+    _squared_norm: Tensor
 
     def __init__(self, module: nn.Module, names: Iterable[str] | None = None) -> None:
         self.names = None if names is None else frozenset(names)
@@ -118,7 +119,7 @@ class AdapterSnapshot:
         self._shapes = _shapes(layers)
         self._formulas: dict[str, Formula] = {}
         self._starts: dict[tuple[str, str], Adapter] = {}
-        squared_norms, checked = [], set[Hashable]()
+        checked = set[Hashable]()
         for adapters in layers:
             layer = adapters[0].layer
             try:
@@ -129,10 +130,14 @@ class AdapterSnapshot:
             except Exception as error:  # PEFT says in many ways that a layer cannot be read, merged or differentiated
                 kind = f"{type(adapters[0].tuner).__module__}.{type(adapters[0].tuner).__name__}"
                 raise ValueError(f"{layer}: no exact drift is known for this {kind}: {one_line(error)}") from error
-            squared_norms.append(weight.square().sum())
+            # Scalars that stayed between the large squares would keep the memory of all from being used again.
+            squares = weight.square().sum()
+            if self._starts:
+                self._squared_norm.add_(squares.to(self._squared_norm.device))
+            else:
+                self._squared_norm = squares
             self._formulas[layer] = formula
             self._starts.update({(layer, start.name): start for _, start in changes})
-        self._squared_norm = total(squared_norms)
 
     def __repr__(self) -> str:
         return f"AdapterSnapshot({len(self._shapes)} tensors)"
@@ -150,7 +155,7 @@ class AdapterSnapshot:
         """Compute the drift as a scalar to differentiate, float32 or wider.
 
         Raises:
-            ValueError: Adapters or shapes that are not those of the snapshot.
+            ValueError: Adapters or shapes that are not those of the snapshot; an unknown reduction.
         """
         return total([self._value(layers, reduction) for layers in self._batches(module)])
 
@@ -188,6 +193,8 @@ class AdapterSnapshot:
 
     def _value(self, layers: Layers, reduction: str) -> Tensor:
         """Compute the drift of the layers of one batch."""
+        if reduction not in self.reductions:
+            raise ValueError(f"reduction must be one of {', '.join(self.reductions)}, got {reduction!r}.")
         first = layers[0][0].now
         formulas = {"product": self._formulas[first.layer], "factors": factors_drift}
         with torch.autocast(first.factors[0].device.type, enabled=False):

@@ -2,9 +2,11 @@
 
 import copy
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -861,6 +863,25 @@ def test_a_missing_adapter_is_named():
         layer.set_adapter("default")
     with pytest.raises(ValueError, match=r"^to_out\.lora_A\.1\.weight: expected shape \(2, 40\), got None"):
         snapshot.drift(both, "product")
+
+
+def test_an_unknown_reduction_is_an_error():
+    net = adapted(lora())
+    with pytest.raises(ValueError, match="one of product, factors, got 'sum'"):
+        AdapterSnapshot(net).drift(net, "sum")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux counts it")
+def test_a_snapshot_keeps_no_memory_of_the_base_weights():
+    def anonymous_memory() -> float:
+        return int(re.search(r"Anonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())[1]) / 1e3
+
+    layers = [str(number) for number in range(40)]
+    net = nn.Sequential(*(nn.Linear(1280, 1280) for _ in layers)).requires_grad_(False)  # 262 MB
+    net = inject_adapter_in_model(LoraConfig(r=4, target_modules=layers), net)
+    before = anonymous_memory()
+    assert AdapterSnapshot(net).squared_norm > 0
+    assert anonymous_memory() - before < 60
 
 
 # As diffusers and PEFT put them on
